@@ -1,0 +1,1 @@
+"""Homomorphic encryption schemes: ``tfhe`` (Concrete) and ``ckks`` (Lattigo)."""
