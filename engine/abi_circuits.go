@@ -1,0 +1,126 @@
+package main
+
+/*
+#include <stdint.h>
+*/
+import "C"
+
+import (
+	"unsafe"
+
+	"cipherlm/engine/core"
+)
+
+//export cl_lintrans_new
+func cl_lintrans_new(parameters C.uintptr_t, level, giant, storage C.int64_t, out *C.uintptr_t) *C.char {
+	return guard(func() {
+		put(out, must(core.NewLinearTransformation(get[*core.Parameters](parameters), int(level), int(giant), core.Storage(storage))))
+	})
+}
+
+//export cl_lintrans_add
+func cl_lintrans_add(lintrans C.uintptr_t, rotations *C.int64_t, count C.int64_t, values *C.double, length, inner C.int64_t) *C.char {
+	return guard(func() {
+		check(get[*core.LinearTransformation](lintrans).Add(ints(rotations, count), complexes(values, count*length), int(inner)))
+	})
+}
+
+// cl_lintrans_info gives the bytes in memory and the number of diagonals.
+//
+//export cl_lintrans_info
+func cl_lintrans_info(lintrans C.uintptr_t, info *C.int64_t) *C.char {
+	return guard(func() {
+		lt, fields := get[*core.LinearTransformation](lintrans), slice[C.int64_t](unsafe.Pointer(info), 2)
+		fields[0], fields[1] = C.int64_t(lt.Bytes()), C.int64_t(lt.Diagonals())
+	})
+}
+
+// cl_lintrans_apply writes the results matrix after matrix, each for all inputs.
+//
+//export cl_lintrans_apply
+func cl_lintrans_apply(evaluator C.uintptr_t, inputs *C.uintptr_t, inputCount C.int64_t, matrices *C.uintptr_t, matrixCount C.int64_t, out *C.uintptr_t) *C.char {
+	return guard(func() {
+		results := must(get[*core.Evaluator](evaluator).Transform(
+			all[*core.Ciphertext](inputs, inputCount), all[*core.LinearTransformation](matrices, matrixCount)))
+		var flat []*core.Ciphertext
+		for _, row := range results {
+			flat = append(flat, row...)
+		}
+		putAll(out, flat)
+	})
+}
+
+func chebyshev(coefficients *C.double, count C.int64_t, from, to C.double) core.Chebyshev {
+	return core.Chebyshev{
+		Coefficients: append([]float64{}, slice[float64](unsafe.Pointer(coefficients), count)...),
+		From:         float64(from), To: float64(to),
+	}
+}
+
+//export cl_polynomial
+func cl_polynomial(evaluator, a C.uintptr_t, coefficients *C.double, count C.int64_t, from, to C.double, out *C.uintptr_t) *C.char {
+	return guard(func() {
+		put(out, must(get[*core.Evaluator](evaluator).Evaluate(get[*core.Ciphertext](a), chebyshev(coefficients, count, from, to))))
+	})
+}
+
+//export cl_polynomial_levels
+func cl_polynomial_levels(parameters C.uintptr_t, coefficients *C.double, count C.int64_t, from, to, scale C.double, out *C.int64_t) *C.char {
+	return guard(func() {
+		*out = C.int64_t(must(chebyshev(coefficients, count, from, to).Levels(get[*core.Parameters](parameters), float64(scale))))
+	})
+}
+
+//export cl_refresh_mask
+func cl_refresh_mask(evaluator C.uintptr_t, inputs *C.uintptr_t, count C.int64_t, public C.uintptr_t, level, to, shift C.int64_t, request, mask *C.uintptr_t) *C.char {
+	return guard(func() {
+		if shift < 0 {
+			check(&core.Error{Kind: core.Invalid, Message: "a refresh cannot divide by less than 1"})
+		}
+		r, m, err := get[*core.Evaluator](evaluator).Mask(all[*core.Ciphertext](inputs, count),
+			get[*core.PublicKey](public), int(level), int(to), uint(shift))
+		check(err)
+		put(request, r)
+		put(mask, m)
+	})
+}
+
+//export cl_refresh_client
+func cl_refresh_client(secret, request C.uintptr_t, out *C.uintptr_t) *C.char {
+	return guard(func() { put(out, must(get[*core.SecretKey](secret).Refresh(get[*core.RefreshRequest](request)))) })
+}
+
+//export cl_refresh_unmask
+func cl_refresh_unmask(evaluator, reply, mask C.uintptr_t, out *C.uintptr_t, count C.int64_t) *C.char {
+	return guard(func() {
+		m := get[*core.RefreshMask](mask)
+		if m.Count() != int(count) {
+			check(&core.Error{Kind: core.Invalid, Message: "a mask of another refresh"})
+		}
+		putAll(out, must(get[*core.Evaluator](evaluator).Unmask(get[*core.RefreshReply](reply), m)))
+	})
+}
+
+// cl_refresh_info gives level, target level, shift and number of a request.
+//
+//export cl_refresh_info
+func cl_refresh_info(request C.uintptr_t, info *C.int64_t) *C.char {
+	return guard(func() {
+		r, fields := get[*core.RefreshRequest](request), slice[C.int64_t](unsafe.Pointer(info), 4)
+		fields[0], fields[1], fields[2], fields[3] = C.int64_t(r.Level), C.int64_t(r.To), C.int64_t(r.Shift), C.int64_t(len(r.Masked))
+	})
+}
+
+// cl_refresh_reply_count gives the number of ciphertexts in a reply.
+//
+//export cl_refresh_reply_count
+func cl_refresh_reply_count(reply C.uintptr_t, count *C.int64_t) *C.char {
+	return guard(func() { *count = C.int64_t(len(get[*core.RefreshReply](reply).Fresh)) })
+}
+
+//export cl_rerandomize
+func cl_rerandomize(evaluator, a, public C.uintptr_t, flood C.int64_t, out *C.uintptr_t) *C.char {
+	return guard(func() {
+		put(out, must(get[*core.Evaluator](evaluator).Rerandomize(get[*core.Ciphertext](a), get[*core.PublicKey](public), int(flood))))
+	})
+}

@@ -1,0 +1,127 @@
+package core
+
+import (
+	"math"
+
+	"github.com/tuneinsight/lattigo/v6/ring"
+)
+
+// Storage says how the diagonals of a linear transformation are kept.
+type Storage int
+
+// The coefficients of a diagonal as small integers take 8 (int16: 16) times less
+// memory than its residues modulo five primes, and are transformed on the fly, one
+// number theoretic transform a prime; the residues are ready but large.
+const (
+	Int16 Storage = iota
+	Int32
+	Residues
+)
+
+// diagonal is one encoded plaintext vector, multiplied with the input rotated by
+// baby. A vector of period n < slots is a polynomial in X^gap: only every gap-th
+// coefficient is kept, and the transform is gap times smaller.
+type diagonal struct {
+	baby       int
+	gap        int
+	multiplier int64 // the coefficients are multiplier times what is kept
+	narrow     []int16
+	wide       []int32
+	residues   ring.Poly
+}
+
+// newDiagonal encodes a vector of n values (n divides the slots) at the scale
+// factor. It returns nil for a vector that encodes to zero.
+func newDiagonal(p *Parameters, values []complex128, factor float64, baby, level int, storage Storage) (*diagonal, error) {
+	if err := p.transform(values); err != nil {
+		return nil, err
+	}
+	greatest := 0.0
+	for _, c := range values {
+		greatest = max(greatest, math.Abs(real(c)), math.Abs(imag(c)))
+	}
+	greatest *= factor
+	if !(greatest < 0x1p61) {
+		return nil, failure(Scale, "a diagonal with values that are not finite or too great to encode")
+	}
+	if greatest < 0.5 {
+		return nil, nil
+	}
+	size := len(values)
+	if !p.Real() {
+		size *= 2
+	}
+	d := &diagonal{baby: baby, gap: p.N() / size, multiplier: 1}
+	integers := make([]int64, size)
+	switch storage {
+	case Residues:
+		round(values, factor, p.Real(), integers)
+		d.residues = ring.NewPoly(size, level)
+		for limb, residues := range d.residues.Coeffs {
+			d.transform(p.RingQ().SubRings[limb], integers, residues)
+		}
+	case Int32:
+		d.multiplier = int64(math.Ceil(greatest / math.MaxInt32))
+		round(values, factor/float64(d.multiplier), p.Real(), integers)
+		d.wide = make([]int32, size)
+		for i, value := range integers {
+			d.wide[i] = int32(value)
+		}
+	default:
+		d.multiplier = int64(math.Ceil(greatest / math.MaxInt16))
+		round(values, factor/float64(d.multiplier), p.Real(), integers)
+		d.narrow = make([]int16, size)
+		for i, value := range integers {
+			d.narrow[i] = int16(value)
+		}
+	}
+	return d, nil
+}
+
+// at returns the residues of the diagonal modulo one prime, in NTT order, gap
+// times fewer than the ring degree and below 6 times the prime. They are made in
+// the given memory, or given as they are kept.
+func (d *diagonal) at(subring *ring.SubRing, limb int, integers []int64, residues []uint64) []uint64 {
+	if d.residues.Coeffs != nil {
+		return d.residues.Coeffs[limb]
+	}
+	size := len(d.narrow) + len(d.wide)
+	integers, residues = integers[:size], residues[:size]
+	for i, value := range d.narrow {
+		integers[i] = int64(value) * d.multiplier
+	}
+	for i, value := range d.wide {
+		integers[i] = int64(value) * d.multiplier
+	}
+	d.transform(subring, integers, residues)
+	return residues
+}
+
+// transform lifts integers modulo the prime and transforms them. A polynomial in
+// X^gap has the transform of the smaller ring, each value repeated gap times,
+// under the same roots (they are stored in bit-reversed order, so the first ones
+// are those of the smaller ring).
+func (d *diagonal) transform(subring *ring.SubRing, integers []int64, residues []uint64) {
+	if limit := int64(subring.Modulus); d.multiplier*math.MaxInt32 < limit && d.wide != nil ||
+		d.multiplier*math.MaxInt16 < limit && d.narrow != nil {
+		for i, value := range integers {
+			residues[i] = lift(value, subring.Modulus)
+		}
+	} else {
+		liftAll(integers, subring, residues)
+	}
+	apply := ring.NTTStandardLazy
+	if subring.Type() == ring.ConjugateInvariant {
+		apply = ring.NTTConjugateInvariantLazy
+	}
+	apply(residues, residues, len(residues), subring.Modulus, subring.MRedConstant, subring.RootsForward)
+}
+
+// Bytes is the memory that the diagonal takes.
+func (d *diagonal) Bytes() int {
+	total := 2*len(d.narrow) + 4*len(d.wide)
+	for _, limb := range d.residues.Coeffs {
+		total += 8 * len(limb)
+	}
+	return total
+}

@@ -1,0 +1,297 @@
+package core
+
+import (
+	"math"
+	"math/big"
+
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
+)
+
+// Evaluator computes on ciphertexts. It holds evaluation keys (or none) and no
+// other key. Its methods may be called from several goroutines at once; out, where
+// a method takes it, receives the result and may be the first operand.
+type Evaluator struct {
+	Params *Parameters
+	keys   *EvaluationKeys
+	ckks   *ckks.Evaluator
+}
+
+// NewEvaluator expands the keys and makes an evaluator; keys may be nil.
+func NewEvaluator(p *Parameters, keys *EvaluationKeys) (*Evaluator, error) {
+	if keys == nil {
+		return &Evaluator{p, nil, ckks.NewEvaluator(p.Parameters, nil)}, nil
+	}
+	if err := p.same(keys.Params); err != nil {
+		return nil, err
+	}
+	if err := keys.Expand(); err != nil {
+		return nil, err
+	}
+	galois := make([]*rlwe.GaloisKey, 0, len(keys.galois))
+	for _, key := range keys.galois {
+		galois = append(galois, key)
+	}
+	// The evaluator builds its automorphism tables for these keys now, so that it
+	// never writes to a shared map later.
+	set := rlwe.NewMemEvaluationKeySet(keys.relin, galois...)
+	return &Evaluator{p, keys, ckks.NewEvaluator(p.Parameters, set)}, nil
+}
+
+// own checks that ciphertexts are of the evaluator's parameters, of degree 1 where
+// linear is set, and under the key that the evaluation keys belong to.
+func (e *Evaluator) own(linear bool, ciphertexts ...*Ciphertext) error {
+	for _, ct := range ciphertexts {
+		if err := e.Params.same(ct.Params); err != nil {
+			return err
+		}
+		if e.keys != nil && e.keys.ID != ct.Key {
+			return failure(Key, "a ciphertext under key %s: the evaluation keys are of key %s", ct.Key, e.keys.ID)
+		}
+		if linear && ct.Degree() != 1 {
+			return failure(Invalid, "a ciphertext of degree %d: relinearise it first", ct.Degree())
+		}
+	}
+	return nil
+}
+
+// Add adds a ciphertext of the same scale, at the lower of the two levels.
+func (e *Evaluator) Add(a, b, out *Ciphertext) (*Ciphertext, error) {
+	return e.sum(a, b, out, e.ckks.Add)
+}
+
+// Sub subtracts a ciphertext of the same scale, at the lower of the two levels.
+func (e *Evaluator) Sub(a, b, out *Ciphertext) (*Ciphertext, error) {
+	return e.sum(a, b, out, e.ckks.Sub)
+}
+
+func notSecond(a, b, out *Ciphertext) error {
+	if out != nil && out == b && a != b {
+		return failure(Invalid, "the result can go to a new ciphertext or to the first operand, not to the second")
+	}
+	return nil
+}
+
+type operation func(*rlwe.Ciphertext, rlwe.Operand, *rlwe.Ciphertext) error
+
+func (e *Evaluator) sum(a, b, out *Ciphertext, apply operation) (*Ciphertext, error) {
+	if err := e.own(false, a, b); err != nil {
+		return nil, err
+	}
+	if err := a.compatible(b); err != nil {
+		return nil, err
+	}
+	if err := sameScale(a.Scale, b.Scale); err != nil {
+		return nil, err
+	}
+	if err := notSecond(a, b, out); err != nil {
+		return nil, err
+	}
+	scale, level, degree := a.Scale, min(a.Level(), b.Level()), max(a.Degree(), b.Degree())
+	result, err := a.target(out, degree, level)
+	if err != nil {
+		return nil, err
+	}
+	// Equal up to the tolerance: made equal, lest the library multiplies by their ratio.
+	right := b.Ciphertext
+	if b.Scale.Cmp(scale) != 0 {
+		right = withScale(b, scale)
+	}
+	err = apply(a.Ciphertext, right, result.Ciphertext)
+	result.Scale = scale
+	return result, err
+}
+
+// withScale is a view of a ciphertext's polynomials with another scale.
+func withScale(ct *Ciphertext, scale rlwe.Scale) *rlwe.Ciphertext {
+	view := &rlwe.Ciphertext{}
+	view.Value = ct.Value
+	view.MetaData = ct.MetaData.CopyNew()
+	view.Scale = scale
+	return view
+}
+
+// AddPlain adds a plaintext of the same scale.
+func (e *Evaluator) AddPlain(a *Ciphertext, b *Plaintext, out *Ciphertext) (*Ciphertext, error) {
+	return e.plainSum(a, b, out, e.ckks.Add)
+}
+
+// SubPlain subtracts a plaintext of the same scale.
+func (e *Evaluator) SubPlain(a *Ciphertext, b *Plaintext, out *Ciphertext) (*Ciphertext, error) {
+	return e.plainSum(a, b, out, e.ckks.Sub)
+}
+
+func (e *Evaluator) plainSum(a *Ciphertext, b *Plaintext, out *Ciphertext, apply operation) (*Ciphertext, error) {
+	if err := e.ownPlain(a, b); err != nil {
+		return nil, err
+	}
+	if err := sameScale(a.Scale, b.Scale); err != nil {
+		return nil, err
+	}
+	scale := a.Scale
+	result, err := a.target(out, a.Degree(), min(a.Level(), b.Level()))
+	if err != nil {
+		return nil, err
+	}
+	right := &rlwe.Plaintext{Element: b.Element, Value: b.Value}
+	right.MetaData = b.MetaData.CopyNew()
+	right.Scale = scale
+	err = apply(a.Ciphertext, right, result.Ciphertext)
+	result.Scale = scale
+	return result, err
+}
+
+func (e *Evaluator) ownPlain(a *Ciphertext, b *Plaintext) error {
+	if err := e.own(false, a); err != nil {
+		return err
+	}
+	return e.Params.same(b.Params)
+}
+
+// AddConstant adds a constant to every slot.
+func (e *Evaluator) AddConstant(a *Ciphertext, constant complex128, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.checkConstant(a, constant); err != nil {
+		return nil, err
+	}
+	result, err := a.target(out, a.Degree(), a.Level())
+	if err != nil {
+		return nil, err
+	}
+	return result, e.ckks.Add(a.Ciphertext, constant, result.Ciphertext)
+}
+
+// MulConstant multiplies by a constant. A Gaussian integer costs nothing; another
+// constant is scaled by the last prime, and the result is to be rescaled.
+func (e *Evaluator) MulConstant(a *Ciphertext, constant complex128, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.checkConstant(a, constant); err != nil {
+		return nil, err
+	}
+	result, err := a.target(out, a.Degree(), a.Level())
+	if err != nil {
+		return nil, err
+	}
+	return result, e.ckks.Mul(a.Ciphertext, constant, result.Ciphertext)
+}
+
+func (e *Evaluator) checkConstant(a *Ciphertext, constant complex128) error {
+	if err := e.own(false, a); err != nil {
+		return err
+	}
+	if size := math.Hypot(real(constant), imag(constant)); math.IsNaN(size) || math.IsInf(size, 0) {
+		return failure(Invalid, "a constant must be finite")
+	}
+	if e.Params.Real() && imag(constant) != 0 {
+		return failure(Invalid, "slots are real in the conjugate-invariant ring: no complex constant")
+	}
+	return nil
+}
+
+// IsInteger tells whether MulConstant by this constant is exact and free.
+func IsInteger(constant complex128) bool {
+	return real(constant) == math.Trunc(real(constant)) && imag(constant) == math.Trunc(imag(constant))
+}
+
+// Mul multiplies two ciphertexts; without relinearisation the result has degree 2.
+func (e *Evaluator) Mul(a, b *Ciphertext, relinearize bool, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.own(true, a, b); err != nil {
+		return nil, err
+	}
+	if err := a.compatible(b); err != nil {
+		return nil, err
+	}
+	if err := notSecond(a, b, out); err != nil {
+		return nil, err
+	}
+	level, degree, apply := min(a.Level(), b.Level()), 2, e.ckks.Mul
+	if relinearize {
+		if err := e.keys.checkRelin(level); err != nil {
+			return nil, err
+		}
+		degree, apply = 1, e.ckks.MulRelin
+	}
+	result, err := a.target(out, degree, level)
+	if err != nil {
+		return nil, err
+	}
+	return result, apply(a.Ciphertext, b.Ciphertext, result.Ciphertext)
+}
+
+// MulPlain multiplies by a plaintext.
+func (e *Evaluator) MulPlain(a *Ciphertext, b *Plaintext, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.ownPlain(a, b); err != nil {
+		return nil, err
+	}
+	if a.Degree() != 1 {
+		return nil, failure(Invalid, "a ciphertext of degree %d: relinearise it first", a.Degree())
+	}
+	result, err := a.target(out, 1, min(a.Level(), b.Level()))
+	if err != nil {
+		return nil, err
+	}
+	return result, e.ckks.Mul(a.Ciphertext, b.Plaintext, result.Ciphertext)
+}
+
+// Relinearize brings a product back to degree 1.
+func (e *Evaluator) Relinearize(a, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.own(false, a); err != nil {
+		return nil, err
+	}
+	if a.Degree() != 2 {
+		return nil, failure(Invalid, "a ciphertext of degree %d has nothing to relinearise", a.Degree())
+	}
+	if err := e.keys.checkRelin(a.Level()); err != nil {
+		return nil, err
+	}
+	result, err := a.target(out, 1, a.Level())
+	if err != nil {
+		return nil, err
+	}
+	return result, e.ckks.Relinearize(a.Ciphertext, result.Ciphertext)
+}
+
+// Rescale divides by the last prime, the scale too: the message stays, a level goes.
+func (e *Evaluator) Rescale(a, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.own(false, a); err != nil {
+		return nil, err
+	}
+	if a.Level() == 0 {
+		return nil, failure(Level, "cannot rescale at level 0")
+	}
+	result, err := a.target(out, a.Degree(), a.Level()-1)
+	if err != nil {
+		return nil, err
+	}
+	return result, e.ckks.Rescale(a.Ciphertext, result.Ciphertext)
+}
+
+// AdjustScale brings the scale to a target and leaves the message, for one level:
+// it multiplies by the integer closest to target/scale*q and rescales by q. What
+// is rounded away is below 2^-24 of the message, or an error.
+func (e *Evaluator) AdjustScale(a *Ciphertext, target rlwe.Scale, out *Ciphertext) (*Ciphertext, error) {
+	if err := e.own(false, a); err != nil {
+		return nil, err
+	}
+	if a.Level() == 0 {
+		return nil, failure(Level, "cannot adjust the scale at level 0: it takes one level")
+	}
+	ratio := target.Div(a.Scale).Mul(primeScale(e.Params, a.Level()))
+	factor := ratio.BigInt()
+	if ratio.Float64() < 0x1p24 {
+		return nil, failure(Scale, "the scale can not be lowered from 2^%.2f to 2^%.2f in one level",
+			math.Log2(a.Scale.Float64()), math.Log2(target.Float64()))
+	}
+	scale := a.Scale.Mul(rlwe.NewScale(factor))
+	result, err := a.target(out, a.Degree(), a.Level())
+	if err != nil {
+		return nil, err
+	}
+	if err := e.ckks.Mul(a.Ciphertext, new(big.Int).Set(factor), result.Ciphertext); err != nil {
+		return nil, err
+	}
+	result.Scale = scale
+	if err := e.ckks.Rescale(result.Ciphertext, result.Ciphertext); err != nil {
+		return nil, err
+	}
+	result.Scale = target // equal to 2^-24 of itself
+	return result, nil
+}

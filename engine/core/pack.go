@@ -1,0 +1,90 @@
+package core
+
+import (
+	"encoding/binary"
+	"math/bits"
+
+	"github.com/tuneinsight/lattigo/v6/ring"
+)
+
+// packedSize is the bytes of a polynomial with residues of exactly as many bits as
+// their primes have.
+func packedSize(rings []*ring.SubRing) (total uint64) {
+	for _, r := range rings {
+		total += limbSize(r)
+	}
+	return total
+}
+
+func limbSize(r *ring.SubRing) uint64 { return uint64(r.N*bits.Len64(r.Modulus)) / 8 }
+
+// limbs writes residues, packed.
+func (out *encoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
+	for i, r := range rings {
+		if out.err != nil {
+			return
+		}
+		out.pack = grow(out.pack, limbSize(r)+8)
+		packBits(coefficients[i], bits.Len64(r.Modulus), out.pack)
+		out.bytes(out.pack[:limbSize(r)])
+	}
+}
+
+// limbs reads residues and checks that each is below its prime.
+func (in *decoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
+	for i, r := range rings {
+		in.pack = grow(in.pack, limbSize(r)+8)
+		in.bytes(in.pack[:limbSize(r)])
+		if in.err != nil {
+			return
+		}
+		if greatest := unpackBits(in.pack, bits.Len64(r.Modulus), coefficients[i]); greatest >= r.Modulus {
+			in.fail("a coefficient that is not below its modulus")
+			return
+		}
+	}
+}
+
+func grow(buffer []byte, size uint64) []byte {
+	if uint64(cap(buffer)) < size {
+		return make([]byte, size)
+	}
+	return buffer[:size]
+}
+
+// packBits writes values of width bits one after the other, little-endian.
+func packBits(values []uint64, width int, out []byte) {
+	word, filled, at := uint64(0), 0, 0
+	for _, value := range values {
+		word |= value << filled
+		if filled+width >= 64 {
+			binary.LittleEndian.PutUint64(out[at:], word)
+			at += 8
+			word = value >> (64 - filled) // 0 where filled is 0: a shift by 64
+			filled += width - 64
+		} else {
+			filled += width
+		}
+	}
+	if filled > 0 {
+		binary.LittleEndian.PutUint64(out[at:], word)
+	}
+}
+
+// unpackBits is the inverse of packBits; it returns the greatest value. The input
+// has 8 bytes more than the packed values.
+func unpackBits(in []byte, width int, values []uint64) (greatest uint64) {
+	mask := uint64(1)<<width - 1
+	for i := range values {
+		bit := i * width
+		at, shift := bit/8, bit%8
+		value := binary.LittleEndian.Uint64(in[at:]) >> shift
+		if shift+width > 64 {
+			value |= uint64(in[at+8]) << (64 - shift)
+		}
+		value &= mask
+		values[i] = value
+		greatest = max(greatest, value)
+	}
+	return greatest
+}

@@ -1,0 +1,88 @@
+package core
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+)
+
+var threads atomic.Int64
+
+func init() { threads.Store(int64(runtime.NumCPU())) }
+
+// SetThreads sets how many goroutines one call may use.
+func SetThreads(n int) error {
+	if n < 1 || n > 1024 {
+		return failure(Invalid, "the number of threads must be between 1 and 1024, not %d", n)
+	}
+	threads.Store(int64(n))
+	return nil
+}
+
+// Threads returns how many goroutines one call may use.
+func Threads() int { return int(threads.Load()) }
+
+// parallel runs job(0) ... job(n-1) on at most Threads() goroutines and returns
+// the first error. Jobs are handed out in order, one at a time. A panic in a job
+// becomes an error, so that it cannot end the process.
+func parallel(n int, job func(index int) error) error {
+	return parallelWorkers(n, func(_, index int) error { return job(index) })
+}
+
+// parallelWorkers is parallel with the number of the worker, below Threads() and
+// below n, for jobs that keep scratch memory for each worker.
+func parallelWorkers(n int, job func(worker, index int) error) error {
+	workers := min(Threads(), n)
+	if workers <= 1 {
+		for index := range n {
+			if err := job(0, index); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var (
+		next   atomic.Int64
+		group  sync.WaitGroup
+		once   sync.Once
+		first  error
+		failed atomic.Bool
+	)
+	fail := func(err error) {
+		once.Do(func() { first = err })
+		failed.Store(true)
+	}
+	for worker := range workers {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			defer func() {
+				if cause := recover(); cause != nil {
+					fail(Recovered(cause))
+				}
+			}()
+			for !failed.Load() {
+				index := int(next.Add(1)) - 1
+				if index >= n {
+					return
+				}
+				if err := job(worker, index); err != nil {
+					fail(err)
+				}
+			}
+		}()
+	}
+	group.Wait()
+	return first
+}
+
+// Recovered turns the value of a recovered panic into an error.
+func Recovered(cause any) error {
+	if err, ok := cause.(error); ok {
+		if _, ok := err.(*Error); ok {
+			return err
+		}
+	}
+	return &Error{Internal, fmt.Sprint(cause)}
+}

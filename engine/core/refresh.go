@@ -1,0 +1,228 @@
+package core
+
+import (
+	"encoding/binary"
+	"sync/atomic"
+
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
+	"github.com/tuneinsight/lattigo/v6/utils/sampling"
+)
+
+// maxShift bounds the division that a refresh may do on the way.
+const maxShift = 60
+
+// RefreshRequest is what a server sends to have ciphertexts refreshed: each
+// encrypts m + r modulo Q for a mask r that is uniform modulo Q. It carries no
+// scale and nothing else that depends on what the server computes.
+type RefreshRequest struct {
+	Params *Parameters
+	Key    ID
+	Level  int  // of the masked ciphertexts
+	To     int  // the level to encrypt at
+	Shift  uint // the client divides by 2^Shift
+	Masked []*rlwe.Ciphertext
+}
+
+// RefreshReply is the client's answer: fresh seeded encryptions of (m + r) / 2^Shift.
+type RefreshReply struct {
+	Params *Parameters
+	Key    ID
+	Fresh  []*Ciphertext
+}
+
+// RefreshMask is what the server keeps to take the masks off again. It serves once.
+type RefreshMask struct {
+	params  *Parameters
+	key     ID
+	to      int
+	masks   []ring.Poly // r / 2^shift modulo the primes up to to, in NTT form
+	scales  []rlwe.Scale
+	removed atomic.Bool
+}
+
+// Count is the number of ciphertexts that the mask is for.
+func (m *RefreshMask) Count() int { return len(m.masks) }
+
+// Mask is the server's first half of a refresh. To c0 goes a mask r, uniform
+// modulo Q = q[0]...q[level]: what the client decrypts is uniform whatever the
+// message is. To both components goes a fresh encryption of zero: c1 of a computed
+// ciphertext is a linear function of polynomials that the client knows, and would
+// give away what was multiplied with it; with the u*a + e of a public-key
+// encryption added it is an RLWE sample whose secret u nobody but the server knew.
+func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shift uint) (*RefreshRequest, *RefreshMask, error) {
+	p := e.Params
+	if err := e.own(true, inputs...); err != nil {
+		return nil, nil, err
+	}
+	if err := p.same(pk.Params); err != nil {
+		return nil, nil, err
+	}
+	if err := p.checkLevel(to); err != nil {
+		return nil, nil, err
+	}
+	if err := p.checkLevel(level); err != nil {
+		return nil, nil, err
+	}
+	if shift > maxShift {
+		return nil, nil, failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift)
+	}
+	request := &RefreshRequest{p, pk.ID, level, to, shift, make([]*rlwe.Ciphertext, len(inputs))}
+	mask := &RefreshMask{params: p, key: pk.ID, to: to, masks: make([]ring.Poly, len(inputs)), scales: make([]rlwe.Scale, len(inputs))}
+	divisor := rlwe.NewScale(uint64(1) << shift)
+	for i, input := range inputs {
+		if input.Key != pk.ID {
+			return nil, nil, failure(Key, "a ciphertext under key %s, a public key of key %s", input.Key, pk.ID)
+		}
+		if input.Level() < level {
+			return nil, nil, failure(Level, "a ciphertext at level %d cannot be masked at level %d", input.Level(), level)
+		}
+		mask.scales[i] = input.Scale.Div(divisor)
+	}
+	system, err := sampling.NewPRNG()
+	if err != nil {
+		return nil, nil, err
+	}
+	convert := newCentred(p.RingQ(), level, to, shift)
+	low, high := p.RingQ().AtLevel(level), p.RingQ().AtLevel(to)
+	err = parallel(len(inputs), func(i int) error {
+		r := low.NewPoly()
+		ring.NewUniformSampler(system, p.RingQ()).AtLevel(level).Read(r)
+		mask.masks[i] = high.NewPoly()
+		if err := convert.convert(r, mask.masks[i]); err != nil {
+			return err
+		}
+		high.NTT(mask.masks[i], mask.masks[i])
+		low.NTT(r, r)
+		masked := pk.encryptor.EncryptZeroNew(level)
+		low.Add(masked.Value[0], r, masked.Value[0])
+		low.Add(masked.Value[0], inputs[i].Value[0], masked.Value[0])
+		low.Add(masked.Value[1], inputs[i].Value[1], masked.Value[1])
+		request.Masked[i] = masked
+		return nil
+	})
+	return request, mask, err
+}
+
+// Refresh is the client's half: decrypt to integers, divide, encrypt again.
+func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
+	p := sk.Params
+	if err := p.same(request.Params); err != nil {
+		return nil, err
+	}
+	if request.Key != sk.ID {
+		return nil, failure(Key, "a refresh request for key %s, not %s", request.Key, sk.ID)
+	}
+	reply := &RefreshReply{p, sk.ID, make([]*Ciphertext, len(request.Masked))}
+	convert := newCentred(p.RingQ(), request.Level, request.To, request.Shift)
+	low, high := p.RingQ().AtLevel(request.Level), p.RingQ().AtLevel(request.To)
+	return reply, parallel(len(request.Masked), func(i int) error {
+		plaintext := sk.decryptor.DecryptNew(request.Masked[i])
+		low.INTT(plaintext.Value, plaintext.Value)
+		lifted := high.NewPoly()
+		if err := convert.convert(plaintext.Value, lifted); err != nil {
+			return err
+		}
+		high.NTT(lifted, lifted)
+		fresh, err := sk.encryptZero(request.To)
+		if err != nil {
+			return err
+		}
+		high.Add(fresh.Value[0], lifted, fresh.Value[0])
+		reply.Fresh[i] = fresh
+		return nil
+	})
+}
+
+// Unmask is the server's second half: it subtracts the masks.
+func (e *Evaluator) Unmask(reply *RefreshReply, mask *RefreshMask) ([]*Ciphertext, error) {
+	p := e.Params
+	if err := p.same(reply.Params); err != nil {
+		return nil, err
+	}
+	if err := p.same(mask.params); err != nil {
+		return nil, err
+	}
+	if reply.Key != mask.key {
+		return nil, failure(Key, "a refresh reply of key %s to a request for key %s", reply.Key, mask.key)
+	}
+	if len(reply.Fresh) != len(mask.masks) {
+		return nil, failure(Invalid, "a refresh reply of %d ciphertexts to a request of %d", len(reply.Fresh), len(mask.masks))
+	}
+	for _, fresh := range reply.Fresh {
+		if fresh.Level() != mask.to || fresh.Degree() != 1 {
+			return nil, failure(Level, "a refresh reply at level %d, not %d", fresh.Level(), mask.to)
+		}
+	}
+	if mask.removed.Swap(true) {
+		return nil, failure(Invalid, "this refresh mask was used already: a mask serves once")
+	}
+	ringQ := p.RingQ().AtLevel(mask.to)
+	results := make([]*Ciphertext, len(reply.Fresh))
+	return results, parallel(len(results), func(i int) error {
+		results[i] = newCiphertext(p, reply.Key, 1, mask.to, mask.scales[i])
+		ringQ.Sub(reply.Fresh[i].Value[0], mask.masks[i], results[i].Value[0])
+		results[i].Value[1].Copy(reply.Fresh[i].Value[1])
+		return nil
+	})
+}
+
+// maxFlood bounds the flooding noise.
+const maxFlood = 60
+
+// Rerandomize prepares a ciphertext to leave the server for good: it adds a fresh
+// encryption of zero and, to c0, noise that is uniform in [-2^flood, 2^flood) (none
+// where flood is 0). A computation's noise tells about the weights; e of it is
+// hidden up to a statistical distance of e / 2^(flood+1) for each coefficient.
+func (e *Evaluator) Rerandomize(a *Ciphertext, pk *PublicKey, flood int) (*Ciphertext, error) {
+	p := e.Params
+	if err := e.own(true, a); err != nil {
+		return nil, err
+	}
+	if a.Key != pk.ID {
+		return nil, failure(Key, "a ciphertext under key %s, a public key of key %s", a.Key, pk.ID)
+	}
+	if flood < 0 || flood > maxFlood {
+		return nil, failure(Invalid, "flooding noise of 2^0 to 2^%d, not 2^%d", maxFlood, flood)
+	}
+	ringQ := p.RingQ().AtLevel(a.Level())
+	result := &Ciphertext{Ciphertext: pk.encryptor.EncryptZeroNew(a.Level()), Params: p, Key: a.Key}
+	*result.MetaData = *a.MetaData
+	for i := range result.Value {
+		ringQ.Add(result.Value[i], a.Value[i], result.Value[i])
+	}
+	if flood == 0 {
+		return result, nil
+	}
+	noise, err := uniformNoise(p, a.Level(), flood)
+	if err != nil {
+		return nil, err
+	}
+	ringQ.Add(result.Value[0], noise, result.Value[0])
+	return result, nil
+}
+
+// uniformNoise samples integers in [-2^size, 2^size), in NTT form. The library's
+// Gaussian sampler will not do here: it does not reduce samples beyond a prime, and
+// wide samples of it have a grid, through which small noise stays visible.
+func uniformNoise(p *Parameters, level, size int) (ring.Poly, error) {
+	system, err := sampling.NewPRNG()
+	if err != nil {
+		return ring.Poly{}, err
+	}
+	random := make([]byte, 8*p.N())
+	if _, err := system.Read(random); err != nil {
+		return ring.Poly{}, err
+	}
+	integers := make([]int64, p.N())
+	for i := range integers {
+		word := binary.LittleEndian.Uint64(random[8*i:]) & (2<<size - 1)
+		integers[i] = int64(word) - 1<<size
+	}
+	noise := p.RingQ().AtLevel(level).NewPoly()
+	for limb, residues := range noise.Coeffs {
+		liftAll(integers, p.RingQ().SubRings[limb], residues)
+	}
+	p.RingQ().AtLevel(level).NTT(noise, noise)
+	return noise, nil
+}

@@ -1,0 +1,399 @@
+package core
+
+import (
+	"encoding/binary"
+	"io"
+
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
+	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
+)
+
+const (
+	seedSize  = 32
+	scaleSize = 20
+	// maxBatch bounds how many ciphertexts one refresh carries.
+	maxBatch = 4096
+)
+
+// Object is what can be written as a frame.
+type Object interface{ Write(io.Writer) error }
+
+// limit is the greatest payload that a type can have under the parameters.
+func (t Type) limit(p *Parameters) uint64 {
+	if t == TypeParameters || p == nil {
+		return 1 << 16
+	}
+	polynomial := packedSize(p.RingQ().SubRings)
+	extended := polynomial + packedSize(p.RingP().SubRings)
+	key := uint64(p.MaxLevel()+1)*extended + seedSize + 16
+	switch t {
+	case TypeSecretKey:
+		return uint64(p.N()) / 4
+	case TypePublicKey:
+		return extended + seedSize
+	case TypeEvaluationKeys:
+		return 8 + key*(uint64(2*p.N())+1)
+	case TypePlaintext, TypeCiphertext:
+		return 3*polynomial + seedSize + scaleSize + 8
+	case TypeRefreshRequest, TypeRefreshReply:
+		return 8 + maxBatch*(2*polynomial+seedSize)
+	case TypeLinearTransformation:
+		return 64 + uint64(p.Slots())*(uint64(p.N())*8*uint64(p.MaxLevel()+1)+32)
+	default:
+		return 1 << 40
+	}
+}
+
+// Write writes the literal as JSON.
+func (p *Parameters) Write(to io.Writer) error {
+	text := p.Describe()
+	return writeFrame(to, Header{Type: TypeParameters, Params: p.ID}, uint64(len(text)), func(out *encoder) { out.bytes(text) })
+}
+
+// Write writes the coefficients, 2 bits each.
+func (sk *SecretKey) Write(to io.Writer) error {
+	p := sk.Params
+	r := p.RingQ().SubRings[0]
+	residues := make([]uint64, p.N())
+	r.IMForm(sk.Value.Q.Coeffs[0], residues)
+	r.INTT(residues, residues)
+	packed := make([]byte, p.N()/4)
+	for i, residue := range residues {
+		code := residue // 0 and 1 as they are, -1 as 2
+		if residue == r.Modulus-1 {
+			code = 2
+		} else if residue > 1 {
+			return failure(Internal, "a secret key that is not ternary")
+		}
+		packed[i/4] |= byte(code << (2 * (i % 4)))
+	}
+	h := Header{Type: TypeSecretKey, Params: p.ID, Key: sk.ID}
+	return writeFrame(to, h, uint64(len(packed)), func(out *encoder) { out.bytes(packed) })
+}
+
+func readSecretKey(in *decoder, p *Parameters, h Header) (any, error) {
+	packed := make([]byte, p.N()/4)
+	in.bytes(packed)
+	key := rlwe.NewSecretKey(p.Parameters)
+	ternary := func(rings []*ring.SubRing, out ring.Poly) {
+		for limb, r := range rings {
+			for i := range out.Coeffs[limb] {
+				switch packed[i/4] >> (2 * (i % 4)) & 3 {
+				case 1:
+					out.Coeffs[limb][i] = 1
+				case 2:
+					out.Coeffs[limb][i] = r.Modulus - 1
+				case 3:
+					in.fail("a secret key that is not ternary")
+				}
+			}
+		}
+	}
+	ternary(p.RingQ().SubRings, key.Value.Q)
+	ternary(p.RingP().SubRings, key.Value.P)
+	extended := p.RingQP()
+	extended.NTT(key.Value, key.Value)
+	extended.MForm(key.Value, key.Value)
+	return secretKeyFrom(p, key, h.Key), nil
+}
+
+// Write writes the first component and the seed of the second.
+func (pk *PublicKey) Write(to io.Writer) error {
+	p := pk.Params
+	size := packedSize(p.RingQ().SubRings) + packedSize(p.RingP().SubRings) + seedSize
+	return writeFrame(to, Header{Type: TypePublicKey, Params: p.ID, Key: pk.ID}, size, func(out *encoder) {
+		out.bytes(pk.seed[:])
+		out.limbs(p.RingQ().SubRings, pk.Value[0].Q.Coeffs)
+		out.limbs(p.RingP().SubRings, pk.Value[0].P.Coeffs)
+	})
+}
+
+func readPublicKey(in *decoder, p *Parameters, h Header) (any, error) {
+	var seed [seedSize]byte
+	in.bytes(seed[:])
+	first := p.RingQP().NewPoly()
+	in.limbs(p.RingQ().SubRings, first.Q.Coeffs)
+	in.limbs(p.RingP().SubRings, first.P.Coeffs)
+	if in.err != nil {
+		return nil, in.err
+	}
+	return newPublicKey(p, first, seed, h.Key)
+}
+
+// Write writes the first components and the seeds.
+func (keys *EvaluationKeys) Write(to io.Writer) error {
+	p := keys.Params
+	keys.lock.Lock()
+	defer keys.lock.Unlock()
+	size := uint64(8)
+	all := keys.list()
+	for _, key := range all {
+		size += 16 + evaluationKeySize(p, key.LevelQ())
+	}
+	h := Header{Type: TypeEvaluationKeys, Params: p.ID, Key: keys.ID}
+	return writeFrame(to, h, size, func(out *encoder) {
+		out.u32(uint32(len(all)))
+		out.u32(0)
+		elements := keys.elements()
+		if keys.relin != nil {
+			elements = append([]uint64{0}, elements...) // element 0 stands for the relinearisation key
+		}
+		for i, key := range all {
+			out.u64(elements[i])
+			out.u64(uint64(key.LevelQ()))
+			out.evaluationKey(p, key)
+		}
+	})
+}
+
+func evaluationKeySize(p *Parameters, level int) uint64 {
+	digits := p.BaseRNSDecompositionVectorSize(level, p.MaxLevelP())
+	return seedSize + uint64(digits)*(packedSize(p.RingQ().SubRings[:level+1])+packedSize(p.RingP().SubRings))
+}
+
+func (out *encoder) evaluationKey(p *Parameters, key *rlwe.EvaluationKey) {
+	out.bytes(key.Seed[:])
+	for _, digit := range key.Value {
+		out.limbs(p.RingQ().SubRings[:key.LevelQ()+1], digit[0][0].Q.Coeffs)
+		out.limbs(p.RingP().SubRings, digit[0][0].P.Coeffs)
+	}
+}
+
+func (in *decoder) evaluationKey(p *Parameters, level int) *rlwe.EvaluationKey {
+	if !in.need(evaluationKeySize(p, level)) {
+		return nil
+	}
+	key := rlwe.NewEvaluationKey(p.Parameters, rlwe.EvaluationKeyParameters{LevelQ: &level, Compressed: true})
+	key.Seed = new([seedSize]byte)
+	in.bytes(key.Seed[:])
+	for _, digit := range key.Value {
+		in.limbs(p.RingQ().SubRings[:level+1], digit[0][0].Q.Coeffs)
+		in.limbs(p.RingP().SubRings, digit[0][0].P.Coeffs)
+	}
+	return key
+}
+
+func readEvaluationKeys(in *decoder, p *Parameters, h Header) (any, error) {
+	keys := &EvaluationKeys{Params: p, ID: h.Key, galois: map[uint64]*rlwe.GaloisKey{}}
+	count, root, last := in.u32(), p.RingQ().NthRoot(), uint64(0)
+	if in.u32() != 0 || uint64(count) > root/2+1 {
+		in.fail("%d evaluation keys", count)
+	}
+	for i := range count {
+		element, level := in.u64(), in.u64()
+		relin := i == 0 && element == 0
+		if !relin && (element <= last || element >= root || element%2 == 0) || level > uint64(p.MaxLevel()) {
+			in.fail("an evaluation key of element %d and level %d", element, level)
+		}
+		if in.err != nil {
+			return nil, in.err
+		}
+		key := in.evaluationKey(p, int(level))
+		if in.err != nil {
+			return nil, in.err
+		}
+		if relin {
+			keys.relin = &rlwe.RelinearizationKey{EvaluationKey: *key}
+			continue
+		}
+		last = element
+		keys.galois[element] = &rlwe.GaloisKey{GaloisElement: element, NthRoot: root, EvaluationKey: *key}
+	}
+	return keys, in.err
+}
+
+func (out *encoder) scale(scale rlwe.Scale) {
+	high, low, exponent := scaleParts(scale)
+	out.u64(high)
+	out.u64(low)
+	out.u32(uint32(int32(exponent)))
+}
+
+func (in *decoder) scale() rlwe.Scale {
+	high, low, exponent := in.u64(), in.u64(), int(int32(in.u32()))
+	if in.err != nil {
+		return rlwe.NewScale(1)
+	}
+	scale, err := scaleFrom(high, low, exponent)
+	if err != nil {
+		in.err = err
+		return rlwe.NewScale(1)
+	}
+	return scale
+}
+
+// Write writes level, scale and residues.
+func (pt *Plaintext) Write(to io.Writer) error {
+	rings := pt.Params.RingQ().SubRings[:pt.Level()+1]
+	size := 8 + scaleSize + packedSize(rings)
+	return writeFrame(to, Header{Type: TypePlaintext, Params: pt.Params.ID}, size, func(out *encoder) {
+		out.u64(uint64(pt.Level()))
+		out.scale(pt.Scale)
+		out.limbs(rings, pt.Value.Coeffs)
+	})
+}
+
+func (in *decoder) level(p *Parameters) int {
+	level := in.u64()
+	if level > uint64(p.MaxLevel()) {
+		in.fail("level %d", level)
+		return 0
+	}
+	return int(level)
+}
+
+func readPlaintext(in *decoder, p *Parameters, _ Header) (any, error) {
+	level, scale := in.level(p), in.scale()
+	rings := p.RingQ().SubRings[:level+1]
+	if !in.need(packedSize(rings)) {
+		return nil, in.err
+	}
+	plaintext := NewPlaintext(p, level, scale)
+	in.limbs(rings, plaintext.Value.Coeffs)
+	return plaintext, in.err
+}
+
+// Write writes the residues, or the seed for the component that it generates.
+func (ct *Ciphertext) Write(to io.Writer) error {
+	rings := ct.Params.RingQ().SubRings[:ct.Level()+1]
+	seeded := ct.Seed != nil && ct.Degree() == 1
+	size := 8 + scaleSize + uint64(ct.Degree()+1)*packedSize(rings)
+	if seeded {
+		size = 8 + scaleSize + seedSize + packedSize(rings)
+	}
+	h := Header{Type: TypeCiphertext, Params: ct.Params.ID, Key: ct.Key}
+	return writeFrame(to, h, size, func(out *encoder) {
+		kind := ct.Degree()
+		if seeded {
+			kind = 0
+		}
+		out.bytes(binary.LittleEndian.AppendUint32([]byte{byte(kind), 0, 0, 0}, uint32(ct.Level())))
+		out.scale(ct.Scale)
+		if seeded {
+			out.bytes(ct.Seed[:])
+			out.limbs(rings, ct.Value[0].Coeffs)
+			return
+		}
+		for _, polynomial := range ct.Value {
+			out.limbs(rings, polynomial.Coeffs)
+		}
+	})
+}
+
+func readCiphertext(in *decoder, p *Parameters, h Header) (any, error) {
+	kind, padding := in.u8(), make([]byte, 3)
+	in.bytes(padding)
+	level := in.u32()
+	if kind > 2 || padding[0]|padding[1]|padding[2] != 0 || level > uint32(p.MaxLevel()) {
+		in.fail("a ciphertext of kind %d at level %d", kind, level)
+	}
+	scale := in.scale()
+	if in.err != nil {
+		return nil, in.err
+	}
+	if kind == 0 {
+		return in.seeded(p, h.Key, int(level), scale)
+	}
+	rings := p.RingQ().SubRings[:level+1]
+	if !in.need(uint64(kind+1) * packedSize(rings)) {
+		return nil, in.err
+	}
+	ct := newCiphertext(p, h.Key, kind, int(level), scale)
+	for _, polynomial := range ct.Value {
+		in.limbs(rings, polynomial.Coeffs)
+	}
+	return ct, in.err
+}
+
+func (in *decoder) seeded(p *Parameters, key ID, level int, scale rlwe.Scale) (*Ciphertext, error) {
+	rings := p.RingQ().SubRings[:level+1]
+	if !in.need(seedSize + packedSize(rings)) {
+		return nil, in.err
+	}
+	ct := newCiphertext(p, key, 1, level, scale)
+	ct.Seed = new([seedSize]byte)
+	in.bytes(ct.Seed[:])
+	in.limbs(rings, ct.Value[0].Coeffs)
+	if in.err != nil {
+		return nil, in.err
+	}
+	return ct, expandSeed(p, *ct.Seed, ct.Value[1])
+}
+
+// Write writes what the client must know and the masked ciphertexts.
+func (r *RefreshRequest) Write(to io.Writer) error {
+	rings := r.Params.RingQ().SubRings[:r.Level+1]
+	size := 8 + 2*uint64(len(r.Masked))*packedSize(rings)
+	h := Header{Type: TypeRefreshRequest, Params: r.Params.ID, Key: r.Key}
+	return writeFrame(to, h, size, func(out *encoder) {
+		out.bytes([]byte{byte(r.Level), byte(r.To), byte(r.Shift), 0})
+		out.u32(uint32(len(r.Masked)))
+		for _, masked := range r.Masked {
+			out.limbs(rings, masked.Value[0].Coeffs)
+			out.limbs(rings, masked.Value[1].Coeffs)
+		}
+	})
+}
+
+func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
+	level, to, shift, padding, count := in.u8(), in.u8(), in.u8(), in.u8(), in.u32()
+	if level > p.MaxLevel() || to > p.MaxLevel() || shift > maxShift || padding != 0 || count > maxBatch {
+		in.fail("a refresh of %d ciphertexts from level %d to %d, divided by 2^%d", count, level, to, shift)
+	}
+	if in.err != nil {
+		return nil, in.err
+	}
+	rings := p.RingQ().SubRings[:level+1]
+	if !in.need(2 * uint64(count) * packedSize(rings)) {
+		return nil, in.err
+	}
+	request := &RefreshRequest{p, h.Key, level, to, uint(shift), make([]*rlwe.Ciphertext, count)}
+	for i := range request.Masked {
+		request.Masked[i] = ckks.NewCiphertext(p.Parameters, 1, level)
+		in.limbs(rings, request.Masked[i].Value[0].Coeffs)
+		in.limbs(rings, request.Masked[i].Value[1].Coeffs)
+	}
+	return request, in.err
+}
+
+// Write writes the fresh ciphertexts, each as a seed and one component.
+func (r *RefreshReply) Write(to io.Writer) error {
+	level := 0
+	if len(r.Fresh) > 0 {
+		level = r.Fresh[0].Level()
+	}
+	rings := r.Params.RingQ().SubRings[:level+1]
+	size := 8 + uint64(len(r.Fresh))*(seedSize+packedSize(rings))
+	h := Header{Type: TypeRefreshReply, Params: r.Params.ID, Key: r.Key}
+	return writeFrame(to, h, size, func(out *encoder) {
+		out.u32(uint32(level))
+		out.u32(uint32(len(r.Fresh)))
+		for _, fresh := range r.Fresh {
+			out.bytes(fresh.Seed[:])
+			out.limbs(rings, fresh.Value[0].Coeffs)
+		}
+	})
+}
+
+func readRefreshReply(in *decoder, p *Parameters, h Header) (any, error) {
+	level, count := in.u32(), in.u32()
+	if level > uint32(p.MaxLevel()) || count > maxBatch {
+		in.fail("a refresh reply of %d ciphertexts at level %d", count, level)
+	}
+	if in.err != nil {
+		return nil, in.err
+	}
+	if !in.need(uint64(count) * (seedSize + packedSize(p.RingQ().SubRings[:level+1]))) {
+		return nil, in.err
+	}
+	reply := &RefreshReply{p, h.Key, make([]*Ciphertext, count)}
+	for i := range reply.Fresh {
+		fresh, err := in.seeded(p, h.Key, int(level), p.DefaultScale())
+		if err != nil {
+			return nil, err
+		}
+		reply.Fresh[i] = fresh
+	}
+	return reply, in.err
+}
