@@ -58,7 +58,8 @@ func newDiagonal(p *Parameters, values []complex128, factor float64, baby, level
 		round(values, factor, p.Real(), integers)
 		d.residues = ring.NewPoly(size, level)
 		for limb, residues := range d.residues.Coeffs {
-			d.transform(p.RingQ().SubRings[limb], integers, residues)
+			liftAll(integers, p.RingQ().SubRings[limb], residues)
+			transformSmall(p.RingQ().SubRings[limb], residues)
 		}
 	case Int32:
 		d.multiplier = int64(math.Ceil(greatest / math.MaxInt32))
@@ -81,35 +82,40 @@ func newDiagonal(p *Parameters, values []complex128, factor float64, baby, level
 // at returns the residues of the diagonal modulo one prime, in NTT order, gap
 // times fewer than the ring degree and below 6 times the prime. They are made in
 // the given memory, or given as they are kept.
-func (d *diagonal) at(subring *ring.SubRing, limb int, integers []int64, residues []uint64) []uint64 {
+func (d *diagonal) at(subring *ring.SubRing, limb int, residues []uint64) []uint64 {
 	if d.residues.Coeffs != nil {
 		return d.residues.Coeffs[limb]
 	}
-	size := len(d.narrow) + len(d.wide)
-	integers, residues = integers[:size], residues[:size]
-	for i, value := range d.narrow {
-		integers[i] = int64(value) * d.multiplier
+	if d.narrow != nil {
+		residues = residues[:len(d.narrow)]
+		liftSmall(d.narrow, d.multiplier, math.MaxInt16, subring, residues)
+	} else {
+		residues = residues[:len(d.wide)]
+		liftSmall(d.wide, d.multiplier, math.MaxInt32, subring, residues)
 	}
-	for i, value := range d.wide {
-		integers[i] = int64(value) * d.multiplier
-	}
-	d.transform(subring, integers, residues)
+	transformSmall(subring, residues)
 	return residues
 }
 
-// transform lifts integers modulo the prime and transforms them. A polynomial in
-// X^gap has the transform of the smaller ring, each value repeated gap times,
-// under the same roots (they are stored in bit-reversed order, so the first ones
-// are those of the smaller ring).
-func (d *diagonal) transform(subring *ring.SubRing, integers []int64, residues []uint64) {
-	if limit := int64(subring.Modulus); d.multiplier*math.MaxInt32 < limit && d.wide != nil ||
-		d.multiplier*math.MaxInt16 < limit && d.narrow != nil {
-		for i, value := range integers {
-			residues[i] = lift(value, subring.Modulus)
+// liftSmall writes small integers, times a multiplier, modulo the prime.
+func liftSmall[T int16 | int32](values []T, multiplier, bound int64, subring *ring.SubRing, residues []uint64) {
+	prime := subring.Modulus
+	if multiplier <= int64(prime-1)/bound { // every product is below the prime
+		for i, value := range values {
+			residues[i] = lift(int64(value)*multiplier, prime)
 		}
-	} else {
-		liftAll(integers, subring, residues)
+		return
 	}
+	offset := (1<<62/prime + 1) * prime
+	for i, value := range values {
+		residues[i] = ring.BRedAdd(uint64(int64(value)*multiplier)+offset, prime, subring.BRedConstant)
+	}
+}
+
+// transformSmall transforms a polynomial in X^gap without its zeros. Its transform
+// is that of the smaller ring, each value repeated gap times, under the same roots:
+// they are stored in bit-reversed order, so the first are those of the smaller ring.
+func transformSmall(subring *ring.SubRing, residues []uint64) {
 	apply := ring.NTTStandardLazy
 	if subring.Type() == ring.ConjugateInvariant {
 		apply = ring.NTTConjugateInvariantLazy

@@ -216,7 +216,6 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 		}
 	}
 	type scratch struct {
-		integers    []int64
 		residues    [][]uint64
 		terms       []term
 		accumulator accumulator
@@ -224,7 +223,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 	workers := make([]*scratch, Threads())
 	return parallelWorkers(len(steps)*(level+1), func(worker, job int) error {
 		if workers[worker] == nil {
-			workers[worker] = &scratch{make([]int64, p.N()), make([][]uint64, widest), make([]term, widest), accumulator{}}
+			workers[worker] = &scratch{make([][]uint64, widest), make([]term, widest), accumulator{}}
 		}
 		own, limb, s := workers[worker], job/len(steps), steps[job%len(steps)]
 		subring := p.RingQ().SubRings[limb]
@@ -232,7 +231,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 			if own.residues[i] == nil && d.residues.Coeffs == nil {
 				own.residues[i] = make([]uint64, p.N())
 			}
-			own.terms[i] = term{plain: d.at(subring, limb, own.integers, own.residues[i]), gap: d.gap}
+			own.terms[i] = term{plain: d.at(subring, limb, own.residues[i]), gap: d.gap}
 		}
 		terms := own.terms[:len(s.row)]
 		for input, sum := range s.sums {
