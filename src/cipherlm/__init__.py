@@ -1,0 +1,48 @@
+"""Run GPT-class language models on encrypted text.
+
+The names below are imported when they are first used, so that ``import cipherlm`` and the layers without
+models load neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cipherlm.models.config import EncryptionConfig
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.loading import load_model, load_tokenizer
+    from cipherlm.models.published import MultiHeadsQGPT2Model, SingleHeadQGPT2Model
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "EncryptedGPT2LMHeadModel": "cipherlm.models.integration",
+    "EncryptionConfig": "cipherlm.models.config",
+    "MultiHeadsQGPT2Model": "cipherlm.models.published",
+    "SingleHeadQGPT2Model": "cipherlm.models.published",
+    "get_encrypted_model": "cipherlm.models.integration",
+    "load_model": "cipherlm.models.loading",
+    "load_tokenizer": "cipherlm.models.loading",
+}
+
+__all__ = [
+    "EncryptedGPT2LMHeadModel",
+    "EncryptionConfig",
+    "MultiHeadsQGPT2Model",
+    "SingleHeadQGPT2Model",
+    "get_encrypted_model",
+    "load_model",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

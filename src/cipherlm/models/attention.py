@@ -1,0 +1,224 @@
+"""GPT-2's attention module with chosen heads, or all of it, on encrypted data."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.pytorch_utils import Conv1D
+
+from cipherlm.models.config import EncryptionConfig
+from cipherlm.progress import Progress, silent
+from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
+from cipherlm.schemes.tfhe.circuit import AttentionCircuit, NotCompiledError, TooManyTokensError
+
+Float64 = NDArray[np.float64]
+FheMode = Literal["disable", "simulate", "execute"]
+MODES: tuple[FheMode, ...] = get_args(FheMode)
+
+
+class EncryptedAttention(nn.Module):
+    """Takes the place of a ``GPT2Attention``: the same weights under the same names, the same call.
+
+    Hidden states leave the clear model here, one sequence after the other, for the quantised attention, and
+    its result comes back. ``mode`` says how that runs: ``"disable"`` the quantised arithmetic in the clear,
+    ``"simulate"`` the compiled circuit without encryption, ``"execute"`` the circuit on ciphertexts.
+
+    Where the configuration names heads, only they do so; the other heads and the output projection are
+    computed here as before. Otherwise the whole module, with its projection, is in the circuit.
+    """
+
+    def __init__(
+        self, name: str, attention: GPT2Attention, config: EncryptionConfig, progress: Progress = silent
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.progress = progress
+        self.mode: FheMode = "disable"
+        self.quantized: QuantizedAttention | None = None
+        self.circuit: AttentionCircuit | None = None
+        # The submodules themselves, so that parameters keep their names in the model's state dict.
+        self.c_attn: Conv1D = attention.c_attn
+        self.c_proj: Conv1D = attention.c_proj
+        self.n_heads: int = attention.num_heads
+        self.width: int = attention.embed_dim
+        self.head_dim: int = attention.head_dim
+        self.score_scale = _score_scale(attention)
+        self.train(attention.training)
+        self._in_clear = False
+        self._recorded: list[Float64] | None = None
+
+    @property
+    def heads(self) -> list[int]:
+        """The heads that are encrypted, in the order of the circuit's output."""
+        return list(range(self.n_heads)) if self.config.heads is None else self.config.heads
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+        **_unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend to ``hidden_states`` (batch, tokens, width); there are no attention weights to return.
+
+        Positions and cache positions, which both lines of transformers pass too, say nothing more once there
+        is neither a cache nor padding.
+        """
+        self._check_call(hidden_states.shape[1], past_key_values, attention_mask, head_mask)
+        if self._recorded is not None:
+            self._recorded.extend(_to_numpy(hidden_states))
+        if self._in_clear:
+            return self._project(self._clear_heads(hidden_states, range(self.n_heads))), None
+        encrypted = self._encrypted(hidden_states)
+        if self.config.heads is None:
+            return encrypted, None
+        others = [head for head in range(self.n_heads) if head not in self.heads]
+        batch, tokens, _ = hidden_states.shape
+        together = hidden_states.new_empty(batch, tokens, self.n_heads, self.head_dim)
+        together[:, :, self.heads] = encrypted.view(batch, tokens, -1, self.head_dim)
+        together[:, :, others] = self._clear_heads(hidden_states, others)
+        return self._project(together), None
+
+    def weights(self) -> AttentionWeights:
+        """Return the layer's weights as the schemes take them, which divide scores by ``sqrt(head_dim)``."""
+        qkv_weight, qkv_bias, projection_weight, projection_bias = (
+            _to_numpy(parameter)
+            for parameter in (self.c_attn.weight, self.c_attn.bias, self.c_proj.weight, self.c_proj.bias)
+        )
+        # Another scale of the scores (GPT2Config can ask for one) goes into the queries.
+        factor = self.score_scale * math.sqrt(self.head_dim)
+        qkv_weight[:, : self.width] *= factor
+        qkv_bias[: self.width] *= factor
+        return AttentionWeights(qkv_weight, qkv_bias, projection_weight, projection_bias, self.n_heads)
+
+    @contextmanager
+    def in_clear(self) -> Iterator[None]:
+        """Compute as the clear model does, in floating point, for as long as the context lasts."""
+        before, self._in_clear = self._in_clear, True
+        try:
+            yield
+        finally:
+            self._in_clear = before
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Float64]]:
+        """Collect what comes in, one (tokens, width) array a sequence."""
+        recorded: list[Float64] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def check_ready(self, tokens: int) -> None:
+        """Raise unless a sequence of ``tokens`` can run in the present mode.
+
+        ``NotCompiledError`` if calibration or the circuit is missing, ``TooManyTokensError`` if the circuit
+        is too short.
+        """
+        if self._in_clear:
+            return
+        if self.quantized is None:
+            raise NotCompiledError(
+                f"{self.name} is not calibrated: call compile(calibration_ids) first, "
+                'or calibrate(calibration_ids) for the mode "disable" alone'
+            )
+        if self.mode == "disable":
+            return
+        if self.circuit is None:
+            raise NotCompiledError(
+                f'{self.name} has no circuit for the mode "{self.mode}": call compile() first, '
+                'or set_fhe_mode("disable")'
+            )
+        if tokens > self.circuit.tokens:
+            raise TooManyTokensError(
+                f"a sequence of {tokens} tokens is too long for {self.name}, compiled for at most "
+                f"{self.circuit.tokens}: shorten the prompt, generate fewer tokens, "
+                f"or compile(tokens={tokens})"
+            )
+
+    def extra_repr(self) -> str:
+        """Say in ``print(model)`` what is encrypted."""
+        heads = "all, with the projection" if self.config.heads is None else self.config.heads
+        return f"heads={heads}, n_bits={self.config.n_bits}, mode={self.mode}"
+
+    def _check_call(
+        self,
+        tokens: int,
+        past_key_values: Any,
+        attention_mask: torch.Tensor | None,
+        head_mask: torch.Tensor | None,
+    ) -> None:
+        self.check_ready(tokens)
+        if past_key_values is not None:
+            raise ValueError(
+                f"{self.name} is encrypted and has no key-value cache: call with use_cache=False"
+            )
+        if attention_mask is not None and not _is_causal(attention_mask, tokens):
+            raise ValueError(
+                f"{self.name} is encrypted and attends to every earlier token: a mask that hides some "
+                "(padding, packed sequences) cannot be used; run sequences of different lengths one by one"
+            )
+        if head_mask is not None:
+            raise ValueError(f"{self.name} is encrypted and cannot take a head_mask")
+        if self.training:
+            raise RuntimeError(f"{self.name} is encrypted and cannot be trained: call model.eval() first")
+
+    def _encrypted(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the circuit's output (batch, tokens, outputs)."""
+        run = self._runner()
+        rows = [run(sequence) for sequence in _to_numpy(hidden_states)]
+        return torch.from_numpy(np.stack(rows)).to(hidden_states)
+
+    def _runner(self) -> Callable[[Float64], Float64]:
+        assert self.quantized is not None  # check_ready
+        if self.mode == "disable":
+            return self.quantized
+        circuit = self.circuit
+        assert circuit is not None
+        return circuit.simulate if self.mode == "simulate" else circuit.execute
+
+    def _clear_heads(self, hidden_states: torch.Tensor, heads: Any) -> torch.Tensor:
+        """Return the output (batch, tokens, heads, head_dim) of some heads, computed in the clear."""
+        batch, tokens, _ = hidden_states.shape
+        qkv = self.c_attn(hidden_states).view(batch, tokens, 3, self.n_heads, self.head_dim)
+        query, key, value = qkv[:, :, :, list(heads)].permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.score_scale
+        )
+        return mixed.transpose(1, 2)
+
+    def _project(self, heads: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.c_proj(heads.flatten(2))
+        return projected
+
+
+def _score_scale(attention: GPT2Attention) -> float:
+    """Return what the scores are multiplied by, as GPT-2's configuration has it."""
+    scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+    if attention.scale_attn_by_inverse_layer_idx:
+        scale /= attention.layer_idx + 1
+    return float(scale)
+
+
+def _is_causal(mask: torch.Tensor, tokens: int) -> bool:
+    """Say whether ``mask``, in any of transformers' forms, hides the later tokens and nothing else."""
+    if mask.dim() == 2:  # (batch, tokens), 1 for a token and 0 for padding
+        return bool(mask.bool().all())
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    return allowed.shape[-2:] == causal.shape and bool((allowed == causal).all())
+
+
+def _to_numpy(tensor: torch.Tensor) -> Float64:
+    """Return a copy in double precision, whatever the tensor's device and type."""
+    array: Float64 = tensor.detach().to("cpu", torch.float64, copy=True).numpy()
+    return array

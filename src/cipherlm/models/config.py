@@ -1,0 +1,134 @@
+"""What to encrypt and how: the one object that a user writes down."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR
+from cipherlm.schemes.tfhe.quantization import check_bits
+
+Scheme = Literal["tfhe"]
+Rounding = Literal["approximate", "exact"]
+
+CONFIG_NAME = "encryption_config.json"
+FORMAT_VERSION = 1
+MAX_P_ERROR = 0.1
+
+
+@dataclass(frozen=True)
+class EncryptionConfig:
+    """Which modules of a model run on encrypted data, and with which parameters.
+
+    ``target_modules`` names attention modules as PEFT does: a list of names or of their endings
+    (``["transformer.h.0.attn"]``, ``["attn"]`` for every block), or one string, which may also be a regular
+    expression for the whole name.
+
+    ``heads`` chooses attention heads; the other heads and the output projection then stay in the clear. With
+    None, all heads and the output projection are encrypted.
+
+    ``n_bits`` is the precision of weights and activations, 2 to 8. ``p_error`` is the probability that one
+    table lookup on encrypted data goes wrong. ``rounding`` before a lookup is ``"approximate"`` (faster: it
+    may be off by one step) or ``"exact"``.
+
+    Raises ``ValueError`` on anything that cannot work whatever the model is.
+    """
+
+    target_modules: str | list[str]
+    scheme: Scheme = "tfhe"
+    n_bits: int = 4
+    heads: list[int] | None = None
+    p_error: float = DEFAULT_P_ERROR
+    rounding: Rounding = "approximate"
+
+    def __post_init__(self) -> None:
+        # Lists are copied, so that this object stays as it was checked.
+        object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
+        _check_choice("scheme", self.scheme, get_args(Scheme))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        check_bits(self.n_bits)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _checked_heads(self.heads))
+        if (
+            isinstance(self.p_error, bool)
+            or not isinstance(self.p_error, (int, float))
+            or not 0 < self.p_error < MAX_P_ERROR
+        ):
+            raise ValueError(f"p_error must be a number between 0 and {MAX_P_ERROR}, not {self.p_error!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the format's version, ready for JSON."""
+        return {"version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EncryptionConfig":
+        """Return the configuration that ``to_dict`` gave. Raises ``ValueError`` on anything else."""
+        values = dict(values)
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"version {version!r} of an encryption config is not known, only {FORMAT_VERSION}: "
+                "was it written by a newer CipherLM?"
+            )
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown fields in an encryption config: {', '.join(unknown)}")
+        if "target_modules" not in values:
+            raise ValueError("an encryption config needs target_modules")
+        return cls(**values)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``encryption_config.json`` into ``directory``, which is made if need be."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "EncryptionConfig":
+        """Read ``encryption_config.json`` from ``directory``.
+
+        Raises ``FileNotFoundError`` if there is none and ``ValueError`` if it is damaged; both name the file.
+        """
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no encrypted model in {os.fspath(directory)!r}: no {CONFIG_NAME}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("not a JSON object")
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _checked_names(names: Any) -> str | list[str]:
+    wanted = [names] if isinstance(names, str) else names
+    if not isinstance(wanted, (list, tuple)) or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(f"target_modules must be a module name or a list of them, not {names!r}")
+    if not wanted or not all(wanted):
+        raise ValueError('target_modules is empty: name a module, for example "transformer.h.0.attn"')
+    return names if isinstance(names, str) else list(wanted)
+
+
+def _checked_heads(given: Any) -> list[int]:
+    if not isinstance(given, (list, tuple, range)) or not all(_is_integer(head) for head in given):
+        raise ValueError(f"heads must be a list of head numbers or None, not {given!r}")
+    heads = list(given)
+    if not heads:
+        raise ValueError("heads is empty: name at least one head, or leave it out for all heads")
+    if min(heads) < 0:
+        raise ValueError(f"heads are numbered from 0; {min(heads)} is not a head")
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"heads names a head twice: {heads}")
+    return heads
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,79 @@
+"""Finding the modules that a configuration names, and saying what there is where it names none."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.pytorch_utils import Conv1D
+
+from cipherlm.models.config import EncryptionConfig
+
+_LISTED = 12
+
+
+def find_targets(model: nn.Module, config: EncryptionConfig) -> dict[str, GPT2Attention]:
+    """Return the attention modules of ``model`` that ``config`` names, in the model's order.
+
+    Raises ``ValueError`` if a name fits no attention module, or if one of them lacks a head.
+    """
+    modules = dict(model.named_modules())
+    available = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, GPT2Attention) and not module.is_cross_attention
+    }
+    targets = {name: available[name] for name in match(config.target_modules, list(available), list(modules))}
+    for name, attention in targets.items():
+        if not all(isinstance(layer, Conv1D) for layer in (attention.c_attn, attention.c_proj)):
+            raise ValueError(
+                f"the weights of {name} are not plain (adapters? 8-bit loading?): merge or load them first"
+            )
+        missing = [head for head in config.heads or [] if head >= attention.num_heads]
+        if missing:
+            raise ValueError(f"{name} has heads 0 to {attention.num_heads - 1}, no head {missing[0]}")
+    return targets
+
+
+def match(wanted: str | Sequence[str], available: list[str], others: Sequence[str] = ()) -> list[str]:
+    """Return the names among ``available`` that ``wanted`` means, as PEFT's ``target_modules`` does.
+
+    A name or its ending after a dot; as one string, a regular expression for the whole name as well.
+    ``others`` are names that exist but cannot be used. Raises ``ValueError`` where an entry fits nothing.
+    """
+    entries = [wanted] if isinstance(wanted, str) else wanted
+    found: set[str] = set()
+    for entry in entries:
+        names = [name for name in available if _is_named(name, entry)]
+        if not names and isinstance(wanted, str):
+            names = [name for name in available if _fits(entry, name)]
+        if not names:
+            raise ValueError(_no_such_module(entry, available, others))
+        found.update(names)
+    return [name for name in available if name in found]
+
+
+def _is_named(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _fits(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:  # not meant as a regular expression
+        return False
+
+
+def _no_such_module(entry: str, available: Sequence[str], others: Sequence[str]) -> str:
+    if any(_is_named(name, entry) for name in others):
+        problem = f"module {entry!r} cannot be encrypted, only attention modules can"
+    else:
+        close = difflib.get_close_matches(entry, available, n=3, cutoff=0.6)
+        problem = f"there is no attention module {entry!r}"
+        if close:
+            problem += f"; did you mean {' or '.join(map(repr, close))}?"
+    listed = ", ".join(available[:_LISTED]) or "none"
+    if len(available) > _LISTED:
+        listed += f", ... {available[-1]} ({len(available)} in all)"
+    return f"{problem} (attention modules of this model: {listed})"

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from cipherlm import EncryptionConfig
+from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR
+
+NAME = "encryption_config.json"
+
+
+def test_defaults():
+    config = EncryptionConfig("transformer.h.0.attn")
+    assert (config.scheme, config.n_bits, config.heads, config.rounding) == ("tfhe", 4, None, "approximate")
+    assert config.p_error == DEFAULT_P_ERROR
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncryptionConfig("transformer.h.0.attn"),
+        EncryptionConfig(["a.attn", "b.attn"], n_bits=8, heads=[2, 0], p_error=1e-3, rounding="exact"),
+        EncryptionConfig(("attn",), heads=range(3)),
+    ],
+)
+def test_round_trip(config, tmp_path):
+    assert EncryptionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config.save_pretrained(tmp_path / "new" / "directory")
+    assert EncryptionConfig.from_pretrained(tmp_path / "new" / "directory") == config
+
+
+def test_it_stays_as_it_was_checked():
+    heads, names = [0], ["attn"]
+    config = EncryptionConfig(names, heads=heads)
+    heads.append(-1)
+    names.append("")
+    assert (config.heads, config.target_modules) == ([0], ["attn"])
+    with pytest.raises(AttributeError):
+        config.n_bits = 99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": ""}, "target_modules is empty"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ["a", ""]}, "target_modules is empty"),
+        ({"target_modules": [1]}, "module name or a list"),
+        ({"target_modules": None}, "module name or a list"),
+        ({"scheme": "rot13"}, "scheme must be one of 'tfhe'"),
+        ({"n_bits": 1}, "n_bits must be .*from 2 to 8, not 1"),
+        ({"n_bits": 9}, "n_bits must be .*from 2 to 8, not 9"),
+        ({"n_bits": 4.0}, "n_bits must be an integer"),
+        ({"n_bits": True}, "n_bits must be an integer"),
+        ({"heads": []}, "heads is empty"),
+        ({"heads": [0, 0]}, "twice"),
+        ({"heads": [-1]}, "numbered from 0"),
+        ({"heads": 0}, "list of head numbers"),
+        ({"heads": ["0"]}, "list of head numbers"),
+        ({"p_error": 0}, "p_error must be"),
+        ({"p_error": 0.1}, "p_error must be"),
+        ({"p_error": float("nan")}, "p_error must be"),
+        ({"p_error": "small"}, "p_error must be"),
+        ({"rounding": "none"}, "rounding must be one of 'approximate', 'exact'"),
+    ],
+)
+def test_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        EncryptionConfig(**{"target_modules": "attn", **change})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "version None"),
+        ({"version": 2, "target_modules": "attn"}, "version 2 .*newer"),
+        ({"version": 1}, "needs target_modules"),
+        ({"version": 1, "target_modules": "attn", "colour": "red"}, "unknown fields .*colour"),
+        ({"version": 1, "target_modules": "attn", "n_bits": 40}, "from 2 to 8"),
+    ],
+)
+def test_damaged_values(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        EncryptionConfig.from_dict(values)
+    (tmp_path / NAME).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"{NAME} is damaged: .*{message}"):
+        EncryptionConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
+def test_damaged_file(content, tmp_path):
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{NAME} is damaged"):
+        EncryptionConfig.from_pretrained(tmp_path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no {NAME}"):
+        EncryptionConfig.from_pretrained(tmp_path)
