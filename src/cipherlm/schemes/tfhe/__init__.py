@@ -1,0 +1,1 @@
+"""TFHE through Concrete: exact integers, table lookups by programmable bootstrapping."""

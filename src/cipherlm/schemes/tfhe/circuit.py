@@ -1,0 +1,386 @@
+"""Compiling a quantised attention to TFHE with Concrete, and running it on real ciphertexts.
+
+Compiled circuits and keys are kept on disk, one folder a circuit, named by a hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from cipherlm.progress import silent
+from cipherlm.schemes.tfhe.attention import QuantizedAttention
+from cipherlm.schemes.tfhe.errors import (
+    DamagedCacheError,
+    MissingSchemeError,
+    NoParametersError,
+    TfheError,
+    TooManyTokensError,
+)
+from cipherlm.schemes.tfhe.lookup import ACCUMULATOR_BITS
+from cipherlm.schemes.tfhe.quantization import largest_level
+
+DEFAULT_P_ERROR = 0.01
+"""Probability that the noise moves one lookup's input by more than half a cell, to the neighbouring cell.
+
+Lookups round approximately anyway, and the tables are smooth: the neighbouring cell holds a close value. The
+noise that this default allows has a standard deviation of a fifth of a cell, less than the rounding's own.
+"""
+
+_FORMAT = 1
+
+Progress = Callable[[str], AbstractContextManager[None]]
+Int64 = NDArray[np.int64]
+
+
+def import_concrete() -> ModuleType:
+    """Return ``concrete.fhe``; ``MissingSchemeError`` with the mend where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from concrete import fhe
+    except ImportError as error:
+        raise MissingSchemeError(
+            'TFHE needs Concrete: pip install "cipherlm[tfhe]" (Python 3.10 to 3.12, Linux or macOS)'
+        ) from error
+    return fhe  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class CircuitStatistics:
+    """What a compiled circuit costs. Key sizes are known before any key is generated, but for the sent one."""
+
+    tokens: int
+    pbs: int
+    max_bit_width: int
+    pbs_per_bit_width: dict[int, int]
+    accumulator_bits: int
+    parameter_sets: list[dict[str, int]]
+    evaluation_key_bytes_in_memory: int
+    ciphertext_bytes_in: int
+    ciphertext_bytes_out: int
+    p_error: float
+    complexity: float
+    compile_seconds: float
+    concrete_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CircuitStatistics:
+        """Read what ``to_dict`` wrote."""
+        widths = {int(bits): int(count) for bits, count in values["pbs_per_bit_width"].items()}
+        return cls(**{**values, "pbs_per_bit_width": widths})
+
+
+@dataclass
+class RunReport:
+    """Seconds of the last encrypted run, and the bytes that would travel."""
+
+    encrypt_seconds: float
+    execute_seconds: float
+    decrypt_seconds: float
+    ciphertext_bytes_in: int
+    ciphertext_bytes_out: int
+
+
+@dataclass
+class AttentionCircuit:
+    """A compiled attention layer: ``keygen`` once, then ``execute`` on real ciphertexts."""
+
+    attention: QuantizedAttention
+    tokens: int
+    statistics: CircuitStatistics
+    folder: Path | None
+    from_cache: bool
+    progress: Progress = field(default=silent, repr=False)
+    last_run: RunReport | None = None
+    keygen_seconds: float | None = None
+    evaluation_key_bytes: int | None = None
+    _server: Any = field(default=None, repr=False)
+    _client: Any = field(default=None, repr=False)
+    _evaluation_keys: Any = field(default=None, repr=False)
+    _simulator: Any = field(default=None, repr=False)
+
+    @classmethod
+    def compile(
+        cls,
+        attention: QuantizedAttention,
+        tokens: int,
+        *,
+        p_error: float = DEFAULT_P_ERROR,
+        cache_dir: Path | None | bool = True,
+        progress: Progress = silent,
+    ) -> AttentionCircuit:
+        """Compile ``attention`` for up to ``tokens`` tokens, or read the compiled circuit from the cache.
+
+        ``cache_dir`` is a folder, ``True`` for the user's cache directory or ``None`` for no cache.
+
+        Raises ``MissingSchemeError`` without Concrete, ``NoParametersError`` where no secure parameters
+        exist for it, ``DamagedCacheError`` for a cached circuit that is not what was written.
+        """
+        fhe = import_concrete()
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, not {tokens}")
+        if not 0.0 < p_error < 0.5:
+            raise ValueError(f"p_error must lie between 0 and 0.5, not {p_error}")
+        version = _concrete_version()
+        folder = _circuit_folder(cache_dir, attention, tokens, p_error, version)
+        if folder is not None and (folder / "circuit.json").exists():
+            server, statistics = _load(fhe, folder)
+            return cls(
+                attention, tokens, statistics, folder, True, progress,
+                _server=server, _client=fhe.Client(server.client_specs),
+            )  # fmt: skip
+        start = time.perf_counter()
+        with progress("compiling"):
+            circuit = _compile(fhe, attention, tokens, p_error, simulated=False)
+        statistics = _statistics(circuit, attention, tokens, p_error, time.perf_counter() - start, version)
+        if folder is not None:
+            _save(circuit.server, statistics, folder)
+        return cls(
+            attention, tokens, statistics, folder, False, progress,
+            _server=circuit.server, _client=circuit.client,
+        )  # fmt: skip
+
+    @property
+    def keys_ready(self) -> bool:
+        """Whether ``execute`` has keys to run with."""
+        return self._evaluation_keys is not None
+
+    def keygen(self, *, force: bool = False) -> float:
+        """Generate keys, or read them from the cache; return the seconds it took.
+
+        Cached keys include the secret key: the file is readable by its owner only.
+        """
+        start = time.perf_counter()
+        path = None if self.folder is None else self.folder / "keys"
+        if path is not None and path.exists() and not force:
+            with self.progress("loading keys"):
+                self._client.keys.load_from_bytes(_read_checked(path))
+        else:
+            with self.progress("generating keys"):
+                self._client.keygen(force=True)
+            if path is not None:
+                serialized = self._client.keys.serialize()
+                _write_private(path, hashlib.sha256(serialized).digest() + serialized)
+        self._evaluation_keys = self._client.evaluation_keys
+        self.evaluation_key_bytes = len(self._evaluation_keys.serialize())
+        self.keygen_seconds = time.perf_counter() - start
+        return self.keygen_seconds
+
+    def execute(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Quantise, encrypt, run on ciphertexts, decrypt: (t, width) to (t, outputs), t at most ``tokens``.
+
+        Shorter inputs are padded with zeros behind; causality keeps those out of the rows that are returned.
+        """
+        if not self.keys_ready:
+            self.keygen()
+        padded = self._pad(x)
+        start = time.perf_counter()
+        encrypted = self._client.encrypt(padded)
+        encrypted_at = time.perf_counter()
+        with self.progress("running on ciphertexts"):
+            result = self._server.run(encrypted, evaluation_keys=self._evaluation_keys)
+        executed_at = time.perf_counter()
+        integers = np.asarray(self._client.decrypt(result), dtype=np.int64)
+        self.last_run = RunReport(
+            encrypted_at - start,
+            executed_at - encrypted_at,
+            time.perf_counter() - executed_at,
+            len(encrypted.serialize()),
+            len(result.serialize()),
+        )
+        return self.attention.dequantize(integers)[: len(x)]
+
+    def simulate(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Like ``execute`` on Concrete's simulator: clear values with the noise that encryption would add."""
+        padded = self._pad(x)
+        if self._simulator is None:
+            with self.progress("compiling the simulator"):
+                self._simulator = _compile(
+                    import_concrete(), self.attention, self.tokens, self.statistics.p_error, simulated=True
+                )
+        integers = np.asarray(self._simulator.simulate(padded), dtype=np.int64)
+        return self.attention.dequantize(integers)[: len(x)]
+
+    def _pad(self, x: NDArray[np.floating]) -> Int64:
+        if len(x) > self.tokens:
+            raise TooManyTokensError(len(x), self.tokens)
+        quantized = self.attention.quantizer(x)
+        return np.concatenate([quantized, np.zeros((self.tokens - len(x), x.shape[1]), dtype=np.int64)])
+
+
+def _compile(
+    fhe: ModuleType, attention: QuantizedAttention, tokens: int, p_error: float, *, simulated: bool
+) -> Any:
+    output_bits = attention.precision.output + 1
+
+    def attend(x: Any) -> Any:
+        return fhe.hint(attention.circuit(x), bit_width=output_bits)
+
+    configuration = fhe.Configuration(
+        p_error=p_error,
+        fhe_execution=not simulated,
+        fhe_simulation=simulated,
+        compress_evaluation_keys=True,
+        compress_input_ciphertexts=True,
+        dump_artifacts_on_unexpected_failures=False,
+        # Tables are shifted so that values past their range saturate (see ``lookup``): nothing to clip.
+        approximate_rounding_config=fhe.ApproximateRoundingConfig(
+            logical_clipping=False, approximate_clipping_start_precision=False
+        ),
+    )
+    compiler = fhe.Compiler(attend, {"x": "encrypted"})
+    try:
+        return compiler.compile(_inputset(attention, tokens), configuration)
+    except RuntimeError as error:
+        if "parameters" not in str(error).lower():
+            raise TfheError(f"Concrete cannot compile this circuit: {error}") from error
+        precision = attention.precision
+        raise NoParametersError(
+            f"Concrete finds no 128-bit secure parameters for lookups of {precision.product} bits on products, "
+            f"{precision.softmax} bits in the softmax and {precision.output} bits in the result "
+            f"at p_error={p_error:g}: lower n_bits, the number of heads, or raise p_error"
+        ) from error
+
+
+def _inputset(attention: QuantizedAttention, tokens: int) -> list[Int64]:
+    """Return inputs that tell Concrete the input's bits and little else.
+
+    Accumulators are declared 16 bits wide where a lookup reads them. The inputs here keep well inside that,
+    or Concrete would widen them; values that do leave the range saturate in the lookups.
+    """
+    rng = np.random.default_rng(0)
+    top = largest_level(attention.n_bits)
+    shape = (tokens, attention.width)
+    inputs = [np.zeros(shape, dtype=np.int64)]
+    inputs += [np.asarray(rng.random(shape) < 0.25, dtype=np.int64) * rng.choice((-1, 1), shape) for _ in range(4)]
+    for level in (top, -top):  # one channel alone, the one with the smallest weights, at its two ends
+        largest = np.max(
+            [
+                np.abs(weight).max(axis=1)
+                for head in attention.quantized_heads
+                for weight in (head.query_weight, head.key_weight, head.value_weight, head.first_weight)
+            ],
+            axis=0,
+        )
+        extreme = np.zeros(shape, dtype=np.int64)
+        extreme[0, int(np.argmin(largest))] = level
+        inputs.append(extreme)
+    return inputs
+
+
+def _statistics(
+    circuit: Any, attention: QuantizedAttention, tokens: int, p_error: float, seconds: float, version: str
+) -> CircuitStatistics:
+    counts = {int(tag.split()[0]): int(n) for tag, n in circuit.programmable_bootstrap_count_per_tag.items()}
+    sets = [
+        {
+            "polynomial_size": key.polynomial_size(),
+            "glwe_dimension": key.glwe_dimension(),
+            "lwe_dimension": key.input_lwe_dimension(),
+            "levels": key.level(),
+            "pbs": int(count),
+        }
+        for key, count in circuit.programmable_bootstrap_count_per_parameter.items()
+    ]
+    return CircuitStatistics(
+        tokens=tokens,
+        pbs=int(circuit.programmable_bootstrap_count),
+        max_bit_width=max(counts),
+        pbs_per_bit_width=dict(sorted(counts.items())),
+        accumulator_bits=ACCUMULATOR_BITS,
+        parameter_sets=sets,
+        evaluation_key_bytes_in_memory=int(circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys),
+        ciphertext_bytes_in=int(circuit.size_of_inputs),
+        ciphertext_bytes_out=int(circuit.size_of_outputs),
+        p_error=p_error,
+        complexity=float(circuit.complexity),
+        compile_seconds=seconds,
+        concrete_version=version,
+    )
+
+
+def _concrete_version() -> str:
+    from importlib.metadata import version
+
+    return version("concrete-python")
+
+
+def cache_root() -> Path:
+    """Return the folder of compiled circuits and keys in the user's cache directory."""
+    return Path(platformdirs.user_cache_dir("cipherlm")) / "tfhe"
+
+
+def _circuit_folder(
+    cache_dir: Path | None | bool, attention: QuantizedAttention, tokens: int, p_error: float, version: str
+) -> Path | None:
+    if cache_dir is None or cache_dir is False:
+        return None
+    root = cache_root() if cache_dir is True else Path(cache_dir)
+    parts = [_FORMAT, attention.fingerprint(), tokens, p_error, version]
+    return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def _read_checked(path: Path) -> bytes:
+    """Read a file that starts with the SHA-256 of the rest."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise DamagedCacheError(path, "its checksum does not match")
+    return content[32:]
+
+
+def _save(server: Any, statistics: CircuitStatistics, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    archive = folder / "server.zip"
+    server.save(archive)
+    # Written last: a folder without it is an unfinished one, and is compiled again.
+    description = {"sha256": _sha256(archive), "statistics": statistics.to_dict()}
+    _write_private(folder / "circuit.json", json.dumps(description, indent=1).encode())
+
+
+def _load(fhe: ModuleType, folder: Path) -> tuple[Any, CircuitStatistics]:
+    description_path, archive = folder / "circuit.json", folder / "server.zip"
+    try:
+        description = json.loads(description_path.read_text())
+        statistics = CircuitStatistics.from_dict(description["statistics"])
+        expected = description["sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCacheError(description_path, "it is not the JSON that was written") from error
+    if not archive.exists() or _sha256(archive) != expected:
+        raise DamagedCacheError(archive, "its checksum does not match")
+    return fhe.Server.load(archive), statistics
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
