@@ -55,7 +55,9 @@ def go() -> str:
     """Return the Go command."""
     found = shutil.which("go")
     if found is None:
-        raise BaseError("no Go toolchain: install Go 1.24 or later, or build with isolation to have one brought")
+        raise BaseError(
+            "no Go toolchain: install Go 1.24 or later, or build with isolation to have one brought"
+        )
     return found
 
 

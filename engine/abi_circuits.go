@@ -50,24 +50,24 @@ func cl_lintrans_apply(evaluator C.uintptr_t, inputs *C.uintptr_t, inputCount C.
 	})
 }
 
-func chebyshev(coefficients *C.double, count C.int64_t, from, to C.double) core.Chebyshev {
+func chebyshev(coefficients *C.double, count C.int64_t, from, to, drift C.double) core.Chebyshev {
 	return core.Chebyshev{
 		Coefficients: append([]float64{}, slice[float64](unsafe.Pointer(coefficients), count)...),
-		From:         float64(from), To: float64(to),
+		From:         float64(from), To: float64(to), Drift: float64(drift),
 	}
 }
 
 //export cl_polynomial
-func cl_polynomial(evaluator, a C.uintptr_t, coefficients *C.double, count C.int64_t, from, to C.double, out *C.uintptr_t) *C.char {
+func cl_polynomial(evaluator, a C.uintptr_t, coefficients *C.double, count C.int64_t, from, to, drift C.double, out *C.uintptr_t) *C.char {
 	return guard(func() {
-		put(out, must(get[*core.Evaluator](evaluator).Evaluate(get[*core.Ciphertext](a), chebyshev(coefficients, count, from, to))))
+		put(out, must(get[*core.Evaluator](evaluator).Evaluate(get[*core.Ciphertext](a), chebyshev(coefficients, count, from, to, drift))))
 	})
 }
 
 //export cl_polynomial_levels
-func cl_polynomial_levels(parameters C.uintptr_t, coefficients *C.double, count C.int64_t, from, to, scale C.double, out *C.int64_t) *C.char {
+func cl_polynomial_levels(parameters C.uintptr_t, coefficients *C.double, count C.int64_t, from, to, drift, scale C.double, out *C.int64_t) *C.char {
 	return guard(func() {
-		*out = C.int64_t(must(chebyshev(coefficients, count, from, to).Levels(get[*core.Parameters](parameters), float64(scale))))
+		*out = C.int64_t(must(chebyshev(coefficients, count, from, to, drift).Levels(get[*core.Parameters](parameters), float64(scale))))
 	})
 }
 

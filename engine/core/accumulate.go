@@ -45,7 +45,7 @@ func (a *accumulator) sum(terms []term, prime uint64, out0, out1 []uint64) {
 
 // lazyTerms is how many products 6q*q, and one rest below q, fit in 128 bits.
 func lazyTerms(prime uint64) int {
-	return 1 << max(0, 125-2*bits.Len64(prime))
+	return 1 << min(30, max(0, 125-2*bits.Len64(prime)))
 }
 
 func (a *accumulator) add(plain, c0, c1 *[block]uint64) {

@@ -75,6 +75,9 @@ func notSecond(a, b, out *Ciphertext) error {
 type operation func(*rlwe.Ciphertext, rlwe.Operand, *rlwe.Ciphertext) error
 
 func (e *Evaluator) sum(a, b, out *Ciphertext, apply operation) (*Ciphertext, error) {
+	if err := notSecond(a, b, out); err != nil {
+		return nil, err
+	}
 	if err := e.own(false, a, b); err != nil {
 		return nil, err
 	}
@@ -82,9 +85,6 @@ func (e *Evaluator) sum(a, b, out *Ciphertext, apply operation) (*Ciphertext, er
 		return nil, err
 	}
 	if err := sameScale(a.Scale, b.Scale); err != nil {
-		return nil, err
-	}
-	if err := notSecond(a, b, out); err != nil {
 		return nil, err
 	}
 	scale, level, degree := a.Scale, min(a.Level(), b.Level()), max(a.Degree(), b.Degree())
@@ -193,13 +193,13 @@ func IsInteger(constant complex128) bool {
 
 // Mul multiplies two ciphertexts; without relinearisation the result has degree 2.
 func (e *Evaluator) Mul(a, b *Ciphertext, relinearize bool, out *Ciphertext) (*Ciphertext, error) {
+	if err := notSecond(a, b, out); err != nil {
+		return nil, err
+	}
 	if err := e.own(true, a, b); err != nil {
 		return nil, err
 	}
 	if err := a.compatible(b); err != nil {
-		return nil, err
-	}
-	if err := notSecond(a, b, out); err != nil {
 		return nil, err
 	}
 	level, degree, apply := min(a.Level(), b.Level()), 2, e.ckks.Mul

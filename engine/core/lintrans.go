@@ -83,13 +83,11 @@ func (lt *LinearTransformation) Add(rotations []int, values []complex128, inner 
 	}
 	lt.lock.Lock()
 	defer lt.lock.Unlock()
-	for _, rotation := range rotations {
-		if lt.taken[p.normal(rotation)] {
-			return failure(Invalid, "diagonal %d was given twice", rotation)
-		}
-	}
 	for i, rotation := range rotations {
 		rotation = p.normal(rotation)
+		if lt.taken[rotation] {
+			return failure(Invalid, "diagonal %d was given twice", rotation)
+		}
 		lt.taken[rotation] = true
 		if encoded[i] != nil {
 			giant := rotation - rotation%lt.giant

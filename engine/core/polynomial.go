@@ -12,7 +12,11 @@ import (
 type Chebyshev struct {
 	Coefficients []float64
 	From, To     float64
+	Drift        float64 // bits of precision that mapping the interval may cost
 }
+
+// maxDrift bounds the drift: far beyond it the evaluation overflows.
+const maxDrift = 12
 
 func (c Chebyshev) check() error {
 	if len(c.Coefficients) < 2 || len(c.Coefficients) > 1<<16 {
@@ -23,23 +27,23 @@ func (c Chebyshev) check() error {
 			return failure(Invalid, "a polynomial with a coefficient that is not finite")
 		}
 	}
+	if !(c.Drift >= 0 && c.Drift <= maxDrift) {
+		return failure(Invalid, "0 to %d bits of drift, not %g", maxDrift, c.Drift)
+	}
 	if !(c.From < c.To) || math.IsInf(c.To-c.From, 0) {
 		return failure(Invalid, "[%g, %g] is no interval", c.From, c.To)
 	}
 	return nil
 }
 
-// driftLimit bounds, in bits, how far the scale of the highest power that a
-// polynomial needs may drift from the primes. Powers square the ratio of the scale
-// to the primes: an input 8 times off is 2^24 off in its eighth power.
-const driftLimit = 8
-
 // freeInterval tells whether the interval can be mapped to [-1, 1] by declaring
-// another scale, which costs nothing. Otherwise it takes a level.
+// another scale, which takes no level. It costs precision instead: powers square the
+// ratio of the scale to the primes (an input 2 times off is 2^8 times off in its
+// eighth power), and the noise of the evaluation grows by the same factor.
 func (c Chebyshev) freeInterval(p *Parameters, scale float64) bool {
 	drift := math.Abs(math.Log2(scale * (c.To - c.From) / 2 / p.DefaultScale().Float64()))
 	highest := 1 << (bits.Len(uint(len(c.Coefficients)-1)) - 1)
-	return drift*float64(highest) <= driftLimit
+	return drift*float64(highest) <= c.Drift
 }
 
 // Levels is how many levels the evaluation takes at an input scale.

@@ -78,8 +78,8 @@ SIGNATURES = {
     "cl_lintrans_add": "hpipii",
     "cl_lintrans_info": "hp",
     "cl_lintrans_apply": "hpipip",
-    "cl_polynomial": "hhpiddp",
-    "cl_polynomial_levels": "hpidddp",
+    "cl_polynomial": "hhpidddp",
+    "cl_polynomial_levels": "hpiddddp",
     "cl_refresh_mask": "hpihiiipp",
     "cl_refresh_client": "hhp",
     "cl_refresh_unmask": "hhhpi",
@@ -197,7 +197,9 @@ class Handle:
         weakref.finalize(self, _free, handle).atexit = False
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} cannot be pickled: use to_bytes or write_to where it has them")
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled: use to_bytes or write_to where it has them"
+        )
 
     def __copy__(self) -> NoReturn:
         raise TypeError(f"{type(self).__name__} cannot be copied this way")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -152,9 +152,7 @@ class Evaluator:
     def rotate_hoisted(self, a: Ciphertext, by: Sequence[int]) -> list[Ciphertext]:
         """Rotate by several amounts, in parallel: cheaper than one by one."""
         results = (ctypes.c_size_t * len(by))()
-        _native.call(
-            "cl_rotate_hoisted", self._native.handle, a.handle, _native.int64s(by), len(by), results
-        )
+        _native.call("cl_rotate_hoisted", self._native.handle, a.handle, _native.int64s(by), len(by), results)
         return self._collect(results)
 
     def conjugate(self, a: Ciphertext, *, out: Ciphertext | None = None) -> Ciphertext:
@@ -167,9 +165,7 @@ class Evaluator:
         imaginary = self.subtract(a, conjugate)
         return self.add(conjugate, a, out=conjugate), self.multiply(imaginary, -1j, out=imaginary)
 
-    def inner_sum(
-        self, a: Ciphertext, step: int, count: int, *, out: Ciphertext | None = None
-    ) -> Ciphertext:
+    def inner_sum(self, a: Ciphertext, step: int, count: int, *, out: Ciphertext | None = None) -> Ciphertext:
         """Return the sum of ``count`` copies, copy i rotated by ``i * step``.
 
         Needs keys for :func:`inner_sum_rotations`.
@@ -214,6 +210,7 @@ class Evaluator:
             polynomial.coefficients.ctypes.data,
             polynomial.coefficients.size,
             *polynomial.interval,
+            polynomial.drift,
         )
         return Ciphertext(handle, self.parameters)
 
@@ -251,9 +248,7 @@ class Evaluator:
     def unmask(self, reply: RefreshReply, mask: RefreshMask) -> list[Ciphertext]:
         """Finish a refresh: take the masks off the client's fresh ciphertexts."""
         results = (ctypes.c_size_t * mask.size)()
-        _native.call(
-            "cl_refresh_unmask", self._native.handle, reply.handle, mask.handle, results, mask.size
-        )
+        _native.call("cl_refresh_unmask", self._native.handle, reply.handle, mask.handle, results, mask.size)
         return self._collect(results)
 
     def rerandomize(self, a: Ciphertext, public_key: PublicKey, *, flood: int = 0) -> Ciphertext:
@@ -263,9 +258,7 @@ class Evaluator:
         of size e up to a statistical distance of e / 2^(flood + 1) each, and costs about
         ``2**flood * sqrt(degree) / scale`` of precision.
         """
-        handle = _native.create(
-            "cl_rerandomize", self._native.handle, a.handle, public_key.handle, flood
-        )
+        handle = _native.create("cl_rerandomize", self._native.handle, a.handle, public_key.handle, flood)
         return Ciphertext(handle, self.parameters)
 
 
@@ -276,6 +269,6 @@ def inner_sum_rotations(step: int, count: int) -> list[int]:
     return list(rotations[: number.value])
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[complex]:
     """Tell whether a value is one number, not an array."""
     return isinstance(value, (int, float, complex, np.number))

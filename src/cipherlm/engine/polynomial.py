@@ -19,12 +19,14 @@ from .parameters import Parameters
 class Chebyshev:
     """A polynomial on an interval, by its coefficients in the Chebyshev basis there.
 
-    It can be called on clear numbers, so that a clear model uses what the encrypted
-    one does.
+    It can be called on clear numbers: a clear model then uses what the encrypted one
+    does. ``drift`` is how many bits of precision the mapping of the interval to
+    [-1, 1] may cost before it takes a level instead, see :meth:`levels`.
     """
 
     coefficients: NDArray[np.float64]
     interval: tuple[float, float] = (-1.0, 1.0)
+    drift: float = 4.0
 
     def __post_init__(self) -> None:
         coefficients = np.ascontiguousarray(self.coefficients, np.float64)
@@ -39,7 +41,7 @@ class Chebyshev:
         """Interpolate a function at the Chebyshev points of an interval."""
         low, high = interval
 
-        def on_unit(x: NDArray[np.float64]) -> ArrayLike:
+        def on_unit(x: Any) -> Any:
             return function((low + high) / 2 + (high - low) / 2 * x)
 
         return cls(chebyshev.chebinterpolate(on_unit, degree), interval)
@@ -50,6 +52,7 @@ class Chebyshev:
         return self.coefficients.size - 1
 
     def __call__(self, x: ArrayLike) -> NDArray[Any]:
+        """Return the polynomial's values at clear numbers."""
         low, high = self.interval
         unit = (2 * np.asarray(x) - low - high) / (high - low)
         return np.asarray(chebyshev.chebval(unit, self.coefficients))
@@ -59,7 +62,9 @@ class Chebyshev:
 
         That is log2(degree + 1), rounded up, and one more where the interval is mapped
         to [-1, 1] by a product. Where ``scale`` times half the interval's length is near
-        the default scale, the mapping is free.
+        the default scale, declaring it the scale maps the interval for nothing. A ratio
+        r between the two costs log2(r) bits of precision times the highest power of two
+        up to the degree; that is done up to ``drift`` bits.
         """
         out = ctypes.c_int64()
         _native.call(
@@ -68,6 +73,7 @@ class Chebyshev:
             self.coefficients.ctypes.data,
             self.coefficients.size,
             *self.interval,
+            self.drift,
             parameters.scale if scale is None else scale,
             ctypes.byref(out),
         )

@@ -44,9 +44,7 @@ class PublicKey(_Key):
     ) -> Ciphertext:
         """Encrypt a vector or a plaintext."""
         plaintext = as_plaintext(self.parameters, values, level, scale)
-        return Ciphertext(
-            _native.create("cl_encrypt_public", self.handle, plaintext.handle), self.parameters
-        )
+        return Ciphertext(_native.create("cl_encrypt_public", self.handle, plaintext.handle), self.parameters)
 
 
 class EvaluationKeys(_Key):

@@ -98,9 +98,7 @@ class SecretKey(Serializable):
     ) -> Ciphertext:
         """Encrypt a vector or a plaintext. The result is seeded: half the bytes on the wire."""
         plaintext = as_plaintext(self.parameters, values, level, scale)
-        return Ciphertext(
-            _native.create("cl_encrypt_secret", self.handle, plaintext.handle), self.parameters
-        )
+        return Ciphertext(_native.create("cl_encrypt_secret", self.handle, plaintext.handle), self.parameters)
 
     def decrypt(self, ciphertext: Ciphertext, precision: float | None = None) -> NDArray[Any]:
         """Return the slots; ``precision`` as in :meth:`Plaintext.decode`."""
@@ -116,6 +114,4 @@ class SecretKey(Serializable):
         What is decrypted on the way is uniformly random; it tells nothing and is gone
         when this returns.
         """
-        return RefreshReply(
-            _native.create("cl_refresh_client", self.handle, request.handle), self.parameters
-        )
+        return RefreshReply(_native.create("cl_refresh_client", self.handle, request.handle), self.parameters)
