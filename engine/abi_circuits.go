@@ -124,3 +124,25 @@ func cl_rerandomize(evaluator, a, public C.uintptr_t, flood C.int64_t, out *C.ui
 		put(out, must(get[*core.Evaluator](evaluator).Rerandomize(get[*core.Ciphertext](a), get[*core.PublicKey](public), int(flood))))
 	})
 }
+
+//export cl_bootstrapping_keys_new
+func cl_bootstrapping_keys_new(secret C.uintptr_t, out *C.uintptr_t) *C.char {
+	return guard(func() { put(out, must(get[*core.SecretKey](secret).BootstrappingKeys())) })
+}
+
+//export cl_bootstrapping_keys_bytes
+func cl_bootstrapping_keys_bytes(keys C.uintptr_t, bytes *C.int64_t) *C.char {
+	return guard(func() { *bytes = C.int64_t(get[*core.BootstrappingKeys](keys).Bytes()) })
+}
+
+//export cl_bootstrapper_new
+func cl_bootstrapper_new(keys C.uintptr_t, out *C.uintptr_t) *C.char {
+	return guard(func() { put(out, must(core.NewBootstrapper(get[*core.BootstrappingKeys](keys)))) })
+}
+
+//export cl_bootstrap
+func cl_bootstrap(bootstrapper, ciphertext C.uintptr_t, out *C.uintptr_t) *C.char {
+	return guard(func() {
+		put(out, must(get[*core.Bootstrapper](bootstrapper).Bootstrap(get[*core.Ciphertext](ciphertext))))
+	})
+}

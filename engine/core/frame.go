@@ -34,7 +34,6 @@ const (
 	TypeCiphertext
 	TypeRefreshRequest
 	TypeRefreshReply
-	TypeLinearTransformation
 	TypeBootstrappingKeys
 	typeEnd
 )

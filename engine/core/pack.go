@@ -18,6 +18,9 @@ func packedSize(rings []*ring.SubRing) (total uint64) {
 
 func limbSize(r *ring.SubRing) uint64 { return uint64(r.N*bits.Len64(r.Modulus)) / 8 }
 
+// limbVisitor writes or reads the residues of a polynomial.
+type limbVisitor func(rings []*ring.SubRing, coefficients [][]uint64)
+
 // limbs writes residues, packed.
 func (out *encoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
 	for i, r := range rings {

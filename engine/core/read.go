@@ -17,6 +17,8 @@ func Read(from io.Reader, header []byte, h Header, p *Parameters) (object any, e
 		TypeCiphertext:     readCiphertext,
 		TypeRefreshRequest: readRefreshRequest,
 		TypeRefreshReply:   readRefreshReply,
+
+		TypeBootstrappingKeys: readBootstrappingKeys,
 	}
 	read, ok := readers[h.Type]
 	if !ok || (p == nil) != (h.Type == TypeParameters) {

@@ -38,10 +38,8 @@ func (t Type) limit(p *Parameters) uint64 {
 		return 3*polynomial + seedSize + scaleSize + 8
 	case TypeRefreshRequest, TypeRefreshReply:
 		return 8 + maxBatch*(2*polynomial+seedSize)
-	case TypeLinearTransformation:
-		return 64 + uint64(p.Slots())*(uint64(p.N())*8*uint64(p.MaxLevel()+1)+32)
 	default:
-		return 1 << 40
+		return 1 << 40 // bootstrapping keys, of parameters of their own
 	}
 }
 

@@ -18,7 +18,16 @@ from cipherlm.engine import Evaluator, KeyMaterialError, SecretKey
 from .conftest import PRODUCT, Party
 
 PACKAGE = Path(cipherlm.engine.__file__).parent
-SERVER_SIDE = ("ciphertext", "evaluator", "linear", "parameters", "polynomial", "public", "refresh")
+SERVER_SIDE = (
+    "bootstrapping",
+    "ciphertext",
+    "evaluator",
+    "linear",
+    "parameters",
+    "polynomial",
+    "public",
+    "refresh",
+)
 
 
 def test_repr_shows_a_fingerprint_only(party: Party):

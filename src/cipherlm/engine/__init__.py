@@ -6,6 +6,7 @@ ciphertexts and keys, not models. ``docs/engine.md`` introduces it.
 
 from __future__ import annotations
 
+from .bootstrapping import Bootstrapper, BootstrappingKeys, bootstrappable
 from .ciphertext import Ciphertext, Plaintext
 from .errors import (
     CorruptDataError,
@@ -29,6 +30,8 @@ from .secret import SecretKey
 
 __all__ = [
     "PRESETS",
+    "Bootstrapper",
+    "BootstrappingKeys",
     "Chebyshev",
     "Ciphertext",
     "CorruptDataError",
@@ -51,6 +54,7 @@ __all__ = [
     "RefreshRequest",
     "ScaleError",
     "SecretKey",
+    "bootstrappable",
     "collect",
     "folded",
     "inner_sum_rotations",

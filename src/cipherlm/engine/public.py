@@ -13,7 +13,9 @@ from .parameters import Parameters
 from .serialization import Serializable
 
 
-class _Key(Serializable):
+class ServerKey(Serializable):
+    """A key that belongs to a secret key and does not lead to it."""
+
     __slots__ = ("parameters",)
 
     def __init__(self, handle: int, parameters: Parameters) -> None:
@@ -29,7 +31,7 @@ class _Key(Serializable):
         return f"{type(self).__name__}({self.fingerprint})"
 
 
-class PublicKey(_Key):
+class PublicKey(ServerKey):
     """A key that encrypts, and that makes fresh encryptions of zero for a refresh."""
 
     __slots__ = ()
@@ -47,7 +49,7 @@ class PublicKey(_Key):
         return Ciphertext(_native.create("cl_encrypt_public", self.handle, plaintext.handle), self.parameters)
 
 
-class EvaluationKeys(_Key):
+class EvaluationKeys(ServerKey):
     """A relinearisation key and keys for rotations and conjugation, seed-compressed.
 
     They are expanded, to twice the memory, when an :class:`~cipherlm.engine.Evaluator`

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from numpy.typing import ArrayLike, NDArray
 
 from . import _native
+from .bootstrapping import BootstrappingKeys
 from .ciphertext import Ciphertext, Plaintext
 from .parameters import Parameters
 from .public import EvaluationKeys, PublicKey, as_plaintext
@@ -85,6 +86,11 @@ class SecretKey(Serializable):
             relin,
         )
         return EvaluationKeys(handle, self.parameters)
+
+    def bootstrapping_keys(self) -> BootstrappingKeys:
+        """Make the keys of the bootstrapping circuit."""
+        handle = _native.create("cl_bootstrapping_keys_new", self.handle)
+        return BootstrappingKeys(handle, self.parameters)
 
     def _elements(self, rotations: list[int]) -> list[int]:
         out = (ctypes.c_uint64 * len(rotations))()
