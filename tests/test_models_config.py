@@ -10,7 +10,7 @@ NAME = "encryption_config.json"
 
 def test_defaults():
     config = EncryptionConfig("transformer.h.0.attn")
-    assert (config.scheme, config.n_bits, config.heads, config.rounding) == ("tfhe", 4, None, "approximate")
+    assert (config.scheme, config.n_bits, config.heads) == ("tfhe", 4, None)
     assert config.p_error == DEFAULT_P_ERROR
 
 
@@ -18,7 +18,7 @@ def test_defaults():
     "config",
     [
         EncryptionConfig("transformer.h.0.attn"),
-        EncryptionConfig(["a.attn", "b.attn"], n_bits=8, heads=[2, 0], p_error=1e-3, rounding="exact"),
+        EncryptionConfig(["a.attn", "b.attn"], n_bits=8, heads=[2, 0], p_error=1e-3),
         EncryptionConfig(("attn",), heads=range(3)),
     ],
 )
@@ -60,7 +60,6 @@ def test_it_stays_as_it_was_checked():
         ({"p_error": 0.1}, "p_error must be"),
         ({"p_error": float("nan")}, "p_error must be"),
         ({"p_error": "small"}, "p_error must be"),
-        ({"rounding": "none"}, "rounding must be one of 'approximate', 'exact'"),
     ],
 )
 def test_bad_values(change, message):

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
-from cipherlm.schemes.tfhe.circuit import AttentionCircuit, NotCompiledError, TooManyTokensError
+from cipherlm.schemes.tfhe.circuit import AttentionCircuit
+from cipherlm.schemes.tfhe.errors import NotCompiledError, TooManyTokensError
 
 Float64 = NDArray[np.float64]
 FheMode = Literal["disable", "simulate", "execute"]
@@ -139,11 +140,7 @@ class EncryptedAttention(nn.Module):
                 'or set_fhe_mode("disable")'
             )
         if tokens > self.circuit.tokens:
-            raise TooManyTokensError(
-                f"a sequence of {tokens} tokens is too long for {self.name}, compiled for at most "
-                f"{self.circuit.tokens}: shorten the prompt, generate fewer tokens, "
-                f"or compile(tokens={tokens})"
-            )
+            raise TooManyTokensError(tokens, self.circuit.tokens)
 
     def extra_repr(self) -> str:
         """Say in ``print(model)`` what is encrypted."""

@@ -11,7 +11,7 @@ from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR
 from cipherlm.schemes.tfhe.quantization import check_bits
 
 Scheme = Literal["tfhe"]
-Rounding = Literal["approximate", "exact"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 CONFIG_NAME = "encryption_config.json"
 FORMAT_VERSION = 1
@@ -29,9 +29,8 @@ class EncryptionConfig:
     ``heads`` chooses attention heads; the other heads and the output projection then stay in the clear. With
     None, all heads and the output projection are encrypted.
 
-    ``n_bits`` is the precision of weights and activations, 2 to 8. ``p_error`` is the probability that one
-    table lookup on encrypted data goes wrong. ``rounding`` before a lookup is ``"approximate"`` (faster: it
-    may be off by one step) or ``"exact"``.
+    ``n_bits`` is the precision of weights and activations, 2 to 8. ``p_error`` is the probability that the
+    noise of encryption moves one table lookup to a neighbouring cell; lower is slower.
 
     Raises ``ValueError`` on anything that cannot work whatever the model is.
     """
@@ -41,13 +40,12 @@ class EncryptionConfig:
     n_bits: int = 4
     heads: list[int] | None = None
     p_error: float = DEFAULT_P_ERROR
-    rounding: Rounding = "approximate"
 
     def __post_init__(self) -> None:
         # Lists are copied, so that this object stays as it was checked.
         object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
-        _check_choice("scheme", self.scheme, get_args(Scheme))
-        _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, not {self.scheme!r}")
         check_bits(self.n_bits)
         if self.heads is not None:
             object.__setattr__(self, "heads", _checked_heads(self.heads))
@@ -123,11 +121,6 @@ def _checked_heads(given: Any) -> list[int]:
     if len(set(heads)) < len(heads):
         raise ValueError(f"heads names a head twice: {heads}")
     return heads
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 def _is_integer(value: object) -> bool:

@@ -25,7 +25,8 @@ from cipherlm.models.storage import load_quantization, save_quantization
 from cipherlm.models.targets import find_targets, match
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
-from cipherlm.schemes.tfhe.circuit import AttentionCircuit, NotCompiledError
+from cipherlm.schemes.tfhe.circuit import AttentionCircuit
+from cipherlm.schemes.tfhe.errors import NotCompiledError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,11 +120,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         for name, module in encrypted.items():
             assert module.quantized is not None
             circuits[name] = AttentionCircuit.compile(
-                module.quantized,
-                tokens,
-                p_error=config.p_error,
-                rounding=config.rounding,
-                progress=module.progress,
+                module.quantized, tokens, p_error=config.p_error, progress=module.progress
             )
             where = "" if len(encrypted) == 1 else f" ({name})"
             print(f"Circuit compiled with {circuits[name].statistics.max_bit_width} bit-width{where}")

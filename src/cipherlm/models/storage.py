@@ -21,7 +21,7 @@ def save_quantization(directory: str | os.PathLike[str], modules: Mapping[str, E
     Where nothing is calibrated there is no file, not even an older one.
     """
     arrays = {
-        f"{name}.{key}": np.ascontiguousarray(array)
+        f"{name}.{key}": array
         for name, module in modules.items()
         if module.quantized is not None
         for key, array in module.quantized.to_arrays().items()
