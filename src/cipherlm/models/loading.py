@@ -1,0 +1,114 @@
+"""Loading of clear models and tokenisers: the embedded one by name, any other through ``transformers``."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+EMBEDDED_MODEL = "tiny"
+SUPPORTED_ARCHITECTURES = ("gpt2",)
+
+ModelName = str | os.PathLike[str]
+
+
+def load_model(name: ModelName) -> GPT2LMHeadModel:
+    """Return the clear model ``name`` in float32 and evaluation mode.
+
+    ``"tiny"`` is the model that comes with this package and needs no network. Any other name is a directory
+    written by ``save_pretrained`` or an id on the Hugging Face hub (``"gpt2"``); a directory of your own that
+    is called ``tiny`` is ``"./tiny"``.
+
+    Raises ``FileNotFoundError`` if there is no such model, and ``ValueError`` if its architecture is not one
+    of GPT-2's or its files are damaged.
+    """
+    source = _source(name)
+    config = _read_config(name, source)
+    architecture = config.get("model_type")
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"{os.fspath(name)!r} has the architecture {architecture!r}; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    try:
+        with _no_progress_bar_over(source):
+            # Its annotations do not know that output_loading_info makes the result a pair.
+            loaded = cast("Any", GPT2LMHeadModel).from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
+    # transformers lets through whatever its many ways of reading weights raise.
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load the weights of {os.fspath(name)!r}: {_first_line(error)}") from error
+    model: GPT2LMHeadModel
+    model, report = loaded
+    # transformers fills in missing weights with random numbers, and only warns.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"cannot load the weights of {os.fspath(name)!r}: {', '.join(missing[:3])} missing")
+    model.train(False)  # eval(), which transformers leaves without annotations
+    return model
+
+
+def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
+    """Return the tokeniser of the model ``name``, named as for ``load_model`` and with the same errors."""
+    source = _source(name)
+    _read_config(name, source)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    # The tokenizers library raises bare exceptions on a damaged file.
+    except Exception as error:
+        raise ValueError(f"cannot load the tokenizer of {os.fspath(name)!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _source(name: ModelName) -> str:
+    """Return what ``transformers`` is to load: a directory that exists, or an id."""
+    path = os.fspath(name)
+    if path == EMBEDDED_MODEL:
+        return str(files("cipherlm.models").joinpath(EMBEDDED_MODEL))
+    # An id is "name" or "owner/name". Whatever cannot be one is not looked up on the network.
+    is_id = isinstance(name, str) and path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    if not is_id and not Path(path).is_dir():
+        raise FileNotFoundError(f"no model {path!r}: there is no such directory")
+    return path
+
+
+def _read_config(name: ModelName, source: str) -> dict[str, Any]:
+    """Return the model's ``config.json``, as it is: its architecture may be one that is not known here."""
+    in_directory = Path(source).is_dir()
+    if in_directory and not Path(source, "config.json").is_file():
+        raise FileNotFoundError(f"no model {os.fspath(name)!r}: this directory has no config.json")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        if in_directory:
+            raise ValueError(f"cannot read the config.json of {os.fspath(name)!r}") from error
+        raise FileNotFoundError(
+            f"no model {os.fspath(name)!r}: no such directory, and not found on the Hugging Face hub or no "
+            f"connection to it; the embedded model {EMBEDDED_MODEL!r} needs none"
+        ) from error
+    return dict(config)
+
+
+@contextmanager
+def _no_progress_bar_over(source: str) -> Iterator[None]:
+    """Keep ``transformers`` from drawing a bar over files that load at once; a download shows its own."""
+    bars = cast("Any", logging)
+    hide = Path(source).is_dir() and bars.is_progress_bar_enabled()
+    if hide:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
