@@ -26,7 +26,7 @@ def perplexity(model: Any, ids: torch.Tensor, *, window: int, batch_size: int = 
     """
     if window < 2:
         raise ValueError(f"a window of {window} tokens predicts nothing; at least 2 are needed")
-    windows = [part for part in ids.split(window, dim=1) if part.shape[1] > 1]
+    windows = [ids[:, start : start + window] for start in range(0, ids.shape[1] - 1, window)]
     if not windows:
         raise ValueError("the text is too short: at least 2 tokens are needed")
     loss, tokens = 0.0, 0

@@ -1,0 +1,103 @@
+"""The command line, one module a verb.
+
+Only the module of the verb that runs is imported, and it imports torch when it needs it, so that ``--help``
+answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from cipherlm import __version__
+
+VERBS = {
+    "demo": "generate text with the embedded model, one attention head on real ciphertexts",
+    "generate": "continue a prompt, chosen attention modules on encrypted data",
+    "evaluate": "measure what quantisation costs: agreement with the clear model, perplexity",
+    "inspect": "show circuits, table lookups, key and ciphertext sizes, and the cache",
+    "bench": "measure one encrypted step for real, as JSON",
+}
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+class CommandError(Exception):
+    """What went wrong, in one line for the person at the command line."""
+
+
+class UsageError(CommandError):
+    """Arguments that do not go together."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    try:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as `| head` does. Python would complain again when it closes stdout.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return BROKEN_PIPE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    try:
+        chosen = parser.parse_args(arguments)
+        verb = import_module(f"cipherlm.cli.{chosen.verb}")
+        verb_parser = argparse.ArgumentParser(
+            prog=f"cipherlm {chosen.verb}",
+            description=verb.__doc__,
+            epilog=verb.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(verb_parser)
+        verb_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        options = verb_parser.parse_args(chosen.arguments)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else 2
+
+    try:
+        verb.run(options)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        print("cipherlm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug or os.environ.get("CIPHERLM_DEBUG"):
+            raise
+        print(f"cipherlm: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="cipherlm",
+        description="Run GPT-class language models on encrypted text.",
+        epilog=f"verbs:\n{verbs}\n\nexample:\n  cipherlm demo\n\n"
+        "`cipherlm VERB --help` explains a verb. An error is one line; --debug after the verb, or\n"
+        "CIPHERLM_DEBUG=1, shows its traceback.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cipherlm {__version__}")
+    parser.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do, one of those below")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="the verb's own arguments")
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    """Return what went wrong. Errors meant for people explain themselves, others need their name."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (CommandError, ImportError, OSError, RuntimeError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -1,0 +1,218 @@
+"""What several verbs share: options, the models they name, and how figures are written."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cipherlm.cli import CommandError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cipherlm.models.config import EncryptionConfig
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.progress import Progress
+
+_CONFIG_OPTIONS = ("n_bits", "heads", "p_error")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``."""
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help='"tiny" (embedded, the default), a directory, or a GPT-2 on the Hugging Face hub such as "gpt2"',
+    )
+
+
+def add_encryption_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``EncryptionConfig`` holds.
+
+    Without defaults, so that what was given can be told from what was not: see ``encryption_config``.
+    """
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--block", type=int, metavar="I", help="encrypt the attention of block I (default: 0)")
+    group.add_argument(
+        "--target-modules",
+        type=modules_argument,
+        metavar="NAMES",
+        help="attention modules separated by commas, such as transformer.h.0.attn,transformer.h.1.attn",
+    )
+    parser.add_argument(
+        "--heads",
+        type=heads_argument,
+        default=argparse.SUPPRESS,
+        metavar="HEADS",
+        help='heads to encrypt, "0" or "0,2", or "all" with the output projection (default: 0)',
+    )
+    parser.add_argument(
+        "--n-bits",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="B",
+        help="bits of weights and activations, 2 to 8 (default: 4)",
+    )
+    add_noise_option(parser)
+
+
+def add_noise_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--p-error``."""
+    parser.add_argument(
+        "--p-error",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="P",
+        help="probability that noise moves one encrypted table lookup to the neighbouring cell",
+    )
+
+
+def add_calibration_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--calibration``."""
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text to take value ranges from, one sentence a line (default: the text in this package)",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="write one JSON object instead of a table")
+
+
+def heads_argument(text: str) -> list[int] | None:
+    """Return head numbers, or None for ``all``."""
+    if text.strip().lower() == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: use head numbers such as "0" or "0,2", or "all"'
+        ) from None
+
+
+def heads_label(heads: Sequence[int] | None) -> str:
+    """Return the words for a set of heads."""
+    if heads is None:
+        return "all heads"
+    return f"head{'s' if len(heads) > 1 else ''} {','.join(map(str, heads))}"
+
+
+def positive_integer(text: str) -> int:
+    """Return an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def modules_argument(text: str) -> list[str]:
+    """Return the module names in a list separated by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def encryption_config(options: argparse.Namespace, **changes: Any) -> "EncryptionConfig":
+    """Return the configuration that the options describe; head 0 of block 0 where they say nothing."""
+    from cipherlm.models.config import EncryptionConfig
+
+    given = {name: getattr(options, name) for name in _CONFIG_OPTIONS if hasattr(options, name)}
+    modules = options.target_modules or [f"transformer.h.{options.block or 0}.attn"]
+    return EncryptionConfig(**{"heads": [0], **given, "target_modules": modules, **changes})
+
+
+def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":
+    """Return the model that the options name with its modules encrypted, calibrated if it was saved so."""
+    from cipherlm.models.config import CONFIG_NAME
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.loading import load_model
+
+    if Path(options.model, CONFIG_NAME).is_file():
+        given = [name for name in _CONFIG_OPTIONS if hasattr(options, name)]
+        given += [name for name in ("block", "target_modules") if getattr(options, name) is not None]
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise UsageError(
+                f"{options.model} was saved encrypted and says itself what {names} would: leave it out"
+            )
+        return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
+    config = encryption_config(options)  # before the model, so that a wrong option is told at once
+    return get_encrypted_model(load_model(options.model), config, progress=progress)
+
+
+def calibration_ids(
+    options: argparse.Namespace, tokenizer: Any, max_tokens: int | None
+) -> list["torch.Tensor"]:
+    """Return the calibration sentences as token ids, cut to ``max_tokens``."""
+    from cipherlm.evaluation.texts import calibration_sentences, encode, read_sentences
+
+    path = options.calibration
+    return encode(tokenizer, read_sentences(path) if path else calibration_sentences(), max_tokens=max_tokens)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> "torch.Tensor":
+    """Return a prompt as token ids (1, tokens)."""
+    import torch
+
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise CommandError("the prompt is empty")
+    return torch.tensor([ids])
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the warnings of libraries, which are not about what the user did, out of a command's output."""
+    # Read when transformers is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def write_json(value: Any) -> None:
+    """Write one JSON object on stdout."""
+    json.dump(value, sys.stdout, indent=2, allow_nan=False)
+    print()
+
+
+def human_bytes(count: float) -> str:
+    """Return a size in decimal units."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with as many digits as matter."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]], *, indent: str = "") -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        print(f"{indent}{name.ljust(width)}  {value}", flush=True)
+
+
+def existing_file(path: str | None) -> Path | None:
+    """Return a file that is there, so that a long run does not fail at its end."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise CommandError(f"{path}: no such file")
+    return Path(path)

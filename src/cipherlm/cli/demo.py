@@ -1,0 +1,163 @@
+"""Generate text with the embedded model while one of its attention heads runs on real ciphertexts.
+
+Keys are generated, and every token encrypts the head's input, runs the circuit and decrypts the result. The
+clear model's text stands beside it, and then what it took.
+"""
+
+import argparse
+import time
+from typing import Any
+
+from cipherlm.cli.circuits import circuit_figures, compile_circuits, compiled_length, keys_cached, make_keys
+from cipherlm.cli.common import (
+    add_json_option,
+    calibration_ids,
+    encryption_config,
+    heads_argument,
+    heads_label,
+    human_bytes,
+    human_seconds,
+    positive_integer,
+    print_pairs,
+    prompt_ids,
+    quiet_libraries,
+    write_json,
+)
+from cipherlm.progress import TerminalProgress
+
+EXAMPLES = """\
+examples:
+  cipherlm demo
+  cipherlm demo --prompt "She opened the" --block 1 --heads 2 --max-new-tokens 3
+"""
+
+PROMPT = "The old man looked"
+
+WHO_SEES_WHAT = (
+    "Both parties ran in this process. The server's part saw ciphertexts, sizes and times, never the text; "
+    "the client sees what the encrypted head takes and gives, so with patience it could fit that head."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "--prompt", default=PROMPT, metavar="TEXT", help=f'text to continue (default: "{PROMPT}")'
+    )
+    parser.add_argument("--block", type=int, default=0, metavar="I", help="block of the head (default: 0)")
+    parser.add_argument(
+        "--heads",
+        type=heads_argument,
+        default=[0],
+        metavar="HEADS",
+        help='heads to encrypt, "0" or "0,2", or "all" with the projection, which takes longer (default: 0)',
+    )
+    parser.add_argument(
+        "--n-bits",
+        type=int,
+        default=4,
+        metavar="B",
+        help="bits of weights and activations, 2 to 8 (default: 4)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_integer, default=4, metavar="N", help="tokens to add (default: 4)"
+    )
+    add_json_option(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate, and tell what was encrypted."""
+    with quiet_libraries():
+        figures = _demo(options)
+    if options.json:
+        write_json(figures)
+    else:
+        _print_figures(figures)
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    options.target_modules, options.calibration = None, None
+    config = encryption_config(options)
+
+    from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
+    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.loading import load_model, load_tokenizer
+
+    def say(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
+    tokenizer = load_tokenizer("tiny")
+    model = get_encrypted_model(load_model("tiny"), config, progress=TerminalProgress())
+    ids = prompt_ids(tokenizer, options.prompt)
+    length = compiled_length(model, ids.shape[1], options.max_new_tokens, step=1)
+
+    say(f"Embedded model, block {options.block}: {heads_label(config.heads)} encrypted, {config.n_bits} bits")
+    with model.in_clear():
+        clear = generate(model, ids, options.max_new_tokens, stream=TokenStream(tokenizer))
+
+    start = time.perf_counter()
+    model.calibrate(calibration_ids(options, tokenizer, length))
+    calibrated = time.perf_counter()
+    circuits = compile_circuits(model, length)
+    compiled = time.perf_counter()
+    (circuit,) = circuits.values()
+    keys_from_cache = keys_cached(circuit)
+    keygen_seconds = make_keys(circuits)
+    model.set_fhe_mode("execute")
+
+    def show(token: GeneratedToken) -> None:
+        say(f"  {token.text!r:12}  {human_seconds(token.seconds):>7}")
+
+    say(f"\n{options.prompt!r}, token by token on ciphertexts:")
+    stream = TokenStream(tokenizer, show)
+    generated = generate(model, ids, options.max_new_tokens, stream=stream)
+    return {
+        "prompt": options.prompt,
+        "encrypted_text": tokenizer.decode(generated[0], skip_special_tokens=True),
+        "clear_text": tokenizer.decode(clear[0], skip_special_tokens=True),
+        "block": options.block,
+        "heads": config.heads,
+        "n_bits": config.n_bits,
+        "tokens": [token.text for token in stream.tokens],
+        "calibration_seconds": calibrated - start,
+        "compile_seconds": compiled - calibrated,
+        "keygen_seconds": keygen_seconds,
+        "keys_from_cache": keys_from_cache,
+        "token_seconds": [token.seconds for token in stream.tokens],
+        "encrypted_seconds": time.perf_counter() - calibrated,
+        "circuit": circuit_figures(circuit),
+    }
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    circuit, seconds = figures["circuit"], figures["token_seconds"]
+    print()
+    print_pairs(
+        [
+            ("encrypted", figures["encrypted_text"]),
+            ("clear", figures["clear_text"]),
+        ]
+    )
+    print()
+    cached = {True: ", from the cache", False: ""}
+    print_pairs(
+        [
+            ("compiling", human_seconds(figures["compile_seconds"]) + cached[circuit["from_cache"]]),
+            ("keys", human_seconds(figures["keygen_seconds"]) + cached[figures["keys_from_cache"]]),
+            ("each token", human_seconds(sum(seconds) / len(seconds))),
+            ("in all", human_seconds(figures["encrypted_seconds"])),
+            (
+                "table lookups",
+                f"{circuit['pbs']} (PBS) a token, for up to {circuit['tokens']} positions, "
+                f"at most {circuit['max_bit_width']} bits",
+            ),
+            ("evaluation keys", f"{human_bytes(circuit['evaluation_key_bytes'])}, sent once"),
+            (
+                "ciphertexts",
+                f"{human_bytes(circuit['ciphertext_bytes_in'])} to the server and "
+                f"{human_bytes(circuit['ciphertext_bytes_out'])} back, for each token",
+            ),
+        ]
+    )
+    print(f"\n{WHO_SEES_WHAT}")

@@ -1,0 +1,126 @@
+"""Continue a prompt. Chosen attention modules run on encrypted data, the rest of the model in the clear."""
+
+import argparse
+import sys
+from typing import Any
+
+from cipherlm.cli import UsageError
+from cipherlm.cli.circuits import circuit_figures, compile_circuits, compiled_length, make_keys
+from cipherlm.cli.common import (
+    add_calibration_option,
+    add_encryption_options,
+    add_json_option,
+    add_model_option,
+    calibration_ids,
+    existing_file,
+    human_seconds,
+    load_encrypted,
+    positive_integer,
+    prompt_ids,
+    quiet_libraries,
+    write_json,
+)
+from cipherlm.progress import TerminalProgress
+
+EXAMPLES = """\
+examples:
+  cipherlm generate "The old man looked" --max-new-tokens 4
+  cipherlm generate "Cryptography is a" --model gpt2 --heads all --n-bits 7 --mode disable
+  cipherlm generate "Once upon a time" --mode clear --max-new-tokens 40 --sample --seed 7
+
+modes:
+  execute   on ciphertexts, with real keys (default)
+  simulate  the compiled circuit, without encryption
+  disable   the quantised arithmetic, in the clear
+  clear     the model as it was, not quantised
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    add_model_option(parser)
+    add_encryption_options(parser)
+    parser.add_argument(
+        "--mode",
+        choices=("execute", "simulate", "disable", "clear"),
+        default="execute",
+        help="how the encrypted modules run (default: execute)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_integer, default=4, metavar="N", help="tokens to add (default: 4)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive_integer,
+        metavar="N",
+        help="length to compile for (default: what the prompt and the new tokens need, in steps of 4)",
+    )
+    parser.add_argument("--sample", action="store_true", help="draw the next token instead of the likeliest")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of drawing (default: 1.0)")
+    parser.add_argument(
+        "--top-k", type=positive_integer, metavar="K", help="draw among the K likeliest (default: 50)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of drawing (default: 0)")
+    add_calibration_option(parser)
+    add_json_option(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the prompt with its continuation."""
+    if not options.sample:
+        for name in ("temperature", "top_k", "seed"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is about drawing: add --sample")
+    existing_file(options.calibration)
+    with quiet_libraries():
+        result = _generate(options)
+    if options.json:
+        write_json(result)
+    else:
+        print(result["text"])
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    from cipherlm.cli.streaming import GeneratedToken, Sampling, TokenStream, generate
+    from cipherlm.models.loading import load_model, load_tokenizer
+
+    progress = TerminalProgress()
+    clear = options.mode == "clear"
+    model: Any = load_model(options.model) if clear else load_encrypted(options, progress)
+    tokenizer = load_tokenizer(options.model)
+    ids = prompt_ids(tokenizer, options.prompt)
+    length = compiled_length(model, ids.shape[1], options.max_new_tokens, options.tokens)
+
+    circuits = {}
+    if not clear:
+        if not model.is_calibrated:
+            model.calibrate(calibration_ids(options, tokenizer, length))
+        if options.mode != "disable":
+            circuits = compile_circuits(model, length)
+        if options.mode == "execute":
+            make_keys(circuits)
+        model.set_fhe_mode(options.mode)
+
+    def show(token: GeneratedToken) -> None:
+        # On a terminal only: an encrypted token takes seconds, and whoever waits wants to see it.
+        if options.mode == "execute" and sys.stderr.isatty():
+            print(f"{token.text!r} {human_seconds(token.seconds)}", file=sys.stderr)
+
+    sampling = Sampling(
+        options.sample,
+        1.0 if options.temperature is None else options.temperature,
+        options.top_k or 50,
+        options.seed or 0,
+    )
+    stream = TokenStream(tokenizer, show)
+    generated = generate(model, ids, options.max_new_tokens, stream=stream, sampling=sampling)
+    return {
+        "model": options.model,
+        "mode": options.mode,
+        "prompt": options.prompt,
+        "text": tokenizer.decode(generated[0], skip_special_tokens=True),
+        "tokens": [token.text for token in stream.tokens],
+        "token_seconds": [token.seconds for token in stream.tokens],
+        "circuits": {name: circuit_figures(circuit) for name, circuit in circuits.items()},
+    }

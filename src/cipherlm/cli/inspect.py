@@ -1,0 +1,180 @@
+"""Show what the encrypted modules of a model cost: circuits, table lookups, keys and ciphertexts.
+
+Compiles them, or reads them from the cache. With --cache, lists the cache instead.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cipherlm.cli import UsageError
+from cipherlm.cli.circuits import KEYS, circuit_figures, compile_circuits, keys_cached, table_ranges
+from cipherlm.cli.common import (
+    add_calibration_option,
+    add_encryption_options,
+    add_json_option,
+    add_model_option,
+    calibration_ids,
+    existing_file,
+    heads_label,
+    human_bytes,
+    human_seconds,
+    load_encrypted,
+    positive_integer,
+    print_pairs,
+    quiet_libraries,
+    write_json,
+)
+from cipherlm.progress import TerminalProgress
+
+EXAMPLES = """\
+examples:
+  cipherlm inspect --block 0 --heads 0 --n-bits 4 --tokens 8
+  cipherlm inspect --model gpt2 --heads 0 --keys --json
+  cipherlm inspect --cache
+  cipherlm inspect --clear-cache
+"""
+
+DEFAULT_TOKENS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_model_option(parser)
+    add_encryption_options(parser)
+    parser.add_argument(
+        "--tokens",
+        type=positive_integer,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help=f"length to compile for (default: {DEFAULT_TOKENS})",
+    )
+    parser.add_argument(
+        "--keys",
+        action="store_true",
+        help="make keys too, if there are none, to tell the bytes that are sent",
+    )
+    add_calibration_option(parser)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--cache", action="store_true", help="list the cached circuits and keys")
+    group.add_argument("--clear-cache", action="store_true", help="delete them")
+    add_json_option(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the figures of a model's circuits, or of the cache."""
+    if options.keys and (options.cache or options.clear_cache):
+        raise UsageError("--keys does not go with --cache or --clear-cache")
+    existing_file(options.calibration)
+    with quiet_libraries():
+        if options.cache or options.clear_cache:
+            _show_cache(options)
+        else:
+            _show_circuits(options)
+
+
+def _show_circuits(options: argparse.Namespace) -> None:
+    from cipherlm.models.loading import load_tokenizer
+
+    model = load_encrypted(options, TerminalProgress())
+    if not model.is_calibrated:
+        model.calibrate(calibration_ids(options, load_tokenizer(options.model), options.tokens))
+    circuits = compile_circuits(model, options.tokens)
+    config = model.encryption_config
+    modules = {}
+    for name, circuit in circuits.items():
+        if options.keys or keys_cached(circuit):
+            circuit.keygen()
+        modules[name] = {**circuit_figures(circuit), "table_ranges": table_ranges(circuit.attention)}
+    result = {"model": options.model, "config": config.to_dict(), "modules": modules}
+    if options.json:
+        write_json(result)
+        return
+    for name, figures in modules.items():
+        print(f"{options.model} {name}, {heads_label(config.heads)}, {config.n_bits} bits")
+        print_pairs(_described(figures), indent="  ")
+
+
+def _described(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    widths = ", ".join(f"{count} of {bits} bits" for bits, count in figures["pbs_per_bit_width"].items())
+    sent = figures["evaluation_key_bytes"]
+    bytes_in, bytes_out = (human_bytes(figures[f"ciphertext_bytes_{way}"]) for way in ("in", "out"))
+    cached = ", now from the cache" if figures["from_cache"] else ""
+    lines = [
+        ("tokens", f"up to {figures['tokens']}"),
+        ("table lookups (PBS)", f"{figures['pbs']}: {widths}"),
+        ("bit-width", f"{figures['max_bit_width']} in lookups, {figures['accumulator_bits']} in sums"),
+        ("p_error", f"{figures['p_error']:g} a lookup"),
+        ("keys, as sent", "known once they are made: add --keys" if sent is None else human_bytes(sent)),
+        ("keys, in memory", human_bytes(figures["evaluation_key_bytes_in_memory"])),
+        ("ciphertexts", f"{bytes_in} in (less once compressed), {bytes_out} out"),
+        ("compiled in", human_seconds(figures["compile_seconds"]) + cached),
+    ]
+    for number, chosen in enumerate(figures["parameter_sets"], 1):
+        polynomials = f"{chosen['glwe_dimension']} x {chosen['polynomial_size']}"
+        lines.append(
+            (
+                f"parameter set {number}",
+                f"polynomials {polynomials}, LWE dimension {chosen['lwe_dimension']}, "
+                f"{chosen['levels']} levels: {chosen['pbs']} PBS",
+            )
+        )
+    for kind, (low, high) in figures["table_ranges"].items():
+        reach = f"{high:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        lines.append((f"{kind} table", f"reaches {reach}"))
+    return lines
+
+
+def _show_cache(options: argparse.Namespace) -> None:
+    from cipherlm.schemes.tfhe.circuit import cache_root
+
+    root = cache_root()
+    entries = (
+        [_entry(folder) for folder in sorted(root.iterdir()) if folder.is_dir()] if root.is_dir() else []
+    )
+    total = sum(entry["circuit_bytes"] + entry["key_bytes"] for entry in entries)
+    if options.clear_cache:
+        for entry in entries:
+            shutil.rmtree(root / entry["name"])
+    if options.json:
+        write_json(
+            {"folder": str(root), "bytes": total, "cleared": options.clear_cache, "circuits": entries},
+        )
+    elif options.clear_cache:
+        print(f"deleted {len(entries)} circuits with their keys, {human_bytes(total)}, from {root}")
+    elif not entries:
+        print(f"{root} is empty")
+    else:
+        from cipherlm.evaluation.report import format_table
+
+        rows = [
+            [
+                entry["name"],
+                *(str(entry[name]) if entry[name] is not None else "?" for name in ("tokens", "pbs")),
+                human_bytes(entry["circuit_bytes"]),
+                human_bytes(entry["key_bytes"]) if entry["key_bytes"] else "none",
+            ]
+            for entry in entries
+        ]
+        print(f"{root}: {human_bytes(total)}\n")
+        print(format_table(["circuit", "tokens", "PBS", "compiled", "keys (secret)"], rows))
+
+
+def _entry(folder: Path) -> dict[str, Any]:
+    """Describe one cached circuit; a damaged or unfinished one has sizes only."""
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    try:
+        statistics = json.loads((folder / "circuit.json").read_text(encoding="utf-8"))["statistics"]
+        tokens, pbs = statistics["tokens"], statistics["pbs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        tokens = pbs = None
+    key_bytes = sizes.pop(KEYS, 0)
+    return {
+        "name": folder.name,
+        "tokens": tokens,
+        "pbs": pbs,
+        "circuit_bytes": sum(sizes.values()),
+        "key_bytes": key_bytes,
+    }
