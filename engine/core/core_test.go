@@ -2,6 +2,7 @@ package core
 
 import (
 	"bytes"
+	"io"
 	"math"
 	"math/cmplx"
 	"math/rand/v2"
@@ -244,6 +245,54 @@ func TestScaleParts(t *testing.T) {
 		high, low, exponent := scaleParts(scale)
 		if back := must(scaleFrom(high, low, exponent)); back.Cmp(scale) != 0 {
 			t.Fatalf("%v became %v", &scale.Value, &back.Value)
+		}
+	}
+}
+
+// TestConcurrency is for the race detector: one evaluator, everything at once.
+func TestConcurrency(t *testing.T) {
+	a := newParty(t, parameters(t, 12, []int{38, 28}, []int{38}, 28, "standard"), 1, 2)
+	lt := must(NewLinearTransformation(a.p, 1, 2, Int32))
+	if err := lt.Add([]int{0, 1, 2}, noise(3*16), 1); err != nil {
+		t.Fatal(err)
+	}
+	ct := a.encrypt(noise(a.p.Slots()), 1)
+	want := must(a.e.Rotate(ct, 1, nil))
+	err := parallel(16, func(i int) error {
+		switch i % 4 {
+		case 0:
+			if got := must(a.e.Rotate(ct, 1, nil)); !got.Equal(want.Ciphertext) {
+				t.Error("a rotation differs")
+			}
+			must(a.e.Mul(ct, ct, true, nil))
+		case 1:
+			must(a.e.Transform([]*Ciphertext{ct}, []*LinearTransformation{lt}))
+		case 2:
+			request, mask, err := a.e.Mask([]*Ciphertext{ct}, a.pk, 1, 1, 0)
+			if err != nil {
+				return err
+			}
+			must(a.e.Unmask(must(a.sk.Refresh(request)), mask))
+		case 3:
+			must(a.e.Evaluate(ct, Chebyshev{[]float64{1, 2}, -1, 1, 4}))
+			must(NewEvaluator(a.p, a.e.keys))
+			return a.e.keys.Write(io.Discard)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAPanicInAJobIsAnError(t *testing.T) {
+	for _, count := range []int{1, 4} {
+		if err := SetThreads(count); err != nil {
+			t.Fatal(err)
+		}
+		err := protected(func() error { return parallel(8, func(int) error { panic("no") }) })
+		if err == nil {
+			t.Error("the panic was lost")
 		}
 	}
 }
