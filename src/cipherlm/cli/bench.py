@@ -1,14 +1,14 @@
 """Measure one encrypted step for real: keys, encryption, execution and decryption, with nothing cached."""
 
 import argparse
-import importlib.util
 from importlib import import_module
 
-from cipherlm.cli.common import human_bytes, print_pairs, quiet_libraries, write_json
+from cipherlm.cli.common import add_json_option, human_bytes, print_pairs, quiet_libraries, write_json
 
 EXAMPLES = """\
-example:
+examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
+  cipherlm bench engine --degrees 14 --json
 """
 
 _BENCHMARKS = {
@@ -21,22 +21,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what can be measured."""
     what = parser.add_subparsers(metavar="WHAT", dest="benchmark", required=True)
     for name, summary in _BENCHMARKS.items():
-        module_name = f"cipherlm.cli.bench_{name}"
-        if importlib.util.find_spec(module_name) is None:
+        try:
+            module = import_module(f"cipherlm.cli.bench_{name}")
+        except ImportError:  # an installation without what this benchmark measures
             continue
-        module = import_module(module_name)
         benchmark = what.add_parser(
             name,
             help=summary,
             description=module.__doc__,
-            epilog=getattr(module, "EXAMPLES", EXAMPLES),
+            epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(benchmark)
         if "--json" not in benchmark.format_usage():
-            benchmark.add_argument(
-                "--json", action="store_true", help="write one JSON object instead of a table"
-            )
+            add_json_option(benchmark)
+        # Here too, so that it may stand at the end of the line as with the other verbs.
+        benchmark.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
         benchmark.set_defaults(measure=module.run)
 
 
@@ -51,8 +53,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _written(name: str, value: object) -> str:
-    if name.endswith("_bytes") and isinstance(value, int):
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_written(name, part)}" for key, part in value.items())
+    if name.endswith("bytes") and isinstance(value, int):
         return human_bytes(value)
     if isinstance(value, float):
-        return f"{value:.4g} s" if name.endswith("_seconds") else f"{value:.4g}"
+        return f"{value:.4g} s" if name.endswith("seconds") else f"{value:.4g}"
     return str(value)
