@@ -57,7 +57,7 @@ func BenchmarkDiagonal(b *testing.B) {
 			d := must(newDiagonal(p, append([]complex128{}, values...), p.DefaultScale().Float64(), 0, 1, storage))
 			b.Run("transform/"+name+"/"+kind, func(b *testing.B) {
 				for b.Loop() {
-					d.at(subring, 1, residues)
+					d.at(p, 1, residues)
 				}
 			})
 		}
@@ -75,7 +75,7 @@ func BenchmarkDiagonal(b *testing.B) {
 		}
 		b.Run("accumulate32/"+name, func(b *testing.B) {
 			for b.Loop() {
-				sum.sum(terms, subring.Modulus, out0, out1)
+				sum.sum(terms, subring, out0, out1)
 			}
 		})
 	}

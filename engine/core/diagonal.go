@@ -59,7 +59,7 @@ func newDiagonal(p *Parameters, values []complex128, factor float64, baby, level
 		d.residues = ring.NewPoly(size, level)
 		for limb, residues := range d.residues.Coeffs {
 			liftAll(integers, p.RingQ().SubRings[limb], residues)
-			transformSmall(p.RingQ().SubRings[limb], residues)
+			transformSmall(p, limb, residues)
 		}
 	case Int32:
 		d.multiplier = int64(math.Ceil(greatest / math.MaxInt32))
@@ -80,47 +80,58 @@ func newDiagonal(p *Parameters, values []complex128, factor float64, baby, level
 }
 
 // at returns the residues of the diagonal modulo one prime, in NTT order, gap
-// times fewer than the ring degree and below 6 times the prime. They are made in
-// the given memory, or given as they are kept.
-func (d *diagonal) at(subring *ring.SubRing, limb int, residues []uint64) []uint64 {
+// times fewer than the ring degree. They are made in the given memory, or given as
+// they are kept.
+func (d *diagonal) at(p *Parameters, limb int, residues []uint64) []uint64 {
 	if d.residues.Coeffs != nil {
 		return d.residues.Coeffs[limb]
 	}
+	subring := p.RingQ().SubRings[limb]
 	if d.narrow != nil {
 		residues = residues[:len(d.narrow)]
-		liftSmall(d.narrow, d.multiplier, math.MaxInt16, subring, residues)
+		liftSmall(d.narrow, d.multiplier, math.MaxInt16, subring, residues, simdLift16)
 	} else {
 		residues = residues[:len(d.wide)]
-		liftSmall(d.wide, d.multiplier, math.MaxInt32, subring, residues)
+		liftSmall(d.wide, d.multiplier, math.MaxInt32, subring, residues, simdLift32)
 	}
-	transformSmall(subring, residues)
+	transformSmall(p, limb, residues)
 	return residues
 }
 
 // liftSmall writes small integers, times a multiplier, modulo the prime.
-func liftSmall[T int16 | int32](values []T, multiplier, bound int64, subring *ring.SubRing, residues []uint64) {
+func liftSmall[T int16 | int32](values []T, multiplier, bound int64, subring *ring.SubRing, residues []uint64,
+	vector func([]T, int64, uint64, []uint64)) {
 	prime := subring.Modulus
-	if multiplier <= int64(prime-1)/bound { // every product is below the prime
+	if multiplier > int64(prime-1)/bound { // a product may exceed the prime
+		offset := (1<<62/prime + 1) * prime
 		for i, value := range values {
-			residues[i] = lift(int64(value)*multiplier, prime)
+			residues[i] = ring.BRedAdd(uint64(int64(value)*multiplier)+offset, prime, subring.BRedConstant)
 		}
 		return
 	}
-	offset := (1<<62/prime + 1) * prime
+	if vectorised(subring) {
+		vector(values, multiplier, prime, residues)
+		return
+	}
 	for i, value := range values {
-		residues[i] = ring.BRedAdd(uint64(int64(value)*multiplier)+offset, prime, subring.BRedConstant)
+		residues[i] = lift(int64(value)*multiplier, prime)
 	}
 }
 
 // transformSmall transforms a polynomial in X^gap without its zeros. Its transform
 // is that of the smaller ring, each value repeated gap times, under the same roots:
 // they are stored in bit-reversed order, so the first are those of the smaller ring.
-func transformSmall(subring *ring.SubRing, residues []uint64) {
-	apply := ring.NTTStandardLazy
-	if subring.Type() == ring.ConjugateInvariant {
-		apply = ring.NTTConjugateInvariantLazy
+func transformSmall(p *Parameters, limb int, residues []uint64) {
+	subring := p.RingQ().SubRings[limb]
+	if vectorised(subring) {
+		simdTransform(&p.roots[limb], subring, residues)
+		return
 	}
-	apply(residues, residues, len(residues), subring.Modulus, subring.MRedConstant, subring.RootsForward)
+	apply := ring.NTTStandard
+	if subring.Type() == ring.ConjugateInvariant {
+		apply = ring.NTTConjugateInvariant
+	}
+	apply(residues, residues, len(residues), subring.Modulus, subring.MRedConstant, subring.BRedConstant, subring.RootsForward)
 }
 
 // Bytes is the memory that the diagonal takes.

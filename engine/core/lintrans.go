@@ -229,7 +229,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 			if own.residues[i] == nil && d.residues.Coeffs == nil {
 				own.residues[i] = make([]uint64, p.N())
 			}
-			own.terms[i] = term{plain: d.at(subring, limb, own.residues[i]), gap: d.gap}
+			own.terms[i] = term{plain: d.at(p, limb, own.residues[i]), gap: d.gap}
 		}
 		terms := own.terms[:len(s.row)]
 		for input, sum := range s.sums {
@@ -237,7 +237,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 				copied := rotated[input][d.baby]
 				terms[i].c0, terms[i].c1 = copied.Value[0].Coeffs[limb], copied.Value[1].Coeffs[limb]
 			}
-			own.accumulator.sum(terms, subring.Modulus, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
+			own.accumulator.sum(terms, subring, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
 		}
 		return nil
 	})

@@ -50,6 +50,7 @@ type Parameters struct {
 	ID      ID
 	Literal Literal // with the primes, not their sizes
 	encoder *ckks.Encoder
+	roots   []wideRoots // by prime
 }
 
 var ringTypes = map[string]ring.Type{"standard": ring.Standard, "conjugate_invariant": ring.ConjugateInvariant}
@@ -83,7 +84,7 @@ func (literal Literal) Check() (*Parameters, error) {
 		return nil, err
 	}
 	literal.LogQ, literal.LogP, literal.Q, literal.P = nil, nil, parameters.Q(), parameters.P()
-	p := &Parameters{Parameters: parameters, Literal: literal, encoder: ckks.NewEncoder(parameters, 53)}
+	p := &Parameters{Parameters: parameters, Literal: literal, encoder: ckks.NewEncoder(parameters, 53), roots: make([]wideRoots, parameters.QCount())}
 	canonical, err := json.Marshal(literal)
 	if err != nil {
 		return nil, failure(Parameter, "parameters: %v", err)

@@ -1,0 +1,63 @@
+package core
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// TestVectorCode holds the vector code equal to the library's, bit for bit.
+func TestVectorCode(t *testing.T) {
+	if !simd {
+		t.Skip("no AVX-512 IFMA here")
+	}
+	defer func() { simd = true }()
+	p := large(t)
+	values := noise(p.Slots())
+	for _, length := range []int{p.Slots(), p.Slots() / 8, 16} {
+		for _, storage := range []Storage{Int16, Int32, Residues} {
+			for _, size := range []float64{1, 1e-6, 1e5} {
+				scaled := make([]complex128, length)
+				for i := range scaled {
+					scaled[i] = complex(size, 0) * values[i]
+				}
+				d := must(newDiagonal(p, scaled, p.DefaultScale().Float64(), 0, p.MaxLevel(), storage))
+				for limb := range p.MaxLevel() + 1 {
+					simd = true
+					fast := slices.Clone(d.at(p, limb, make([]uint64, p.N())))
+					simd = false
+					slow := d.at(p, limb, make([]uint64, p.N()))
+					if !slices.Equal(fast, slow) {
+						t.Fatalf("length %d, storage %d, size %g, prime %d: the transforms differ", length, storage, size, limb)
+					}
+				}
+			}
+		}
+	}
+	for limb, subring := range p.RingQ().SubRings {
+		for _, count := range []int{1, 3, 4, 33} {
+			for _, gap := range []int{1, 8, 1024} {
+				terms := make([]term, count)
+				random := func(n int) []uint64 {
+					residues := make([]uint64, n)
+					for i := range residues {
+						residues[i] = subring.Modulus - 1 - rand.Uint64N(1<<rand.Uint64N(30))
+					}
+					return residues
+				}
+				for i := range terms {
+					terms[i] = term{random(p.N() / gap), gap, random(p.N()), random(p.N())}
+				}
+				var outputs [2][2][]uint64
+				for i := range outputs {
+					simd = i == 0
+					outputs[i] = [2][]uint64{make([]uint64, p.N()), make([]uint64, p.N())}
+					new(accumulator).sum(terms, subring, outputs[i][0], outputs[i][1])
+				}
+				if !slices.Equal(outputs[0][0], outputs[1][0]) || !slices.Equal(outputs[0][1], outputs[1][1]) {
+					t.Fatalf("prime %d, %d terms, gap %d: the sums differ", limb, count, gap)
+				}
+			}
+		}
+	}
+}
