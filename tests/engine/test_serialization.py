@@ -248,7 +248,7 @@ def test_fuzz_a_little(tiny: Party, blobs, edits, cut, honest, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, **relaxed)
+@settings(max_examples=30_000, **relaxed)
 @mutations
 def test_fuzz(tiny: Party, blobs, edits, cut, honest, data):
     fuzz(tiny, blobs, edits, cut, honest, data)
