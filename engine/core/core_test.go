@@ -286,6 +286,8 @@ func TestConcurrency(t *testing.T) {
 }
 
 func TestAPanicInAJobIsAnError(t *testing.T) {
+	before := Threads()
+	t.Cleanup(func() { threads.Store(int64(before)) })
 	for _, count := range []int{1, 4} {
 		if err := SetThreads(count); err != nil {
 			t.Fatal(err)

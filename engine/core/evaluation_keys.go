@@ -117,6 +117,8 @@ func (keys *EvaluationKeys) Bytes() (total int) {
 // Levels returns the level of every key: of the relinearisation key (-1 where
 // there is none) and of each Galois element.
 func (keys *EvaluationKeys) Levels() (relin int, galois map[uint64]int) {
+	keys.lock.Lock()
+	defer keys.lock.Unlock()
 	relin, galois = -1, map[uint64]int{}
 	if keys.relin != nil {
 		relin = keys.relin.LevelQ()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cipherlm.engine import (
+    Ciphertext,
     InvalidArgumentError,
     KeyMaterialError,
     LevelError,
@@ -88,29 +92,20 @@ def test_the_client_sees_uniform_integers_whatever_the_message(party: Party):
 
 
 def decrypt_request(party: Party, request: RefreshRequest) -> Plaintext:
-    """What the client decrypts, taken out of its fresh encryption at the same level."""
-    reply = party.secret_key.refresh(request)
-    zero = party.evaluator.mask([party.secret_key.encrypt([0])], party.public_key, level=1)
-    del zero
-    data = reply.to_bytes()
-    return fresh_ciphertext(party, data)
-
-
-def fresh_ciphertext(party: Party, reply: bytes) -> Plaintext:
-    """Make a ciphertext frame of a reply's first ciphertext, and decrypt it."""
-    import hashlib
-    import struct
-
-    from cipherlm.engine import Ciphertext
-
-    level, _count = struct.unpack_from("<II", reply, 64)
-    body = reply[72:-32]
-    payload = struct.pack("<BxxxI", 0, level) + struct.pack("<QQi", 1 << 63, 0, -127) + body
-    header = reply[:6] + struct.pack("<H", 6) + reply[8:40] + struct.pack("<Q", len(payload) + 32) + bytes(16)
-    digest = hashlib.blake2b(header + payload, digest_size=32).digest()
+    """What the client decrypts, by way of its own fresh encryption of it."""
     return party.secret_key.decrypt_plaintext(
-        Ciphertext.from_bytes(header + payload + digest, party.parameters)
+        first_ciphertext(party, party.secret_key.refresh(request).to_bytes())
     )
+
+
+def first_ciphertext(party: Party, reply: bytes) -> Ciphertext:
+    """Put a reply's only ciphertext in a frame of its own, at scale 1."""
+    level, _count = struct.unpack_from("<II", reply, 64)
+    one = struct.pack("<QQi", 1 << 63, 0, -127)
+    payload = struct.pack("<BxxxI", 0, level) + one + reply[72:-32]
+    length = struct.pack("<Q", len(payload) + 32)
+    frame = reply[:6] + struct.pack("<H", 6) + reply[8:40] + length + bytes(16) + payload
+    return Ciphertext.from_bytes(frame + hashlib.blake2b(frame, digest_size=32).digest(), party.parameters)
 
 
 def test_both_components_are_masked_afresh(party: Party):

@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -217,6 +217,3 @@ def key_fingerprint(handle: int) -> str:
     out = ctypes.create_string_buffer(16)
     call("cl_key_id", handle, out)
     return out.raw.hex()
-
-
-Finish = Callable[[int], Any]
