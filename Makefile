@@ -51,7 +51,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_models*.py tests/test_loading.py
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_loading.py tests/test_models*.py tests/test_cli.py
 	$(BIN)/python -m pytest
 
 # The other end of the range of transformers that pyproject.toml allows.

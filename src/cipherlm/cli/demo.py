@@ -31,7 +31,7 @@ examples:
   cipherlm demo --prompt "She opened the" --block 1 --heads 2 --max-new-tokens 3
 """
 
-PROMPT = "The old man looked"
+PROMPT = "The old man"
 
 WHO_SEES_WHAT = (
     "Both parties ran in this process. The server's part saw ciphertexts, sizes and times, never the text; "
