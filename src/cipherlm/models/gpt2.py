@@ -1,0 +1,201 @@
+"""GPT-2 on tensors that may be encrypted: the classes of the clear model, and its arithmetic.
+
+``x`` is a :class:`~cipherlm.schemes.ckks.tensor.Tensor`, of ciphertexts, or of clear numbers in a simulation;
+the weights are clear. Two things are rearranged, and change no result: the gain and shift of a normalisation
+belong to the linear layer behind it, and whatever adds to the hidden states adds a mean of zero.
+
+:class:`Ends` is done by whoever has the text: it makes hidden states of tokens, and logits of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.schemes.ckks.calibration import ExactFunctions
+from cipherlm.schemes.ckks.functions import Attend, Functions, Map
+from cipherlm.schemes.ckks.simulation import SimulatedTensor
+from cipherlm.schemes.ckks.tensor import Linear, T
+
+Float64 = NDArray[np.float64]
+KeyValue = tuple[Float64, Float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Causal self-attention with several heads."""
+
+    n_heads: int
+    c_attn: Linear
+    c_proj: Linear
+    softmax: Attend
+
+    def __call__(self, x: T, prefix: KeyValue | None = None) -> T:
+        """Attend to hidden states, and to the clear keys and values of a prefix before them."""
+        query, key, value = x.to_heads(self.c_attn, self.n_heads)
+        if prefix is not None:
+            key, value = key.after(prefix[0]), value.after(prefix[1])
+        return self.softmax(query.scores(key), value) @ self.c_proj
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """Two linear layers with GELU between them."""
+
+    c_fc: Linear
+    c_proj: Linear
+    gelu: Map
+
+    def __call__(self, x: T) -> T:
+        """Return what is added to the hidden states."""
+        return self.gelu(x @ self.c_fc) @ self.c_proj
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Attention and MLP, each behind a layer normalisation and beside the hidden states."""
+
+    ln_1: Map
+    attn: Attention
+    ln_2: Map
+    mlp: MLP
+
+    def __call__(self, x: T, prefix: KeyValue | None = None) -> T:
+        """Return the next block's hidden states."""
+        x = x + self.attn(self.ln_1(x), prefix)
+        return x + self.mlp(self.ln_2(x))
+
+    def with_functions(self, functions: Functions) -> Block:
+        """Return the block with the same weights and other functions."""
+        return Block(
+            functions.ln_1,
+            replace(self.attn, softmax=functions.softmax),
+            functions.ln_2,
+            replace(self.mlp, gelu=functions.gelu),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GPT2:
+    """The blocks of a GPT-2, from embedded tokens to the hidden states before the last normalisation."""
+
+    blocks: tuple[Block, ...]
+    epsilon: float
+
+    def __call__(self, x: T, prefix: Sequence[KeyValue] | None = None) -> T:
+        """Return the last hidden states of centred hidden states (tokens, width).
+
+        ``prefix`` are each block's keys and values of tokens before them, from :meth:`keys_values`.
+        """
+        none: list[KeyValue | None] = [None] * len(self.blocks)
+        for block, before in zip(self.blocks, prefix or none, strict=True):
+            x = block(x, before)
+        return x
+
+    @classmethod
+    def from_transformers(cls, model: Any) -> GPT2:
+        """Return the blocks of a ``GPT2LMHeadModel`` with exact functions.
+
+        Raises ``ValueError`` for a model with another activation than ``gelu_new``.
+        """
+        config = model.config
+        if config.activation_function != "gelu_new":
+            raise ValueError(f"GPT-2's activation is gelu_new, not {config.activation_function}")
+        blocks = []
+        for index, block in enumerate(model.transformer.h):
+            factor = 1.0 if config.scale_attn_weights else (config.n_embd // config.n_head) ** 0.5
+            if config.scale_attn_by_inverse_layer_idx:
+                factor /= index + 1
+            c_attn, c_fc = (
+                _linear(layer).after(_array(norm.weight), _array(norm.bias))
+                for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc))
+            )
+            gain = np.repeat([factor, 1.0, 1.0], config.n_embd)
+            c_attn = Linear(c_attn.weight * gain, c_attn.bias * gain)
+            c_proj = _linear(block.attn.c_proj).centred()
+            exact = ExactFunctions(config.layer_norm_epsilon)
+            attention = Attention(config.n_head, c_attn, c_proj, exact.softmax)
+            mlp = MLP(c_fc, _linear(block.mlp.c_proj).centred(), exact.gelu)
+            blocks.append(Block(exact.ln_1, attention, exact.ln_2, mlp))
+        return cls(tuple(blocks), config.layer_norm_epsilon)
+
+    def keys_values(self, hidden: Float64) -> list[KeyValue]:
+        """Return each block's keys and values (heads, tokens, head_dim) for centred clear hidden states.
+
+        They are computed exactly: GPT-2's first token has values far outside the ranges of others, and so
+        nothing of it is remembered either.
+        """
+        model = self._with_functions([ExactFunctions(self.epsilon) for _ in self.blocks])
+        x, found = SimulatedTensor(hidden), []
+        for block in model.blocks:
+            _, key, value = block.ln_1(x).to_heads(block.attn.c_attn, block.attn.n_heads)
+            found.append((key.values, value.values))
+            x = block(x)
+        return found
+
+    def fitted(
+        self, texts: Iterable[Float64], *, keys: int, prefix: Sequence[KeyValue] | None = None
+    ) -> GPT2:
+        """Return the model with polynomials in place of functions, fitted to the ranges met on texts.
+
+        ``texts`` are centred hidden states (tokens, width), and ``keys`` is the highest number of tokens that
+        one attends to, with the prefix.
+        """
+        exact = [ExactFunctions(self.epsilon) for _ in self.blocks]
+        model = self._with_functions(exact)
+        for hidden in texts:
+            model(SimulatedTensor(hidden), prefix)
+        return self._with_functions([functions.fit(keys) for functions in exact])
+
+    def _with_functions(self, functions: Sequence[Functions]) -> GPT2:
+        blocks = (block.with_functions(own) for block, own in zip(self.blocks, functions, strict=True))
+        return replace(self, blocks=tuple(blocks))
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """The parts of GPT-2 on either side of its blocks: embeddings, last normalisation, output embedding."""
+
+    tokens: Float64
+    positions: Float64
+    gain: Float64
+    shift: Float64
+    epsilon: float
+
+    @classmethod
+    def from_transformers(cls, model: Any) -> Ends:
+        """Return the ends of a ``GPT2LMHeadModel``, whose output embedding is that of its input."""
+        body = model.transformer
+        return cls(
+            _array(body.wte.weight),
+            _array(body.wpe.weight),
+            _array(body.ln_f.weight),
+            _array(body.ln_f.bias),
+            body.ln_f.eps,
+        )
+
+    def embed(self, ids: Sequence[int], start: int = 0) -> Float64:
+        """Return centred hidden states (tokens, width) of token ids, the first at position ``start``."""
+        hidden = self.tokens[list(ids)] + self.positions[start : start + len(ids)]
+        centred: Float64 = hidden - hidden.mean(axis=-1, keepdims=True)
+        return centred
+
+    def logits(self, hidden: Float64) -> Float64:
+        """Return logits (tokens, vocabulary) of the last hidden states."""
+        centred = hidden - hidden.mean(axis=-1, keepdims=True)
+        normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + self.epsilon)
+        logits: Float64 = (normal * self.gain + self.shift) @ self.tokens.T
+        return logits
+
+
+def _linear(layer: Any) -> Linear:
+    return Linear(_array(layer.weight), _array(layer.bias))
+
+
+def _array(parameter: Any) -> Float64:
+    array: Float64 = parameter.detach().cpu().double().numpy()
+    return array

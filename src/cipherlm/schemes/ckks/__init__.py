@@ -1,0 +1,1 @@
+"""GPT-2's layers in approximate arithmetic (CKKS): approximations, tensors, packing and refresh."""

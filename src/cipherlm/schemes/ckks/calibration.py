@@ -1,0 +1,121 @@
+"""Ranges of values, found by running a model exactly on text, and the functions that are fitted to them.
+
+Run a model with these functions in place of fitted ones: they compute as the clear model does, and remember
+what they meet. ``fit`` then freezes polynomials for these ranges with a margin.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.schemes.ckks.approximation import Interval, gelu_new
+from cipherlm.schemes.ckks.functions import FittedFunctions, Gelu, LayerNorm, Softmax, T
+from cipherlm.schemes.ckks.simulation import SimulatedTensor, visible
+
+Float64 = NDArray[np.float64]
+
+MARGIN = 1.25
+"""How far beyond the range that was seen approximations keep their precision, as a factor."""
+
+
+class Range:
+    """The smallest and the largest value that was seen."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def see(self, values: Float64) -> None:
+        """Take values into account."""
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+
+    @property
+    def around_zero(self) -> Interval:
+        """The range with its margin; raises ``ValueError`` if nothing was seen."""
+        self._check()
+        return MARGIN * min(self.low, 0.0), MARGIN * max(self.high, 0.0)
+
+    @property
+    def above_zero(self) -> Interval:
+        """The range of positive values with the square of the margin."""
+        self._check()
+        return self.low / MARGIN**2, self.high * MARGIN**2
+
+    def _check(self) -> None:
+        if self.high < self.low:
+            raise ValueError("not calibrated: run the model on text first")
+
+
+class ExactLayerNorm:
+    """Layer normalisation without its mean, gain and shift; remembers the mean squares."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.squares = Range()
+
+    def __call__(self, x: T) -> T:
+        """Return the normalised hidden states."""
+        values = _clear(x)
+        square = (values**2).mean(axis=-1, keepdims=True)
+        self.squares.see(square)
+        return cast(T, SimulatedTensor(values / np.sqrt(square + self.epsilon)))
+
+    def fit(self) -> LayerNorm:
+        """Return the approximation for what was seen."""
+        return LayerNorm.fit(self.squares.above_zero, self.epsilon)
+
+
+class ExactGelu:
+    """GELU; remembers its inputs."""
+
+    def __init__(self) -> None:
+        self.inputs = Range()
+
+    def __call__(self, x: T) -> T:
+        """Return GELU of every value."""
+        values = _clear(x)
+        self.inputs.see(values)
+        return cast(T, SimulatedTensor(gelu_new(values)))
+
+    def fit(self) -> Gelu:
+        """Return the approximation for what was seen."""
+        return Gelu.fit(self.inputs.around_zero)
+
+
+class ExactSoftmax:
+    """Softmax, applied to values; remembers the scores."""
+
+    def __init__(self) -> None:
+        self.scores = Range()
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores."""
+        values = _clear(scores)
+        self.scores.see(values)
+        powers = np.exp(values - values.max(axis=-1, keepdims=True)) * visible(values.shape)
+        return cast(T, SimulatedTensor(powers / powers.sum(axis=-1, keepdims=True) @ _clear(value)))
+
+    def fit(self, keys: int) -> Softmax:
+        """Return the approximation for what was seen, over at most ``keys`` keys."""
+        return Softmax.fit(self.scores.around_zero, keys)
+
+
+class ExactFunctions:
+    """The functions of one block, which remember what they meet."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.ln_1, self.ln_2 = ExactLayerNorm(epsilon), ExactLayerNorm(epsilon)
+        self.softmax, self.gelu = ExactSoftmax(), ExactGelu()
+
+    def fit(self, keys: int) -> FittedFunctions:
+        """Return the approximations for what was met, with at most ``keys`` keys to a query."""
+        return FittedFunctions(self.ln_1.fit(), self.softmax.fit(keys), self.ln_2.fit(), self.gelu.fit())
+
+
+def _clear(x: object) -> Float64:
+    if not isinstance(x, SimulatedTensor):
+        raise TypeError("calibration computes with clear numbers")
+    return x.values

@@ -1,0 +1,221 @@
+"""Softmax, layer normalisation and GELU in the arithmetic that ciphertexts know.
+
+They work on any :class:`~cipherlm.schemes.ckks.tensor.Tensor`. Their polynomials are fitted to ranges that
+:mod:`~cipherlm.schemes.ckks.calibration` finds on text, once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from cipherlm.engine import Chebyshev
+from cipherlm.schemes.ckks import approximation
+from cipherlm.schemes.ckks.approximation import Interval
+from cipherlm.schemes.ckks.tensor import Tensor, depth
+
+T = TypeVar("T", bound=Tensor)
+
+GUARD = 0.25
+"""How far outside their interval GELU and the inverse square root stay near the function, in its lengths."""
+
+NEAR_ONE = 0.35
+"""How far from 1 sums of softmax weights may be after a normalisation that another one follows."""
+
+PRECISE = 3e-3
+"""The relative error of the last inverse before Newton's iteration squares it."""
+
+
+class Map(Protocol):
+    """A function of hidden states."""
+
+    def __call__(self, x: T, /) -> T: ...  # noqa: D102
+
+
+class Attend(Protocol):
+    """Softmax of scores, applied to values."""
+
+    def __call__(self, scores: T, value: T, /) -> T: ...  # noqa: D102
+
+
+class Functions(Protocol):
+    """The functions of one block."""
+
+    @property
+    def ln_1(self) -> Map: ...  # noqa: D102
+    @property
+    def softmax(self) -> Attend: ...  # noqa: D102
+    @property
+    def ln_2(self) -> Map: ...  # noqa: D102
+    @property
+    def gelu(self) -> Map: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """``x / sqrt(mean(x^2) + epsilon)`` for hidden states whose mean is zero.
+
+    What GPT-2 adds to its hidden states can be given a mean of zero
+    (:meth:`~cipherlm.schemes.ckks.tensor.Linear.centred`), and gain and shift belong to the linear layer
+    behind (:meth:`~cipherlm.schemes.ckks.tensor.Linear.after`): this is what is left. The root is a
+    polynomial, then Newton's iteration ``y (3 - x y^2) / 2``, which squares the relative error.
+    """
+
+    start: Chebyshev
+    steps: int
+    epsilon: float
+
+    @classmethod
+    def fit(
+        cls, squares: Interval, epsilon: float, *, tolerance: float = 1e-5, degree: int = 15
+    ) -> LayerNorm:
+        """Return the function for mean squares in an interval, with a relative error below ``tolerance``.
+
+        Raises ``ValueError`` for an interval that is too wide for a polynomial of this degree to start from.
+        """
+        interval = (squares[0] + epsilon, squares[1] + epsilon)
+        start = approximation.inverse_square_root(interval, degree, guard=GUARD)
+        error = approximation.largest_error(start, lambda x: x**-0.5, interval, relative=True)
+        if error > 0.3:
+            raise ValueError(f"no inverse square root of degree {degree} on {squares}: error {error:.0%}")
+        steps = 0
+        while error > tolerance:
+            error = 1.5 * error**2 + 0.5 * error**3
+            steps += 1
+        return cls(start, steps, epsilon)
+
+    def __call__(self, x: T) -> T:
+        """Return the normalised hidden states."""
+        (x,) = x.ready(1)
+        square = x.mean_square() + self.epsilon
+        x, square = x.ready(depth(self.start) + 1, square, before=self.start)
+        root = square.polynomial(self.start)
+        for _ in range(self.steps):
+            x, square, root = x.ready(3, square, root)
+            root = root * 1.5 - (root * root) * (square * root) * 0.5
+        return x * root
+
+
+@dataclass(frozen=True, eq=False)
+class Gelu:
+    """GELU as GPT-2 computes it, as one polynomial."""
+
+    curve: Chebyshev
+
+    @classmethod
+    def fit(cls, inputs: Interval, *, degree: int = 63) -> Gelu:
+        """Return the function for inputs in an interval."""
+        return cls(approximation.gelu(inputs, degree, guard=GUARD))
+
+    def __call__(self, x: T) -> T:
+        """Return GELU of every value."""
+        (x,) = x.ready(depth(self.curve), before=self.curve)
+        return x.polynomial(self.curve)
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """Softmax by normalise-and-square, applied to values.
+
+    After W. Cho, G. Hanrot, T. Kim, M. Park and D. Stehlé, "Fast and accurate homomorphic softmax
+    evaluation" (CCS 2024). With k squarings, ``exp(x / 2^k)`` of centred scores is normalised and squared k
+    times. Only the last normalisation has to be precise, since a common factor of a row cancels there; the
+    others bring sums of n weights near 1, which keeps the sums of their squares in an interval from 1/n
+    (Cauchy and Schwarz) to 1 with some room. Only the first interval depends on the text. The last division
+    comes after the weighted sum of values; Newton's iteration ``c (2 - s c)`` makes it precise. Factors are
+    chosen such that every interval of sums has length 2, and so costs no level.
+    """
+
+    squarings: int
+    floor: float
+    exponential: Chebyshev
+    inverses: tuple[Chebyshev, ...]
+    reciprocal: Chebyshev
+    steps: int
+
+    @classmethod
+    def fit(
+        cls,
+        scores: Interval,
+        keys: int,
+        *,
+        tolerance: float = 1e-5,
+        steepest: float = 3.0,
+        hidden: float = 18.0,
+        degree: int = 15,
+    ) -> Softmax:
+        """Return the softmax of centred scores in an interval, over at most ``keys`` keys.
+
+        There are as many squarings, two at least, as bring the scores' upper end below ``steepest``; a first
+        mean of exponentials lies between 1 and its exponential. Keys that a query does not see weigh at most
+        ``exp(-hidden)`` of those that it sees at its mean. ``degree`` is that of the exponential, and
+        ``tolerance`` the relative error of the last division.
+        """
+        low, high = min(scores[0], 0.0), max(scores[1], 1.0)
+        squarings = max(2, math.ceil(math.log2(high / steepest)))
+        factor = 0.5**squarings
+        floor, ceiling = -math.log(keys) - max(-low, hidden) * factor, high * factor
+        sums = (1.0, math.exp(ceiling))
+        gain = _unit_gain(sums)
+        exponential = _times(approximation.exponential((floor, ceiling), degree, guard=0.05), gain)
+        inverses = []
+        for _ in range(squarings):
+            sums = (gain * sums[0], gain * sums[1])
+            inverse, error = _inverse(sums, NEAR_ONE)
+            # A hundredth for the noise and for keys that are not seen.
+            sums = (0.99 * (1 - error) ** 2 / keys, 1.01 * (1 + error) ** 2)
+            gain = _unit_gain(sums)
+            inverses.append(_times(inverse, math.sqrt(gain)))
+        reciprocal, error = _inverse((gain * sums[0], gain * sums[1]), PRECISE)
+        steps = 1
+        while (error := error**2) > tolerance:
+            steps += 1
+        return cls(squarings, floor, exponential, tuple(inverses), reciprocal, steps)
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores."""
+        weights = scores.exponents(0.5**self.squarings, self.floor)
+        levels = depth(self.exponential) + depth(self.inverses[0]) + 1
+        (weights,) = weights.ready(levels, before=self.exponential)
+        weights = weights.polynomial(self.exponential)
+        for inverse in self.inverses:
+            (weights,) = weights.ready(depth(inverse) + 1)
+            weights = weights * weights.total().polynomial(inverse)
+            (weights,) = weights.ready(1)
+            weights = weights * weights
+        mixed, total = weights.mix(value), weights.total()
+        mixed, total = mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
+        quotient = total.polynomial(self.reciprocal)
+        for _ in range(1, self.steps):
+            quotient = quotient * (total * quotient * -1 + 2.0)
+            mixed, total, quotient = mixed.ready(2, total, quotient)
+        return (mixed * quotient) * (total * quotient * -1 + 2.0)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedFunctions:
+    """The functions of one block, as polynomials."""
+
+    ln_1: LayerNorm
+    softmax: Softmax
+    ln_2: LayerNorm
+    gelu: Gelu
+
+
+def _inverse(interval: Interval, tolerance: float) -> tuple[Chebyshev, float]:
+    """Return the cheapest inverse, up to degree 31, with an error below ``tolerance``, and its error."""
+    for degree in (3, 7, 15, 31):
+        error = approximation.inverse_error(interval, degree)
+        if error < tolerance:
+            break
+    return approximation.inverse(interval, degree), error
+
+
+def _unit_gain(interval: Interval) -> float:
+    """Return the factor that brings an interval to length 2."""
+    return 2 / (interval[1] - interval[0])
+
+
+def _times(polynomial: Chebyshev, factor: float) -> Chebyshev:
+    return Chebyshev(polynomial.coefficients * factor, polynomial.interval)
