@@ -311,3 +311,19 @@ def test_agreement_on_the_embedded_model(capsys, heads, bits, least):
     (row,) = run_json(capsys, "evaluate", "--heads", heads, "--n-bits", bits)["results"]
     assert row["top1"] >= least
     assert row["top10"] >= 0.99
+
+
+# Without the extra
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "The old man"),
+        ("inspect", "--tokens", "3"),
+        ("bench", "attention", "--geometry", "tiny", "--tokens", "2"),
+    ],
+)
+def test_tfhe_without_concrete_says_what_to_install(capsys, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "concrete", None)
+    assert 'pip install "cipherlm[tfhe]"' in failure(capsys, *arguments)
