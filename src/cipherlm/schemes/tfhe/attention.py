@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cipherlm.schemes.tfhe.calibration import calibrate_head, calibrate_projection
 from cipherlm.schemes.tfhe.head import Precision, QuantizedHead, QuantizedProjection
-from cipherlm.schemes.tfhe.lookup import Integers
+from cipherlm.schemes.tfhe.lookup import Integers, Lookup, lookup, noisy_lookup
 from cipherlm.schemes.tfhe.quantization import InputQuantizer, check_bits
 from cipherlm.schemes.tfhe.weights import AttentionWeights
 
@@ -75,7 +75,7 @@ class QuantizedAttention:
     def calibrate(
         cls,
         weights: AttentionWeights,
-        inputs: Sequence[NDArray[np.floating]],
+        inputs: Sequence[NDArray[np.floating[Any]]],
         *,
         heads: Sequence[int] | None,
         n_bits: int,
@@ -101,11 +101,11 @@ class QuantizedAttention:
             projection = calibrate_projection(weights, chosen, quantized, n_bits, integers)
         return cls(chosen, quantizer, quantized, projection)
 
-    def circuit(self, x: Integers) -> Integers:
+    def circuit(self, x: Integers, lookup: Lookup) -> Integers:
         """What is compiled: quantised inputs (tokens, width) to integers (tokens, outputs)."""
-        results = [head(x, self.precision) for head in self.quantized_heads]
+        results = [head(x, self.precision, lookup) for head in self.quantized_heads]
         joined = results[0] if len(results) == 1 else np.concatenate(tuple(results), axis=1)
-        return joined if self.projection is None else self.projection(joined, self.precision)
+        return joined if self.projection is None else self.projection(joined, self.precision, lookup)
 
     def dequantize(self, integers: Int64) -> Float64:
         """Turn the circuit's integers (tokens, outputs) into the layer's real values."""
@@ -122,7 +122,7 @@ class QuantizedAttention:
             axis=-1,
         )
 
-    def __call__(self, x: NDArray[np.floating]) -> Float64:
+    def __call__(self, x: NDArray[np.floating[Any]]) -> Float64:
         """Quantise ``x`` (tokens, width) or (batch, tokens, width), attend in the clear, dequantise.
 
         Returns the chosen heads side by side, (..., tokens, heads * head_dim), or with the projection
@@ -130,7 +130,13 @@ class QuantizedAttention:
         """
         if x.ndim == 3:
             return np.stack([self(sequence) for sequence in x])
-        return self.dequantize(self.circuit(self.quantizer(x)))
+        return self.dequantize(self.circuit(self.quantizer(x), lookup))
+
+    def simulate(self, x: NDArray[np.floating[Any]], p_error: float, rng: np.random.Generator) -> Float64:
+        """Like calling it, with the noise that ciphertexts may have at ``p_error`` in every lookup."""
+        if x.ndim == 3:
+            return np.stack([self.simulate(sequence, p_error, rng) for sequence in x])
+        return self.dequantize(self.circuit(self.quantizer(x), noisy_lookup(p_error, rng)))
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return everything as named arrays, for safetensors."""
@@ -138,11 +144,13 @@ class QuantizedAttention:
             "heads": np.array(self.heads, dtype=np.int64),
             "n_bits": np.array(self.n_bits, dtype=np.int64),
             "channel_scale": self.quantizer.channel_scale,
+            "largest_norm": np.array(self.quantizer.largest_norm),
         }
         for index, head in zip(self.heads, self.quantized_heads, strict=True):
             arrays |= {f"head.{index}.{field.name}": getattr(head, field.name) for field in fields(head)}
         if self.projection is not None:
-            arrays |= {f"projection.{f.name}": getattr(self.projection, f.name) for f in fields(self.projection)}
+            for field in fields(self.projection):
+                arrays[f"projection.{field.name}"] = getattr(self.projection, field.name)
         return {
             name: np.array(a, dtype=np.int32 if a.dtype.kind == "i" else np.float64, order="C")
             for name, a in arrays.items()
@@ -163,7 +171,7 @@ class QuantizedAttention:
         n_bits = int(read("n_bits"))
         check_bits(n_bits)
         heads = tuple(int(head) for head in np.atleast_1d(read("heads")))
-        quantizer = InputQuantizer(n_bits, read("channel_scale"))
+        quantizer = InputQuantizer(n_bits, read("channel_scale"), float(read("largest_norm")))
         quantized = tuple(
             QuantizedHead(**{f.name: read(f"head.{head}.{f.name}") for f in fields(QuantizedHead)})
             for head in heads
@@ -182,13 +190,17 @@ class QuantizedAttention:
         if not self.heads or self.quantized_heads[0].rotation.ndim != 2:
             raise ValueError("damaged quantisation parameters: no heads")
         width, head_dim = self.width, self.head_dim
-        shapes = {
-            **dict.fromkeys(("query_weight", "key_weight", "value_weight", "first_weight"), (width, head_dim)),
-            **dict.fromkeys(("query_bias", "key_bias", "first_bias", "product_range"), (head_dim,)),
-            **dict.fromkeys(("score_query_weight", "score_key_weight"), (width,)),
-            **dict.fromkeys(("score_bias", "score_range", "value_range", "first_range", "output_unit"), ()),
-            "rotation": (head_dim, head_dim),
+        shapes: dict[str, tuple[int, ...]] = {"rotation": (head_dim, head_dim)}
+        shapes |= dict.fromkeys(("query_weight", "key_weight", "value_weight"), (width, head_dim))
+        shapes |= {
+            "first_weight": (width, head_dim),
+            "score_query_weight": (width,),
+            "score_key_weight": (width,),
         }
+        shapes |= dict.fromkeys(("query_bias", "key_bias", "first_bias", "product_range"), (head_dim,))
+        shapes |= dict.fromkeys(
+            ("score_bias", "score_range", "value_range", "first_range", "output_unit"), ()
+        )
         for index, head in zip(self.heads, self.quantized_heads, strict=True):
             for name, shape in shapes.items():
                 if getattr(head, name).shape != shape:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.schemes.tfhe.head import Precision, QuantizedHead, QuantizedProjection
-from cipherlm.schemes.tfhe.lookup import FULL_SCALE
+from cipherlm.schemes.tfhe.lookup import FULL_SCALE, lookup
 from cipherlm.schemes.tfhe.quantization import InputQuantizer, quantize_weight
 from cipherlm.schemes.tfhe.weights import AttentionWeights
 
@@ -26,7 +26,7 @@ largest carry the softmax, and the first token's values, which calibration sees 
 def calibrate_head(
     weights: AttentionWeights, head: int, quantizer: InputQuantizer, sequences: Sequence[Int64]
 ) -> QuantizedHead:
-    """Quantise one head. ``sequences`` are quantised hidden states (tokens, width), two tokens or more each."""
+    """Quantise one head on ``sequences``: quantised hidden states (tokens, width), two tokens or more."""
     n_bits = quantizer.n_bits
     weight, bias = weights.head(head)
     weight = weight * quantizer.channel_scale[:, None]  # acts on the quantiser's integers
@@ -59,6 +59,8 @@ def calibrate_head(
         scores.append(queries @ keys.T)
     product_range = np.quantile(np.abs(np.concatenate(sums)), RANGE_QUANTILE, axis=0)
     score_range, probabilities = _score_range(scores)
+    # A single square has to fit the accumulator too: with few dimensions it needs more room than scores.
+    score_range = max(score_range, float(product_range.max()) ** 2 / 2)
 
     rotation = _random_rotation(head_dim, seed=2 * head + 1)
     value_weight = quantized(weight[2] @ rotation)
@@ -73,7 +75,8 @@ def calibrate_head(
     largest = max(first_range, float(np.abs(np.concatenate(outputs)).max()))
 
     def integers(values: Float64, full: Float64 | float) -> Int64:
-        return np.rint(values / full * FULL_SCALE).astype(np.int64)
+        scaled: Int64 = np.rint(values / full * FULL_SCALE).astype(np.int64)
+        return scaled
 
     return QuantizedHead(
         query_weight=integers(query_weight, product_range),
@@ -87,10 +90,10 @@ def calibrate_head(
         first_weight=integers(value_weight, first_range),
         first_bias=integers(value_bias, first_range),
         product_range=product_range,
-        score_range=np.float64(score_range),
-        value_range=np.float64(value_range),
-        first_range=np.float64(first_range),
-        output_unit=np.float64(largest / (1 << (Precision(n_bits).output - 1))),
+        score_range=np.array(score_range),
+        value_range=np.array(value_range),
+        first_range=np.array(first_range),
+        output_unit=np.array(largest / (1 << (Precision(n_bits).output - 1))),
         rotation=rotation,
     )
 
@@ -105,7 +108,10 @@ def calibrate_projection(
     """Quantise the output projection behind ``heads``, with their rotations and units folded into it."""
     precision = Precision(n_bits)
     rows = np.concatenate(
-        [np.concatenate([head(tokens, precision) for head in quantized], axis=1) for tokens in sequences]
+        [
+            np.concatenate([head(tokens, precision, lookup) for head in quantized], axis=1)
+            for tokens in sequences
+        ]
     ).astype(np.float64)
     by_head = weights.projection_weight.reshape(weights.n_heads, weights.head_dim, weights.width)
     folded = np.concatenate(
@@ -126,7 +132,7 @@ def calibrate_projection(
 
 
 def _score_range(scores: Sequence[Float64]) -> tuple[float, list[Float64]]:
-    """Return the reach that scores, log-sums and their differences need, and each sequence's probabilities."""
+    """Return the reach that scores, log-sums and differences need, and each sequence's probabilities."""
     reach = 1.0
     probabilities = []
     for score in scores:

@@ -30,7 +30,7 @@ from cipherlm.schemes.tfhe.errors import (
     TfheError,
     TooManyTokensError,
 )
-from cipherlm.schemes.tfhe.lookup import ACCUMULATOR_BITS
+from cipherlm.schemes.tfhe.lookup import ACCUMULATOR_BITS, traced_lookup
 from cipherlm.schemes.tfhe.quantization import largest_level
 
 DEFAULT_P_ERROR = 0.01
@@ -61,7 +61,7 @@ def import_concrete() -> ModuleType:
 
 @dataclass(frozen=True)
 class CircuitStatistics:
-    """What a compiled circuit costs. Key sizes are known before any key is generated, but for the sent one."""
+    """What a compiled circuit costs."""
 
     tokens: int
     pbs: int
@@ -115,7 +115,7 @@ class AttentionCircuit:
     _server: Any = field(default=None, repr=False)
     _client: Any = field(default=None, repr=False)
     _evaluation_keys: Any = field(default=None, repr=False)
-    _simulator: Any = field(default=None, repr=False)
+    _rng: np.random.Generator = field(default_factory=np.random.default_rng, repr=False)
 
     @classmethod
     def compile(
@@ -124,7 +124,7 @@ class AttentionCircuit:
         tokens: int,
         *,
         p_error: float = DEFAULT_P_ERROR,
-        cache_dir: Path | None | bool = True,
+        cache_dir: Path | bool | None = True,
         progress: Progress = silent,
     ) -> AttentionCircuit:
         """Compile ``attention`` for up to ``tokens`` tokens, or read the compiled circuit from the cache.
@@ -149,7 +149,7 @@ class AttentionCircuit:
             )  # fmt: skip
         start = time.perf_counter()
         with progress("compiling"):
-            circuit = _compile(fhe, attention, tokens, p_error, simulated=False)
+            circuit = _compile(fhe, attention, tokens, p_error)
         statistics = _statistics(circuit, attention, tokens, p_error, time.perf_counter() - start, version)
         if folder is not None:
             _save(circuit.server, statistics, folder)
@@ -184,7 +184,7 @@ class AttentionCircuit:
         self.keygen_seconds = time.perf_counter() - start
         return self.keygen_seconds
 
-    def execute(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+    def execute(self, x: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Quantise, encrypt, run on ciphertexts, decrypt: (t, width) to (t, outputs), t at most ``tokens``.
 
         Shorter inputs are padded with zeros behind; causality keeps those out of the rows that are returned.
@@ -208,38 +208,30 @@ class AttentionCircuit:
         )
         return self.attention.dequantize(integers)[: len(x)]
 
-    def simulate(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Like ``execute`` on Concrete's simulator: clear values with the noise that encryption would add."""
-        padded = self._pad(x)
-        if self._simulator is None:
-            with self.progress("compiling the simulator"):
-                self._simulator = _compile(
-                    import_concrete(), self.attention, self.tokens, self.statistics.p_error, simulated=True
-                )
-        integers = np.asarray(self._simulator.simulate(padded), dtype=np.int64)
-        return self.attention.dequantize(integers)[: len(x)]
+    def simulate(self, x: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Compute in the clear what ``execute`` does, with simulated noise as wide as ``p_error`` allows."""
+        if len(x) > self.tokens:
+            raise TooManyTokensError(len(x), self.tokens)
+        return self.attention.simulate(x, self.statistics.p_error, self._rng)
 
-    def _pad(self, x: NDArray[np.floating]) -> Int64:
+    def _pad(self, x: NDArray[np.floating[Any]]) -> Int64:
         if len(x) > self.tokens:
             raise TooManyTokensError(len(x), self.tokens)
         quantized = self.attention.quantizer(x)
         return np.concatenate([quantized, np.zeros((self.tokens - len(x), x.shape[1]), dtype=np.int64)])
 
 
-def _compile(
-    fhe: ModuleType, attention: QuantizedAttention, tokens: int, p_error: float, *, simulated: bool
-) -> Any:
+def _compile(fhe: ModuleType, attention: QuantizedAttention, tokens: int, p_error: float) -> Any:
     output_bits = attention.precision.output + 1
 
     def attend(x: Any) -> Any:
-        return fhe.hint(attention.circuit(x), bit_width=output_bits)
+        return fhe.hint(attention.circuit(x, traced_lookup), bit_width=output_bits)
 
     configuration = fhe.Configuration(
         p_error=p_error,
-        fhe_execution=not simulated,
-        fhe_simulation=simulated,
         compress_evaluation_keys=True,
         compress_input_ciphertexts=True,
+        additional_pre_processors=[_signed_integers(attention)],
         dump_artifacts_on_unexpected_failures=False,
         # Tables are shifted so that values past their range saturate (see ``lookup``): nothing to clip.
         approximate_rounding_config=fhe.ApproximateRoundingConfig(
@@ -248,42 +240,56 @@ def _compile(
     )
     compiler = fhe.Compiler(attend, {"x": "encrypted"})
     try:
-        return compiler.compile(_inputset(attention, tokens), configuration)
+        circuit = compiler.compile(_inputset(attention, tokens), configuration)
     except RuntimeError as error:
         if "parameters" not in str(error).lower():
             raise TfheError(f"Concrete cannot compile this circuit: {error}") from error
         precision = attention.precision
         raise NoParametersError(
-            f"Concrete finds no 128-bit secure parameters for lookups of {precision.product} bits on products, "
-            f"{precision.softmax} bits in the softmax and {precision.output} bits in the result "
-            f"at p_error={p_error:g}: lower n_bits, the number of heads, or raise p_error"
+            "Concrete finds no 128-bit secure parameters for lookups of "
+            f"{precision.product} bits on products, {precision.softmax} bits in the softmax and "
+            f"{precision.output} bits in the result at p_error={p_error:g}: "
+            "lower n_bits, the number of heads, or raise p_error"
         ) from error
+    return circuit
 
 
 def _inputset(attention: QuantizedAttention, tokens: int) -> list[Int64]:
-    """Return inputs that tell Concrete the input's bits and little else.
-
-    Accumulators are declared 16 bits wide where a lookup reads them. The inputs here keep well inside that,
-    or Concrete would widen them; values that do leave the range saturate in the lookups.
-    """
-    rng = np.random.default_rng(0)
+    """Return inputs that tell Concrete how wide the input is; ``_signed_integers`` says the rest."""
     top = largest_level(attention.n_bits)
     shape = (tokens, attention.width)
-    inputs = [np.zeros(shape, dtype=np.int64)]
-    inputs += [np.asarray(rng.random(shape) < 0.25, dtype=np.int64) * rng.choice((-1, 1), shape) for _ in range(4)]
-    for level in (top, -top):  # one channel alone, the one with the smallest weights, at its two ends
-        largest = np.max(
-            [
-                np.abs(weight).max(axis=1)
-                for head in attention.quantized_heads
-                for weight in (head.query_weight, head.key_weight, head.value_weight, head.first_weight)
-            ],
-            axis=0,
-        )
-        extreme = np.zeros(shape, dtype=np.int64)
-        extreme[0, int(np.argmin(largest))] = level
-        inputs.append(extreme)
-    return inputs
+    return [np.full(shape, level, dtype=np.int64) for level in (top, -top - 1)]
+
+
+def _signed_integers(attention: QuantizedAttention) -> Any:
+    """Return a pass over Concrete's graph that gives every encrypted integer a sign and its declared width.
+
+    Concrete takes both from what it sees on sample inputs. A value that happens to be positive on all of them
+    would get tables for unsigned values, which are wrong for the first negative one; a sum that happens to
+    be wide would cost its width everywhere. Here accumulators have a width by design and the rest follows.
+    """
+    from concrete.fhe.dtypes import Integer
+    from concrete.fhe.representation import Graph, GraphProcessor, Operation
+
+    output_bits = attention.precision.output + 1
+
+    class SignedIntegers(GraphProcessor):  # type: ignore[misc]
+        def apply(self, graph: Graph) -> None:
+            for node in graph.query_nodes(ordered=True):
+                dtype = node.output.dtype
+                if not node.output.is_encrypted or not isinstance(dtype, Integer):
+                    continue
+                hint = node.properties.get("bit_width_hint")
+                dtype.is_signed = True
+                if node.operation is Operation.Input:
+                    dtype.bit_width = attention.n_bits
+                else:
+                    dtype.bit_width = hint if hint is not None else min(dtype.bit_width, output_bits)
+                for successor in graph.graph.successors(node):
+                    for edge in graph.graph.get_edge_data(node, successor).values():
+                        successor.inputs[edge["input_idx"]] = node.output
+
+    return SignedIntegers()
 
 
 def _statistics(
@@ -329,7 +335,7 @@ def cache_root() -> Path:
 
 
 def _circuit_folder(
-    cache_dir: Path | None | bool, attention: QuantizedAttention, tokens: int, p_error: float, version: str
+    cache_dir: Path | bool | None, attention: QuantizedAttention, tokens: int, p_error: float, version: str
 ) -> Path | None:
     if cache_dir is None or cache_dir is False:
         return None

@@ -9,7 +9,7 @@ the single squares shared along rows and columns. Four identities make the rest 
 - *Values relative to the first token.* As probabilities sum to one,
   ``sum_j p_ij v_j = v_0 + sum_(j>0) p_ij (v_j - v_0)``.
 - *A running log-sum-exp.* ``L = log(1 + sum exp(s_j))`` grows one term at a time by
-  ``softplus(s_j - L)``, and ``p_j = exp(s_j - L)``: two lookups a score, stable for any range, and no maximum.
+  ``softplus(s_j - L)``, and ``p_j = exp(s_j - L)``: two lookups a score, stable for any range, no maximum.
 - *Rows only see earlier tokens*, so just the causal triangle is computed.
 
 Head space is rotated before quantisation: queries and keys so that both have the same covariance, spread
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.schemes.tfhe.lookup import FULL_SCALE, Integers, lookup
+from cipherlm.schemes.tfhe.lookup import FULL_SCALE, Integers, Lookup
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -38,18 +38,18 @@ class Precision:
 
     @property
     def product(self) -> int:
-        """Bits of the square tables, nearly all of the lookups."""
-        return min(self.n_bits + 2, 7)
+        """Bits of the square tables, nearly all of the lookups; each bit past six doubles their time."""
+        return min(self.n_bits + 2, 6) if self.n_bits < 7 else 7
 
     @property
     def softmax(self) -> int:
         """Bits of the exponential and softplus tables: few lookups, and the whole row depends on them."""
-        return min(self.n_bits + 3, 9)
+        return min(self.n_bits + 3, 8)
 
     @property
     def output(self) -> int:
-        """Bits of the result."""
-        return min(self.n_bits + 4, 9)
+        """Bits of the result, with its sign; one more is kept free for sums that overshoot."""
+        return min(self.n_bits + 3, 10)
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,23 @@ class QuantizedHead:
     output_unit: Float64
     rotation: Float64
 
-    def __call__(self, x: Integers, precision: Precision) -> Integers:
+    def __call__(self, x: Integers, precision: Precision, lookup: Lookup) -> Integers:
         """Attend: integers (tokens, width) to integers (tokens, head_dim), in units of ``output_unit``.
 
         The same code runs on integer arrays and on Concrete's tracers.
         """
-        first = self._first_value(x[0:1] @ self.first_weight + self.first_bias, precision)
+        first = self._first_value(x[0:1] @ self.first_weight + self.first_bias, precision, lookup)
         if x.shape[0] == 1:
             return first
-        probabilities, squares = self._probabilities(self._scores(x, precision), precision)
-        return np.concatenate((first, self._mix(x, first, probabilities, squares, precision)), axis=0)
+        probabilities, squares = self._probabilities(self._scores(x, precision, lookup), precision, lookup)
+        return np.concatenate((first, self._mix(x, first, probabilities, squares, precision, lookup)), axis=0)
 
-    def _first_value(self, accumulator: Integers, precision: Precision) -> Integers:
+    def _first_value(self, accumulator: Integers, precision: Precision, lookup: Lookup) -> Integers:
         """Bring the first token's values, which the first row returns as they are, to the output's unit."""
         levels = float(self.first_range / self.output_unit)
-        return lookup(accumulator, precision.output - 2, lambda t: t * levels)
+        return lookup(accumulator, min(precision.output - 1, 8), lambda t: t * levels)
 
-    def _scores(self, x: Integers, precision: Precision) -> list[Integers]:
+    def _scores(self, x: Integers, precision: Precision, lookup: Lookup) -> list[Integers]:
         """Return for each key ``j > 0`` the scores (tokens - j,) of the rows from ``j`` on.
 
         Queries and keys are centred on their calibrated means, which halves what the tables must span; the
@@ -107,15 +107,15 @@ class QuantizedHead:
         from_query = (x @ self.score_query_weight + self.score_bias)[1:]
         from_key = x @ self.score_key_weight
         from_key = from_key[1:] - from_key[0:1]
-        query_square, key_square = square(query), square(key) + offset
+        query_square, minus_key_square = square(query), -offset - square(key)
         scores = []
         for j in range(query.shape[0]):
-            product = square(query[j:] + key[j : j + 1]) - query_square[j:] - key_square[j : j + 1]
+            product = square(query[j:] + key[j : j + 1]) - query_square[j:] + minus_key_square[j : j + 1]
             scores.append(np.sum(product, axis=1) + from_query[j:] + from_key[j : j + 1])
         return scores
 
     def _probabilities(
-        self, scores: list[Integers], precision: Precision
+        self, scores: list[Integers], precision: Precision, lookup: Lookup
     ) -> tuple[list[Integers], list[Integers]]:
         """Return for each key the probabilities of its rows and half their squares.
 
@@ -171,6 +171,7 @@ class QuantizedHead:
         probabilities: list[Integers],
         squares: list[Integers],
         precision: Precision,
+        lookup: Lookup,
     ) -> Integers:
         """Return ``v_0 + sum_j p_ij (v_j - v_0)`` (tokens - 1, head_dim) of the rows after the first.
 
@@ -181,9 +182,7 @@ class QuantizedHead:
         levels = 0.5 * float(self.value_range / self.output_unit)
 
         def square(accumulator: Integers) -> Integers:  # t + 1/2 is p + v; 5/4 is the middle of its square
-            return lookup(
-                accumulator, precision.product, lambda t: ((t + 0.5) ** 2 - 1.25) * levels
-            )
+            return lookup(accumulator, precision.product, lambda t: ((t + 0.5) ** 2 - 1.25) * levels)
 
         value = x @ self.value_weight
         value = value[1:] - value[0:1]
@@ -210,10 +209,10 @@ class QuantizedProjection:
     bias: Int64
     channel_range: Float64
 
-    def __call__(self, heads: Integers, precision: Precision) -> Integers:
+    def __call__(self, heads: Integers, precision: Precision, lookup: Lookup) -> Integers:
         """Project integers (tokens, heads * head_dim) to integers (tokens, width), one lookup each.
 
         The sums are too wide to decrypt at a small parameter set: a lookup brings them to the output's bits.
         """
         levels = float(1 << (precision.output - 1))
-        return lookup(heads @ self.weight + self.bias, precision.output - 2, lambda t: t * levels)
+        return lookup(heads @ self.weight + self.bias, min(precision.output - 1, 8), lambda t: t * levels)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating]
+FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -27,7 +28,7 @@ def check_bits(n_bits: int) -> None:
 
 
 def _best_scale(values: FloatArray, importance: FloatArray, n_bits: int) -> FloatArray:
-    """Return, per column, the step whose weighted squared rounding error is least among 40 clipping points."""
+    """Return, per column, the step with the least weighted squared error among 40 clipping points."""
     top = largest_level(n_bits)
     widest = np.maximum(np.abs(values).max(axis=0), 1e-12)
     best_error = np.full(values.shape[1], np.inf)
@@ -39,7 +40,8 @@ def _best_scale(values: FloatArray, importance: FloatArray, n_bits: int) -> Floa
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best = np.where(better, step, best)
-    return best
+    chosen: FloatArray = best
+    return chosen
 
 
 def quantize_weight(
@@ -74,24 +76,34 @@ class InputQuantizer:
     ``channel_scale`` (width,) is the root mean square of each channel on calibration text, times the
     tensor's step. Its inverse is folded into the weights (SmoothQuant, Xiao et al. 2023, section 4, with the
     whole difficulty migrated to the weights), so that small channels keep as many levels as large ones.
+
+    ``largest_norm`` is the longest row of calibration text, in steps. A longer row is scaled back to it, so
+    that no input drives the sums behind the quantiser far out of their calibrated ranges. What a layer norm
+    puts out has one length, and is left alone.
     """
 
     n_bits: int
     channel_scale: NDArray[np.float64]
+    largest_norm: float
 
     @classmethod
     def calibrate(cls, rows: FloatArray, n_bits: int) -> InputQuantizer:
         """Choose the scales on ``rows`` (tokens, width) of real hidden states."""
         spread = np.sqrt((rows.astype(np.float64) ** 2).mean(axis=0))
-        spread = np.maximum(spread, 1e-3 * max(float(spread.max()), 1e-9))
+        spread = np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-9))
         step = _best_scale((rows / spread).reshape(-1, 1), np.ones(rows.size), n_bits)[0]
-        return cls(n_bits, spread * step)
+        scale = spread * step
+        return cls(n_bits, scale, float(np.linalg.norm(rows / scale, axis=1).max()))
 
     def __call__(self, rows: FloatArray) -> IntArray:
         """Quantise ``rows`` (..., width); what lies outside the range saturates."""
         top = largest_level(self.n_bits)
-        scaled = np.nan_to_num(rows / self.channel_scale, nan=0.0, posinf=top, neginf=-top)
-        return np.clip(np.rint(scaled), -top, top).astype(np.int64)
+        limit = 1e6 * top  # keeps infinities out of the norm
+        scaled = np.nan_to_num(rows / self.channel_scale, nan=0.0, posinf=limit, neginf=-limit)
+        norm = np.linalg.norm(scaled, axis=-1, keepdims=True)
+        scaled = scaled * np.minimum(1.0, self.largest_norm / np.maximum(norm, 1e-300))
+        levels: IntArray = np.clip(np.rint(scaled), -top, top).astype(np.int64)
+        return levels
 
     def dequantize(self, integers: IntArray) -> NDArray[np.float64]:
         """Return the real values that ``integers`` (..., width) stand for."""
