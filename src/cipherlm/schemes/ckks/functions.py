@@ -87,12 +87,12 @@ class LayerNorm:
 
     def __call__(self, x: T) -> T:
         """Return the normalised hidden states."""
-        (x,) = x.ready(1)
+        x.ready(1)
         square = x.mean_square() + self.epsilon
-        x, square = x.ready(depth(self.start) + 1, square, before=self.start)
+        x.ready(depth(self.start) + 1, square, before=self.start)
         root = square.polynomial(self.start)
         for _ in range(self.steps):
-            x, square, root = x.ready(3, square, root)
+            x.ready(3, square, root)
             root = root * 1.5 - (root * root) * (square * root) * 0.5
         return x * root
 
@@ -110,7 +110,7 @@ class Gelu:
 
     def __call__(self, x: T) -> T:
         """Return GELU of every value."""
-        (x,) = x.ready(depth(self.curve), before=self.curve)
+        x.ready(depth(self.curve), before=self.curve)
         return x.polynomial(self.curve)
 
 
@@ -177,19 +177,20 @@ class Softmax:
         """Return each query's mean of the values, weighted by the softmax of its scores."""
         weights = scores.exponents(0.5**self.squarings, self.floor)
         levels = depth(self.exponential) + depth(self.inverses[0]) + 1
-        (weights,) = weights.ready(levels, before=self.exponential)
+        weights.ready(levels, before=self.exponential)
         weights = weights.polynomial(self.exponential)
         for inverse in self.inverses:
-            (weights,) = weights.ready(depth(inverse) + 1)
+            weights.ready(depth(inverse) + 1)
             weights = weights * weights.total().polynomial(inverse)
-            (weights,) = weights.ready(1)
+            weights.ready(1)
             weights = weights * weights
+        weights.ready(1)
         mixed, total = weights.mix(value), weights.total()
-        mixed, total = mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
+        mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
         quotient = total.polynomial(self.reciprocal)
         for _ in range(1, self.steps):
             quotient = quotient * (total * quotient * -1 + 2.0)
-            mixed, total, quotient = mixed.ready(2, total, quotient)
+            mixed.ready(2, total, quotient)
         return (mixed * quotient) * (total * quotient * -1 + 2.0)
 
 

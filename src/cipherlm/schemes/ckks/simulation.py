@@ -103,11 +103,8 @@ class SimulatedTensor(Tensor):
         """See :class:`Tensor`."""
         return self._result(self.values @ value.values)
 
-    def ready(
-        self, levels: int, *others: SimulatedTensor, before: Chebyshev | None = None
-    ) -> tuple[SimulatedTensor, ...]:
+    def ready(self, levels: int, *others: Tensor, before: Chebyshev | None = None) -> None:
         """See :class:`Tensor`; there is nothing to refresh."""
-        return self, *others
 
 
 def visible(shape: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -43,7 +43,7 @@ class Tensor(ABC):
     """Hidden states (tokens, width), or queries, keys and values (heads, tokens, head_dim), or scores.
 
     Scores (heads, queries, keys) are of queries against keys; the last query sees all keys. One column is
-    broadcast along the last axis in ``+``, ``-`` and ``*``. Tensors do not change.
+    broadcast along the last axis in ``+``, ``-`` and ``*``. The values of a tensor do not change.
     """
 
     @abstractmethod
@@ -95,10 +95,11 @@ class Tensor(ABC):
         """Return each query's sum of the values (heads, keys, head_dim), weighted by these scores."""
 
     @abstractmethod
-    def ready(self: T, levels: int, *others: T, before: Chebyshev | None = None) -> tuple[T, ...]:
-        """Return this tensor and others, refreshed together unless all have ``levels`` levels left.
+    def ready(self, levels: int, *others: Tensor, before: Chebyshev | None = None) -> None:
+        """Make this tensor and others able to go through ``levels`` levels: refresh all where one is not.
 
-        After a refresh the last of them has the scale at which the interval of ``before`` costs no level.
+        Values stay. After a refresh the last of them has the scale at which the interval of ``before``, which
+        is to be applied to it next, costs no level.
         """
 
 

@@ -1,0 +1,97 @@
+"""Clear weights as linear transformations of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import (
+    Ciphertext,
+    Evaluator,
+    LinearTransformation,
+    Parameters,
+    folded,
+    matrix_diagonals,
+    paired,
+)
+from cipherlm.engine.linear import Storage
+from cipherlm.schemes.ckks.layout import Layout
+
+Float64 = NDArray[np.float64]
+
+
+class Matrix:
+    """A matrix on packed features: blocks of a period each, two outputs at once where there are two.
+
+    Two real blocks with one input are the real and the imaginary part of one transformation; one block alone
+    is folded to half its diagonals (see :func:`~cipherlm.engine.paired`, :func:`~cipherlm.engine.folded`).
+    ``rows`` (outputs, period, inputs * period) are blocks of outputs in the order of slots. Results are zero
+    for the tokens before ``start``.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        layout: Layout,
+        rows: Sequence[Float64],
+        *,
+        start: int = 0,
+        level: int,
+        storage: Storage = "int32",
+    ) -> None:
+        self._kept = np.tile(np.arange(layout.tokens) >= start, layout.period)
+        self.layout, self.outputs, self.inputs = layout, len(rows), rows[0].shape[1] // layout.period
+        self._transformations = [
+            [
+                self._transformation(parameters, self._joined(rows[first : first + 2], part), level, storage)
+                for first in range(0, len(rows), 2)
+            ]
+            for part in range(self.inputs)
+        ]
+
+    def _joined(self, rows: Sequence[Float64], part: int) -> NDArray[np.complex128]:
+        blocks = [row[:, part * self.layout.period : (part + 1) * self.layout.period] for row in rows]
+        return paired(*blocks) if len(blocks) == 2 else folded(blocks[0])
+
+    def _transformation(
+        self, parameters: Parameters, matrix: NDArray[np.complex128], level: int, storage: Storage
+    ) -> LinearTransformation:
+        tokens = self.layout.tokens
+        return LinearTransformation(
+            parameters,
+            (
+                (d * tokens, np.repeat(diagonal, tokens) * self._kept)
+                for d, diagonal in matrix_diagonals(matrix)
+                if np.any(diagonal)
+            ),
+            level=level,
+            giant_step=self.layout.baby_steps * tokens,
+            storage=storage,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the diagonals take."""
+        return sum(matrix.nbytes for part in self._transformations for matrix in part)
+
+    def apply(self, evaluator: Evaluator, inputs: Sequence[Ciphertext]) -> list[Ciphertext]:
+        """Return one ciphertext an output, one level below the matrix's."""
+        if len(inputs) != self.inputs:
+            raise ValueError(f"a matrix of {self.inputs} parts, and {len(inputs)} ciphertexts")
+        joined: list[Ciphertext] = []
+        for ciphertext, matrices in zip(inputs, self._transformations, strict=True):
+            results = [row[0] for row in evaluator.transform_many([ciphertext], matrices)]
+            joined = (
+                [evaluator.add(a, b) for a, b in zip(joined, results, strict=True)] if joined else results
+            )
+        outputs: list[Ciphertext] = []
+        for result in joined:
+            real, imaginary = evaluator.split(result)
+            if len(outputs) + 2 <= self.outputs:
+                outputs += [real, imaginary]
+            else:
+                half = self.layout.period // 2 * self.layout.tokens
+                outputs.append(evaluator.add(real, evaluator.rotate(imaginary, half)))
+        return outputs

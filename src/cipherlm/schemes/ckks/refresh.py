@@ -1,0 +1,65 @@
+"""Giving ciphertexts their levels back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cipherlm.engine import (
+    Ciphertext,
+    Evaluator,
+    Plaintext,
+    PublicKey,
+    RefreshReply,
+    RefreshRequest,
+    SecretKey,
+)
+
+MASK_LEVEL = 1
+"""Where ciphertexts are masked: the modulus there is what hides them."""
+
+
+class Refresher(Protocol):
+    """Brings ciphertexts to a higher level. Their scale is divided by ``2^shift``; the values stay."""
+
+    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        """Return the ciphertexts at ``level``."""
+
+
+class MaskedRefresh:
+    """Refreshes with the client, who sees uniformly random numbers.
+
+    ``exchange`` brings a request to the client and returns the reply of
+    :meth:`~cipherlm.engine.SecretKey.refresh`: one round trip for any number of ciphertexts.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        public_key: PublicKey,
+        exchange: Callable[[RefreshRequest], RefreshReply],
+    ) -> None:
+        self._evaluator, self._public_key, self._exchange = evaluator, public_key, exchange
+
+    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        """Return the ciphertexts at ``level``."""
+        request, mask = self._evaluator.mask(
+            ciphertexts, self._public_key, level=MASK_LEVEL, to_level=level, shift=shift
+        )
+        return self._evaluator.unmask(self._exchange(request), mask)
+
+
+class InProcessRefresh:
+    """Decrypts and encrypts, in one process with the secret key: for tests and measurements only."""
+
+    def __init__(self, secret_key: SecretKey) -> None:
+        self._secret_key = secret_key
+
+    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        """Return the ciphertexts at ``level``."""
+        return [self._one(ciphertext, level, shift) for ciphertext in ciphertexts]
+
+    def _one(self, ciphertext: Ciphertext, level: int, shift: int) -> Ciphertext:
+        values = self._secret_key.decrypt(ciphertext)
+        plaintext = Plaintext.encode(self._secret_key.parameters, values, level, ciphertext.scale / 2**shift)
+        return self._secret_key.encrypt(plaintext)
