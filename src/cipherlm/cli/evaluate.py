@@ -45,9 +45,10 @@ examples:
 """
 
 ILLUSTRATION_PROMPT = "Cryptography is a"
-ILLUSTRATION_BITS = [8, 3]
+ILLUSTRATION_BITS = [8, 2]
 ILLUSTRATION_TOKENS = 8
 SIMULATED_TOKENS = 6
+PERPLEXITY_TOKENS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_calibration_option(parser)
     parser.add_argument("--perplexity", metavar="FILE", help="measure perplexity on this text too")
+    parser.add_argument(
+        "--perplexity-tokens",
+        type=positive_integer,
+        metavar="N",
+        help=f"tokens of that text to measure on (default: the first {PERPLEXITY_TOKENS})",
+    )
     parser.add_argument(
         "--window",
         type=positive_integer,
@@ -148,8 +155,9 @@ def run(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.prompt is not None or options.max_new_tokens is not None:
         raise UsageError("--prompt and --max-new-tokens belong to --illustration")
-    if options.window is not None and options.perplexity is None:
-        raise UsageError("--window belongs to --perplexity")
+    for name in ("window", "perplexity_tokens"):
+        if getattr(options, name) is not None and options.perplexity is None:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --perplexity")
     if options.mode == "simulate" and options.perplexity:
         raise UsageError("--perplexity is measured with --mode disable; a simulated circuit would take hours")
     all_heads = options.heads or [[0], None]
@@ -179,7 +187,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     measure: Callable[[Any], Any] | None = None
     if options.perplexity:
         text = Path(options.perplexity).read_text(encoding="utf-8")
-        ids = encode(tokenizer, [text])[0]
+        ids = encode(tokenizer, [text], max_tokens=options.perplexity_tokens or PERPLEXITY_TOKENS)[0]
         window = min(options.window or longest, clear.config.n_positions)
 
         def measure(model: Any) -> Any:
@@ -270,10 +278,10 @@ def _check_plot(path: str) -> None:
 
 
 def _illustrate(options: argparse.Namespace) -> None:
-    for name in ("perplexity", "plot", "sentences", "limit", "window"):
+    for name in ("perplexity", "perplexity_tokens", "window", "plot", "sentences", "limit"):
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name} does not go with --illustration")
-    heads = options.heads[0] if options.heads else [0]
+            raise UsageError(f"--{name.replace('_', '-')} does not go with --illustration")
+    heads = options.heads[0] if options.heads else None
     if options.heads and len(options.heads) > 1:
         raise UsageError("--illustration takes one set of heads")
     all_bits = options.n_bits or ILLUSTRATION_BITS
