@@ -2,8 +2,8 @@
 
 The token is innermost: feature p of token t is in slot ``p * tokens + t``. Features repeat with a period
 that is a power of two, so that a rotation by whole features is cyclic. Hidden states have feature f at p = f.
-Heads have feature j of head h at ``p = j * H + h``, with H the number of heads rounded up to a power of two: a
-sum over a head's features, by rotations, leaves its result at each of them.
+Heads have feature j of head h at ``p = j * H + h``, with H the number of heads rounded up to a power of two:
+a sum over a head's features, by rotations, leaves its result at each of them.
 
 Scores have the distance between query and key in place of the feature. What token t makes of token t - a is
 in slot ``((b * tokens + a) * H + h) * tokens + t`` for every b: one ciphertext for all heads and pairs.
