@@ -60,7 +60,7 @@ def test_a_longer_input_is_refused(circuit):
 
 
 def test_simulated_noise_is_of_the_size_of_the_real_one(circuit, attention):
-    """The simulation assumes all the noise that ``p_error`` allows, so it bounds the real run's difference."""
+    """The simulation assumes all the noise that ``p_error`` allows: it bounds the real run."""
     rows = [random_rows(16, 4, seed) for seed in range(30)]
     difference = np.concatenate([circuit.simulate(x) - attention(x) for x in rows])
     assert 0.02 < root_mean_square(difference) / root_mean_square([attention(x) for x in rows]) < 0.5

@@ -55,7 +55,8 @@ class Chebyshev:
         """Return the polynomial's values at clear numbers."""
         low, high = self.interval
         unit = (2 * np.asarray(x) - low - high) / (high - low)
-        return np.asarray(chebyshev.chebval(unit, self.coefficients))
+        evaluate: Any = chebyshev.chebval  # NumPy 1 has no types for it
+        return np.asarray(evaluate(unit, self.coefficients))
 
     def levels(self, parameters: Parameters, scale: float | None = None) -> int:
         """Return how many levels an evaluation takes for a ciphertext of a scale.
