@@ -44,7 +44,8 @@ class Chebyshev:
         def on_unit(x: Any) -> Any:
             return function((low + high) / 2 + (high - low) / 2 * x)
 
-        return cls(chebyshev.chebinterpolate(on_unit, degree), interval)
+        interpolate: Any = chebyshev.chebinterpolate  # NumPy 1 has no types for it
+        return cls(interpolate(on_unit, degree), interval)
 
     @property
     def degree(self) -> int:
