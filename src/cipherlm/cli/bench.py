@@ -8,13 +8,17 @@ from cipherlm.cli.common import add_json_option, human_bytes, print_pairs, quiet
 EXAMPLES = """\
 examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
+  cipherlm bench attention --scheme ckks --tokens 8 --heads all --json
+  cipherlm bench model --geometry gpt2 --blocks 1 --json
   cipherlm bench engine --degrees 14 --json
 """
 
 _BENCHMARKS = {
     "attention": "one attention layer: errors against floating point, seconds, bytes, table lookups",
+    "model": "blocks of a GPT-2 on ciphertexts (CKKS): seconds, bytes, round trips, operations",
     "engine": "the operations of the CKKS engine",
 }
+_MODULES = {"attention": "bench_attention", "model": "bench_ckks", "engine": "bench_engine"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(metavar="WHAT", dest="benchmark", required=True)
     for name, summary in _BENCHMARKS.items():
         try:
-            module = import_module(f"cipherlm.cli.bench_{name}")
+            module = import_module(f"cipherlm.cli.{_MODULES[name]}")
         except ImportError:  # an installation without what this benchmark measures
             continue
         benchmark = what.add_parser(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.cli import CommandError, UsageError
+from cipherlm.cli import CommandError, UsageError, bench_ckks
 from cipherlm.cli.common import (
     add_json_option,
     add_noise_option,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
+  cipherlm bench attention --scheme ckks --geometry gpt2 --tokens 8 --heads all --json
   cipherlm bench attention --geometry tiny --tokens 8 --heads all --n-bits 7
   cipherlm bench attention --tokens 6 --heads 1 --n-bits 4 --weights model.safetensors --block 3
 """
@@ -66,7 +67,12 @@ GEOMETRIES = {"gpt2": Geometry(768, 12), "tiny": Geometry(128, 4)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's arguments."""
-    parser.add_argument("--scheme", choices=("tfhe",), default="tfhe", help="the encryption (default: tfhe)")
+    parser.add_argument(
+        "--scheme",
+        choices=("tfhe", "ckks"),
+        default="tfhe",
+        help="the encryption; ckks needs --heads all and knows no --n-bits (default: tfhe)",
+    )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="gpt2", help="shape (default: gpt2)")
     parser.add_argument(
         "--tokens", type=positive_integer, default=6, metavar="N", help="positions (default: 6)"
@@ -104,6 +110,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the figures."""
     if options.weights is None and (options.block is not None or options.wpe is not None):
         raise UsageError("--block and --wpe belong to --weights")
+    if options.scheme == "ckks" and options.heads is not None:
+        raise UsageError("--scheme ckks encrypts the whole layer: --heads all")
     geometry = GEOMETRIES[options.geometry]
     heads = None if options.heads is None else list(range(options.heads))
     if heads is not None and len(heads) > geometry.n_heads:
@@ -114,12 +122,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.weights is None
         else _read_layer(options.weights, options.block or 0, options.wpe, geometry, options.tokens)
     )
+    calibration = [layer.inputs(rng, options.tokens) for _ in range(CALIBRATION_SEQUENCES)]
+    if options.scheme == "ckks":
+        return {
+            "scheme": options.scheme,
+            "geometry": options.geometry,
+            "tokens": options.tokens,
+            "heads": geometry.n_heads,
+            "projection": True,
+            "weights": "random" if options.weights is None else Path(options.weights).name,
+            **bench_ckks.attention(layer.weights, calibration, layer.inputs(rng, options.tokens)),
+        }
 
     from cipherlm.schemes.tfhe.attention import QuantizedAttention
     from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR, AttentionCircuit
 
     progress = TerminalProgress()
-    calibration = [layer.inputs(rng, options.tokens) for _ in range(CALIBRATION_SEQUENCES)]
     attention = QuantizedAttention.calibrate(layer.weights, calibration, heads=heads, n_bits=options.n_bits)
     x = layer.inputs(rng, options.tokens)
     p_error = getattr(options, "p_error", DEFAULT_P_ERROR)

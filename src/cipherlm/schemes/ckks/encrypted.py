@@ -93,6 +93,11 @@ class Arithmetic:
         scale = float(self.parameters.q[level])
         return [self.each(lambda mask: self.encode(mask, level, scale), row) for row in masks]
 
+    def scale_before(self, polynomial: Chebyshev) -> float:
+        """Return the scale at which a polynomial's interval costs no level."""
+        low, high = polynomial.interval
+        return self.parameters.scale * 2 / (high - low)
+
     def refresh(self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float]) -> list[Ciphertext]:
         """Return real ciphertexts at the highest level and near the given scales.
 
@@ -251,11 +256,14 @@ class EncryptedTensor(Tensor):
             self.arithmetic.each(lambda c: self._evaluator.polynomial(c, polynomial), self.parts)
         )
 
-    def mean_square(self) -> EncryptedTensor:
+    def mean_square(self, before: Chebyshev) -> EncryptedTensor:
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        square = evaluator.dot(self.parts, self.parts)
-        total = evaluator.inner_sum(square, *layout.features)
+        # Lower values make a lower square: the sum over the width must not outgrow the default scale.
+        wanted = self.arithmetic.scale_before(before)
+        lower = math.sqrt(wanted * self.arithmetic.parameters.scale / layout.width)
+        scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
+        total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *layout.features)
         return self._with([evaluator.set_scale(total, total.scale * layout.width)])
 
     def to_heads(
@@ -349,8 +357,7 @@ class EncryptedTensor(Tensor):
             return
         wanted = {id(tensor): parameters.scale for tensor in tensors}
         if before:
-            low, high = before.interval
-            wanted[id(last)] = parameters.scale * 2 / (high - low)
+            wanted[id(last)] = self.arithmetic.scale_before(before)
         owners = [tensor for tensor in tensors for _ in tensor.parts]
         parts = [part for tensor in tensors for part in tensor.parts]
         fresh = iter(self.arithmetic.refresh(parts, [wanted[id(owner)] for owner in owners]))

@@ -65,7 +65,7 @@ class SimulatedTensor(Tensor):
         """See :class:`Tensor`."""
         return self._result(polynomial(self.values))
 
-    def mean_square(self) -> SimulatedTensor:
+    def mean_square(self, before: Chebyshev) -> SimulatedTensor:
         """See :class:`Tensor`."""
         return self._result((self.values**2).mean(axis=-1, keepdims=True))
 

@@ -67,8 +67,11 @@ class Tensor(ABC):
         """Return the polynomial's values."""
 
     @abstractmethod
-    def mean_square(self: T) -> T:
-        """Return the mean square of each token's features, as one column."""
+    def mean_square(self: T, before: Chebyshev) -> T:
+        """Return the mean square of each token's features, as one column, in two levels.
+
+        It has the scale at which the interval of ``before`` costs no level.
+        """
 
     @abstractmethod
     def to_heads(self: T, linear: Linear, heads: int) -> tuple[T, T, T]:
