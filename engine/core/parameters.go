@@ -7,6 +7,7 @@ import (
 	"math"
 	"math/big"
 	"math/bits"
+	"slices"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 	"github.com/tuneinsight/lattigo/v6/ring"
@@ -19,7 +20,7 @@ import (
 // standard deviation 3.2: the Homomorphic Encryption Standard (2018) for 2^12 to
 // 2^15, "Security Guidelines for Implementing Homomorphic Encryption" (Bossuat et
 // al., 2024) for 2^16.
-var securityLimit = map[int]int{12: 109, 13: 218, 14: 438, 15: 881, 16: 1772}
+var securityLimit = map[int]int{12: 109, 13: 218, 14: 438, 15: 881, 16: 1747}
 
 const (
 	maxLogScale = 53 // beyond, a float64 cannot carry the message
@@ -79,6 +80,11 @@ func (literal Literal) Check() (*Parameters, error) {
 	parameters, err := ckks.NewParametersFromLiteral(ckksLiteral)
 	if err != nil {
 		return nil, failure(Parameter, "parameters: %v", err)
+	}
+	for _, prime := range parameters.P() {
+		if slices.Contains(parameters.Q(), prime) {
+			return nil, failure(Parameter, "the prime %d is in both moduli", prime)
+		}
 	}
 	if err := checkSecurity(parameters); err != nil {
 		return nil, err

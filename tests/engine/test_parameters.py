@@ -13,7 +13,7 @@ from cipherlm.engine import (
     ParametersError,
 )
 
-LIMITS = {12: 109, 13: 218, 14: 438, 15: 881, 16: 1772}
+LIMITS = {12: 109, 13: 218, 14: 438, 15: 881, 16: 1747}
 
 
 @pytest.mark.parametrize("log_degree", [12, 13, 14])
@@ -76,6 +76,9 @@ def test_primes_can_be_given_and_must_be_primes():
     literal["q"] = [literal["q"][0] + 2, *literal["q"][1:]]
     with pytest.raises(ParametersError, match="prime"):
         Parameters.from_dict(literal)
+    shared = {**parameters.to_dict(), "p": [parameters.q[0]]}
+    with pytest.raises(ParametersError, match="in both moduli"):
+        Parameters.from_dict(shared)
     with pytest.raises(ParametersError):
         Parameters.from_dict({**parameters.to_dict(), "q": [2**70]})
     with pytest.raises(ParametersError):
