@@ -351,8 +351,11 @@ func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
 		request.Masked[i] = ckks.NewCiphertext(p.Parameters, 1, level)
 		in.limbs(rings, request.Masked[i].Value[0].Coeffs)
 		in.limbs(rings, request.Masked[i].Value[1].Coeffs)
+		if in.err != nil { // no memory for what did not come
+			return nil, in.err
+		}
 	}
-	return request, in.err
+	return request, nil
 }
 
 // Write writes the fresh ciphertexts, each as a seed and one component.

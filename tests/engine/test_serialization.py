@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cipherlm import engine
 from cipherlm.engine import (
     Ciphertext,
     CorruptDataError,
@@ -178,6 +179,20 @@ def test_a_hostile_length_costs_nothing(tiny: Party, blobs):
         struct.pack_into("<I", data, HEADER + offset, 2**32 - 1)
         with pytest.raises(CorruptDataError):
             kind.from_bytes(sealed(data), tiny.parameters)
+
+
+def test_a_truncated_request_costs_nothing(tiny: Party):
+    """A header and some bytes that promise thousands of ciphertexts take no memory for them."""
+    ct = tiny.secret_key.encrypt(tiny.values())
+    request, _ = tiny.evaluator.mask([ct] * 8, tiny.public_key)
+    data, count = bytearray(request.to_bytes()), 4096
+    each = (len(data) - HEADER - 8 - 32) // 8
+    struct.pack_into("<Q", data, 40, 8 + count * each + 32)
+    struct.pack_into("<I", data, HEADER + 4, count)
+    before = engine.memory().heap
+    with pytest.raises(CorruptDataError, match="truncated"):
+        RefreshRequest.from_bytes(bytes(data) + bytes(2**20), tiny.parameters)
+    assert engine.memory().heap < before + 100e6  # 4096 ciphertexts would take 540 MB
 
 
 def sealed(data: bytearray) -> bytes:
