@@ -56,7 +56,7 @@ func (e *Evaluator) dot(a []*Ciphertext, b []rlwe.Operand, scale func(int) rlwe.
 	}
 	// Each worker adds up its own products; the partial sums are added in the end.
 	partial := make([]*Ciphertext, Threads())
-	err := parallelWorkers(len(a), func(worker, i int) error {
+	err := parallelWorkers(len(partial), len(a), func(worker, i int) error {
 		if partial[worker] == nil {
 			partial[worker] = newCiphertext(e.Params, a[0].Key, degree, level, product)
 		}

@@ -219,7 +219,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 		accumulator accumulator
 	}
 	workers := make([]*scratch, Threads())
-	return parallelWorkers(len(steps)*(level+1), func(worker, job int) error {
+	return parallelWorkers(len(workers), len(steps)*(level+1), func(worker, job int) error {
 		if workers[worker] == nil {
 			workers[worker] = &scratch{make([][]uint64, widest), make([]term, widest), accumulator{}}
 		}
@@ -249,7 +249,7 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 	p, outputs := e.Params, matrices*len(inputs)
 	extended := p.RingQP().AtLevel(level, p.MaxLevelP())
 	partial := make([][]*rlwe.Element[ringqp.Poly], Threads())
-	err := parallelWorkers(len(steps)*len(inputs), func(worker, job int) error {
+	err := parallelWorkers(len(partial), len(steps)*len(inputs), func(worker, job int) error {
 		s, input := steps[job/len(inputs)], job%len(inputs)
 		if s.giant == 0 {
 			return nil

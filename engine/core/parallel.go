@@ -27,13 +27,13 @@ func Threads() int { return int(threads.Load()) }
 // the first error. Jobs are handed out in order, one at a time. A panic in a job
 // becomes an error, so that it cannot end the process.
 func parallel(n int, job func(index int) error) error {
-	return parallelWorkers(n, func(_, index int) error { return job(index) })
+	return parallelWorkers(Threads(), n, func(_, index int) error { return job(index) })
 }
 
-// parallelWorkers is parallel with the number of the worker, below Threads() and
-// below n, for jobs that keep scratch memory for each worker.
-func parallelWorkers(n int, job func(worker, index int) error) error {
-	workers := min(Threads(), n)
+// parallelWorkers is parallel on at most so many workers, with the number of the
+// worker for jobs that keep scratch memory for each: SetThreads may come in between.
+func parallelWorkers(workers, n int, job func(worker, index int) error) error {
+	workers = min(workers, n)
 	if workers <= 1 {
 		for index := range n {
 			if err := job(0, index); err != nil {

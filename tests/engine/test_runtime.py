@@ -61,6 +61,23 @@ def test_python_threads_give_the_serial_result(party: Party):
         assert list(pool.map(work, jobs)) == [work(by) for by in jobs]
 
 
+def test_the_thread_count_may_change_during_calls(party: Party, restore_threads):
+    ct, ev = party.secret_key.encrypt(party.values()), party.evaluator
+    diagonals = {k: party.random.normal(size=party.parameters.slots) for k in (0, 1, 32, 64)}
+    matrix = LinearTransformation(party.parameters, diagonals, level=1, giant_step=32)
+
+    def work() -> bytes:
+        return ev.transform(ct, matrix).to_bytes() + ev.dot([ct] * 5, [ct] * 5).to_bytes()
+
+    expected = work()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: [work() for _ in range(30)])
+        while not running.done():
+            for count in (1, 7, 2):
+                engine.set_threads(count)
+    assert set(running.result()) == {expected}
+
+
 def test_several_parameter_sets_in_one_process(party: Party, real_party: Party):
     x, y = party.values(), real_party.values()
     a, b = party.secret_key.encrypt(x), real_party.secret_key.encrypt(y)
