@@ -150,7 +150,7 @@ func (e *Evaluator) ownPlain(a *Ciphertext, b *Plaintext) error {
 
 // AddConstant adds a constant to every slot.
 func (e *Evaluator) AddConstant(a *Ciphertext, constant complex128, out *Ciphertext) (*Ciphertext, error) {
-	if err := e.checkConstant(a, constant); err != nil {
+	if err := e.checkConstant(a, constant, a.Scale.Float64()); err != nil {
 		return nil, err
 	}
 	result, err := a.target(out, a.Degree(), a.Level())
@@ -163,7 +163,7 @@ func (e *Evaluator) AddConstant(a *Ciphertext, constant complex128, out *Ciphert
 // MulConstant multiplies by a constant. A Gaussian integer costs nothing; another
 // constant is scaled by the last prime, and the result is to be rescaled.
 func (e *Evaluator) MulConstant(a *Ciphertext, constant complex128, out *Ciphertext) (*Ciphertext, error) {
-	if err := e.checkConstant(a, constant); err != nil {
+	if err := e.checkConstant(a, constant, 1); err != nil {
 		return nil, err
 	}
 	result, err := a.target(out, a.Degree(), a.Level())
@@ -173,12 +173,18 @@ func (e *Evaluator) MulConstant(a *Ciphertext, constant complex128, out *Ciphert
 	return result, e.ckks.Mul(a.Ciphertext, constant, result.Ciphertext)
 }
 
-func (e *Evaluator) checkConstant(a *Ciphertext, constant complex128) error {
+// checkConstant checks a constant that is encoded at a scale.
+func (e *Evaluator) checkConstant(a *Ciphertext, constant complex128, scale float64) error {
 	if err := e.own(false, a); err != nil {
 		return err
 	}
-	if size := math.Hypot(real(constant), imag(constant)); math.IsNaN(size) || math.IsInf(size, 0) {
+	size := math.Hypot(real(constant), imag(constant))
+	if math.IsNaN(size) || math.IsInf(size, 0) {
 		return failure(Invalid, "a constant must be finite")
+	}
+	if limit := math.Log2(size) + math.Log2(scale) + 1; limit >= e.Params.logModulus(a.Level()) {
+		return failure(Scale, "a constant too great for level %d: %.1f bits at this scale, the modulus has %.1f",
+			a.Level(), limit, e.Params.logModulus(a.Level()))
 	}
 	if e.Params.Real() && imag(constant) != 0 {
 		return failure(Invalid, "slots are real in the conjugate-invariant ring: no complex constant")
@@ -279,6 +285,10 @@ func (e *Evaluator) AdjustScale(a *Ciphertext, target rlwe.Scale, out *Ciphertex
 	if ratio.Float64() < 0x1p24 {
 		return nil, failure(Scale, "the scale can not be lowered from 2^%.2f to 2^%.2f in one level",
 			math.Log2(a.Scale.Float64()), math.Log2(target.Float64()))
+	}
+	if limit := e.Params.logModulus(a.Level() - 1); math.Log2(target.Float64()) >= limit {
+		return nil, failure(Scale, "a scale of 2^%.2f does not fit level %d, where the modulus has %.1f bits",
+			math.Log2(target.Float64()), a.Level()-1, limit)
 	}
 	scale := a.Scale.Mul(rlwe.NewScale(factor))
 	result, err := a.target(out, a.Degree(), a.Level())

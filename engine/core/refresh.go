@@ -64,6 +64,9 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	if err := p.checkLevel(level); err != nil {
 		return nil, nil, err
 	}
+	if len(inputs) > maxBatch {
+		return nil, nil, failure(Invalid, "a refresh of at most %d ciphertexts, not %d", maxBatch, len(inputs))
+	}
 	if shift > maxShift {
 		return nil, nil, failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift)
 	}
@@ -184,6 +187,9 @@ func (e *Evaluator) Rerandomize(a *Ciphertext, pk *PublicKey, flood int) (*Ciphe
 	}
 	if flood < 0 || flood > maxFlood {
 		return nil, failure(Invalid, "flooding noise of 2^0 to 2^%d, not 2^%d", maxFlood, flood)
+	}
+	if limit := p.logModulus(a.Level()); float64(flood+1) >= limit {
+		return nil, failure(Scale, "flooding noise of 2^%d at level %d, where the modulus has %.1f bits", flood, a.Level(), limit)
 	}
 	ringQ := p.RingQ().AtLevel(a.Level())
 	result := &Ciphertext{Ciphertext: pk.encryptor.EncryptZeroNew(a.Level()), Params: p, Key: a.Key}

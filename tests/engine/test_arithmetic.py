@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -219,3 +222,25 @@ def test_decoding_to_a_precision(party: Party):
     ct = party.secret_key.encrypt(party.values())
     rounded = party.secret_key.decrypt(ct, precision=8)
     assert np.array_equal(rounded * 256, np.round(rounded * 256))
+
+
+def test_a_number_is_a_number_in_any_form(party: Party):
+    x = party.values()
+    ct, ev = party.secret_key.encrypt(x, 2), party.evaluator
+    for two in (2, 2.0, np.float32(2), np.array(2.0), Fraction(2), Decimal(2), np.int8(2)):
+        assert party.error(ev.multiply(ct, two), 2 * x) < PRODUCT
+        assert party.error(ev.add(ct, two), x + 2) < PRODUCT
+        assert party.error(ev.subtract(ct, two), x - 2) < PRODUCT
+
+
+def test_what_overflows_the_modulus_is_refused(party: Party):
+    ct, ev = party.secret_key.encrypt(party.values(), 1), party.evaluator
+    for attempt in (
+        lambda: ev.add(ct, 1e30),
+        lambda: ev.subtract(ct, -1e30j),
+        lambda: ev.multiply(ct, 2**80),
+        lambda: ev.adjust_scale(ct, 2.0**43),
+    ):
+        with pytest.raises(ScaleError):
+            attempt()
+    assert party.error(ev.add(ct, 0), party.secret_key.decrypt(ct)) < FRESH

@@ -19,6 +19,7 @@ from cipherlm.engine import (
     Plaintext,
     RefreshReply,
     RefreshRequest,
+    ScaleError,
     SecretKey,
     wrap_probability,
 )
@@ -134,6 +135,10 @@ def test_mistakes(party: Party):
         ev.mask([ct], party.public_key, shift=61)
     with pytest.raises(InvalidArgumentError):
         ev.mask([ct], party.public_key, shift=-1)
+    with pytest.raises(InvalidArgumentError, match="at most 4096"):
+        ev.mask([ct] * 4097, party.public_key)
+    with pytest.raises(ScaleError, match="flooding"):
+        ev.rerandomize(ev.drop_level(ct, 0), party.public_key, flood=42)
     stranger = SecretKey.generate(party.parameters)
     with pytest.raises(KeyMaterialError):
         ev.mask([ct], stranger.public_key())
