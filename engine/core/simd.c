@@ -13,6 +13,7 @@
 #define STORE(p, v) _mm512_storeu_si512((void *)(p), v)
 
 int cl_simd_supported(void) {
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512ifma");
 }
 
