@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("disable", "simulate"),
         default="disable",
-        help="disable: the quantised arithmetic (default); simulate: the compiled circuit, slow",
+        help="disable: the quantised arithmetic (default); simulate: with ciphertext noise, compiles first",
     )
     parser.add_argument(
         "--sentences",
@@ -159,7 +159,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.perplexity is None:
             raise UsageError(f"--{name.replace('_', '-')} belongs to --perplexity")
     if options.mode == "simulate" and options.perplexity:
-        raise UsageError("--perplexity is measured with --mode disable; a simulated circuit would take hours")
+        raise UsageError("--perplexity is measured with --mode disable")
     all_heads = options.heads or [[0], None]
     all_bits = options.n_bits or list(range(2, 9))
     # Every configuration before any work, so that a wrong one costs nothing.

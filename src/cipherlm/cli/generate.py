@@ -30,7 +30,7 @@ examples:
 
 modes:
   execute   on ciphertexts, with real keys (default)
-  simulate  the compiled circuit, without encryption
+  simulate  the quantised arithmetic, with the noise that ciphertexts may have
   disable   the quantised arithmetic, in the clear
   clear     the model as it was, not quantised
 """

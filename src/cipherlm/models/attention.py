@@ -28,7 +28,7 @@ class EncryptedAttention(nn.Module):
 
     Hidden states leave the clear model here, one sequence after the other, for the quantised attention, and
     its result comes back. ``mode`` says how that runs: ``"disable"`` the quantised arithmetic in the clear,
-    ``"simulate"`` the compiled circuit without encryption, ``"execute"`` the circuit on ciphertexts.
+    ``"simulate"`` the same with simulated ciphertext noise, ``"execute"`` the circuit on ciphertexts.
 
     Where the configuration names heads, only they do so; the other heads and the output projection are
     computed here as before. Otherwise the whole module, with its projection, is in the circuit.
