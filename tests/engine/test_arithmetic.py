@@ -222,6 +222,12 @@ def test_decoding_to_a_precision(party: Party):
     ct = party.secret_key.encrypt(party.values())
     rounded = party.secret_key.decrypt(ct, precision=8)
     assert np.array_equal(rounded * 256, np.round(rounded * 256))
+    whole = party.secret_key.decrypt(ct, precision=0)
+    assert np.array_equal(whole, np.round(whole))
+    assert party.error(ct, whole) < 0.75
+    for nonsense in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(InvalidArgumentError, match="precision"):
+            party.secret_key.decrypt(ct, precision=nonsense)
 
 
 def test_a_number_is_a_number_in_any_form(party: Party):

@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _native
+from .errors import InvalidArgumentError
 from .parameters import Parameters
 from .serialization import Serializable
+
+MAX_PRECISION = 64
 
 
 class _PlaintextInfo(NamedTuple):
@@ -63,11 +66,15 @@ class Plaintext(Serializable):
     def decode(self, precision: float | None = None) -> NDArray[Any]:
         """Return all slots: complex numbers, or real ones in the conjugate-invariant ring.
 
-        ``precision`` rounds to that many bits after the point, which takes the noise
-        out of a result that is to be shown to somebody else.
+        ``precision`` rounds to that many bits after the point (0: to integers), which
+        takes the noise out of a result that is to be shown to somebody else.
         """
+        if precision is not None and not abs(precision) <= MAX_PRECISION:
+            raise InvalidArgumentError(f"a precision of at most {MAX_PRECISION} bits, not {precision}")
+        # The native side takes 0 for no rounding; 2^tiny is 1 and rounds to integers.
+        bits = 0.0 if precision is None else precision or np.finfo(float).tiny
         out = np.empty(self.parameters.slots, np.complex128)
-        _native.call("cl_decode", self.handle, precision or 0.0, out.ctypes.data, out.size)
+        _native.call("cl_decode", self.handle, bits, out.ctypes.data, out.size)
         return out.real.copy() if self.parameters.real else out
 
     @property
