@@ -182,6 +182,9 @@ func (e *Evaluator) Rerandomize(a *Ciphertext, pk *PublicKey, flood int) (*Ciphe
 	if err := e.own(true, a); err != nil {
 		return nil, err
 	}
+	if err := p.same(pk.Params); err != nil {
+		return nil, err
+	}
 	if a.Key != pk.ID {
 		return nil, failure(Key, "a ciphertext under key %s, a public key of key %s", a.Key, pk.ID)
 	}

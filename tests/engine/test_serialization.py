@@ -249,6 +249,10 @@ def use(tiny: Party, item) -> None:
             item.encrypt([1])
         elif isinstance(item, RefreshRequest):
             tiny.secret_key.refresh(item)
+        elif isinstance(item, RefreshReply):
+            ct = tiny.secret_key.encrypt([1])
+            _, mask = tiny.evaluator.mask([ct], tiny.public_key)
+            tiny.evaluator.unmask(item, mask)
     except EngineError:
         pass
 
