@@ -30,6 +30,7 @@ def figures(capsys, arguments):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_attention(capsys):
     got = figures(capsys, ATTENTION)
     assert set(got) >= FIGURES

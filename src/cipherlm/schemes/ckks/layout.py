@@ -101,7 +101,8 @@ class Layout:
         need(ATTENTION_LEVEL - 1, self.period // 2 * self.tokens, *(-k for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 2, *(k * self.distance_step for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 3, *inner_sum_rotations(*self.blocks_of_head))
-        need(max_level, *inner_sum_rotations(*self.distances), *inner_sum_rotations(*self.features))
+        need(max_level - 2, *inner_sum_rotations(*self.features))
+        need(max_level, *inner_sum_rotations(*self.distances))
         return levels
 
     @property
