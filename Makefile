@@ -51,6 +51,8 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint $(OLDEST)/.ready
+	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \
+		else echo "No go on the PATH: the engine's own tests are left out"; fi
 	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_loading.py tests/test_models*.py tests/test_cli.py
 	$(BIN)/python -m pytest
 
