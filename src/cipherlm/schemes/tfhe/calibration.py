@@ -19,8 +19,9 @@ RANGE_QUANTILE = 0.9995
 """Share of calibration values inside a table's range. The rest saturates; a wider range costs resolution."""
 
 MARGIN = 1.25
-"""Headroom over the largest value seen, where saturation would cost more than resolution: scores, whose
-largest carry the softmax, and the first token's values, which calibration sees only once a sequence."""
+"""Headroom over the largest value seen, where leaving the range costs more than resolution: scores, whose
+largest carry the softmax and whose least must not leave the exponential's flat end, and the first token's
+values, which calibration sees only once a sequence."""
 
 
 def calibrate_head(

@@ -9,8 +9,11 @@ constant so that its two ends are opposite, ``f(-1) = -f(1)``; then it goes on w
 - a function that is flat at its ends, such as a sigmoid, stays flat until it is as far outside as its slope
   lies inside.
 
-So tables saturate where they would wrap, without a bit spent on it, and the clear evaluation below follows
-the encrypted one outside the range too.
+A function that is flat at one end only, such as an exponential, saturates past its steep end, and past its
+flat end comes out negated all the same: its range must cover what occurs.
+
+So most tables saturate where they would wrap, without a bit spent on it, and the clear evaluation below
+follows the encrypted one outside the range too.
 """
 
 from __future__ import annotations
