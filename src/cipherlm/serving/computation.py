@@ -1,0 +1,52 @@
+"""What the transport knows about encryption: bytes in, bytes out, and questions to the client on the way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Exchange = Callable[[bytes], bytes]
+"""Sends a refresh request to the client and returns its reply. Blocks; raises :class:`Cancelled`."""
+
+Report = Callable[[int, int], None]
+"""Says that block k of n is done. Raises :class:`Cancelled` when nobody waits for the rest."""
+
+
+class Cancelled(Exception):
+    """The client has gone, has changed its mind or was too slow: let go of everything and pass this on."""
+
+
+class Computation(Protocol):
+    """What is evaluated for one session: a model with one client's keys, and what it remembers (KV cache).
+
+    One thread at a time uses it, not always the same one.
+    """
+
+    def evaluate(
+        self, module: str, start: int, count: int, inputs: Sequence[bytes], exchange: Exchange, report: Report
+    ) -> list[bytes]:
+        """Evaluate a remote module on the ciphertexts of ``count`` tokens, from position ``start`` on.
+
+        Calls ``report`` often, so that a client that has gone does not keep the machine busy. Raises
+        :class:`ValueError` for what the client got wrong, in words for the client.
+        """
+
+    def close(self) -> None:
+        """Let go of the keys and of what is remembered."""
+
+
+class HostedModel(Protocol):
+    """A server bundle, loaded: shared by all sessions, thread-safe."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What clients may know, as JSON.
+
+        ``{"scheme": "ckks", "name": ..., "modules": [...], "parameters": {...}, "fingerprint": hex,
+        "keys": {kind: greatest bytes}, "max_tokens": n, "message_bytes": greatest bytes of a message's blobs}``
+        """
+
+    def open(self, keys: Mapping[str, Path]) -> Computation:
+        """Start a session with a client's keys, by kind.
+
+        Raises :class:`ValueError` for keys that are damaged or another model's, in words for the client.
+        """
