@@ -36,7 +36,7 @@ $(READY): $(SOURCES)
 		echo "Setting up without TFHE: Concrete has no wheels for $$($(PYTHON) -V). With Python 3.10 to 3.12: make clean setup PYTHON=python3.12"
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); the first time this downloads a few GB, most of it PyTorch"
-	$(BIN)/python $(PIP) -e ".[tfhe,plot,dev]"
+	$(BIN)/python $(PIP) -e ".[tfhe,plot,serve,dev]"
 	@touch $@
 
 demo: $(READY)
@@ -59,7 +59,7 @@ test-all: lint $(OLDEST)/.ready
 # The other end of the range of transformers that pyproject.toml allows.
 $(OLDEST)/.ready: $(SOURCES)
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,dev]" "transformers==4.57.*"
+	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,dev]" "transformers==4.57.*"
 	@touch $@
 
 bench: $(READY)

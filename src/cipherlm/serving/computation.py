@@ -11,7 +11,7 @@ Report = Callable[[int, int], None]
 """Says that block k of n is done. Raises :class:`Cancelled` when nobody waits for the rest."""
 
 
-class Cancelled(Exception):
+class Cancelled(Exception):  # noqa: N818 - not an error of anyone's
     """The client has gone, has changed its mind or was too slow: let go of everything and pass this on."""
 
 
@@ -42,7 +42,8 @@ class HostedModel(Protocol):
         """What clients may know, as JSON.
 
         ``{"scheme": "ckks", "name": ..., "modules": [...], "parameters": {...}, "fingerprint": hex,
-        "keys": {kind: greatest bytes}, "max_tokens": n, "message_bytes": greatest bytes of a message's blobs}``
+        "keys": {kind: greatest bytes}, "max_tokens": n, "message_bytes":
+        greatest bytes of blobs in a message}``
         """
 
     def open(self, keys: Mapping[str, Path]) -> Computation:
