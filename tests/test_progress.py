@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cipherlm.progress import TerminalProgress, silent
+from cipherlm.progress import TerminalProgress, detailed, silent
 
 
 class Terminal(io.StringIO):
@@ -73,3 +73,26 @@ def test_failure():
         raise RuntimeError("too wide")
     assert lines(terminal)[0].startswith("compiling: failed after")
     assert threading.active_count() == threads
+
+
+def test_details_of_the_innermost_step():
+    terminal = Terminal()
+    progress = TerminalProgress(terminal, clock=lambda: 0.0)
+    with detailed(progress, "uploading") as show:
+        show("1 of 2 MB")
+        assert lines(terminal) == ["| uploading: 1 of 2 MB 0.0s"]
+        with progress("hashing"):
+            assert lines(terminal) == ["| hashing 0.0s"]
+        assert lines(terminal)[-1] == "| uploading: 1 of 2 MB 0.0s"
+        show("2 of 2 MB")
+    assert lines(terminal)[-2:] == ["uploading: done in 0.0s", ""]
+    progress.detail("nothing is going on")
+    assert lines(terminal)[-1] == ""
+
+
+def test_details_are_not_shown_by_what_cannot():
+    piped = io.StringIO()
+    for progress in (silent, TerminalProgress(piped)):
+        with detailed(progress, "uploading") as show:
+            show("1 of 2 MB")
+    assert piped.getvalue() == ""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TextIO
 
 Progress = Callable[[str], AbstractContextManager[None]]
@@ -14,9 +15,34 @@ _FRAMES = "|/-\\"
 _INTERVAL_SECONDS = 0.2
 
 
+Detail = Callable[[str], None]
+"""Shows in a few words how far the innermost step is."""
+
+
 def silent(_step: str) -> AbstractContextManager[None]:
     """Show nothing: what the library does unless told otherwise."""
     return nullcontext()
+
+
+@contextmanager
+def detailed(progress: Progress, step: str) -> Iterator[Detail]:
+    """Bracket a step that knows how far it is: yields what shows it, if ``progress`` can show such.
+
+    ``with detailed(progress, "uploading keys") as show: show("12 of 226 MB")``
+    """
+    with progress(step):
+        yield getattr(progress, "detail", _unseen)
+
+
+def _unseen(_text: str) -> None:
+    pass
+
+
+@dataclass
+class _Step:
+    name: str
+    start: float
+    detail: str = ""
 
 
 class TerminalProgress:
@@ -29,7 +55,7 @@ class TerminalProgress:
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._shown = self._stream.isatty()
-        self._steps: list[tuple[str, float]] = []
+        self._steps: list[_Step] = []
         # Guards the steps and the line on the terminal, which the ticking thread redraws.
         self._lock = threading.Lock()
 
@@ -37,11 +63,18 @@ class TerminalProgress:
         """Bracket one step."""
         return self._bracket(step) if self._shown else nullcontext()
 
+    def detail(self, text: str) -> None:
+        """Show how far the innermost step is, until the next call or the end of the step."""
+        with self._lock:
+            if self._steps:
+                self._steps[-1].detail = text
+                self._draw(0)
+
     @contextmanager
     def _bracket(self, step: str) -> Iterator[None]:
         start = self._clock()
         with self._lock:
-            self._steps.append((step, start))
+            self._steps.append(_Step(step, start))
             # Drawn here too: native code that holds the interpreter lock would keep the thread from it.
             self._draw(0)
             outermost = len(self._steps) == 1
@@ -71,8 +104,9 @@ class TerminalProgress:
                 self._draw(tick)
 
     def _draw(self, tick: int) -> None:
-        step, start = self._steps[-1]
-        self._write(f"{_FRAMES[tick % len(_FRAMES)]} {step} {_duration(self._clock() - start)}")
+        step = self._steps[-1]
+        words = f"{step.name}: {step.detail}" if step.detail else step.name
+        self._write(f"{_FRAMES[tick % len(_FRAMES)]} {words} {_duration(self._clock() - step.start)}")
 
     def _write(self, text: str) -> None:
         self._stream.write(f"\r\x1b[K{text}")
