@@ -17,6 +17,7 @@ VERBS = {
     "generate": "continue a prompt, chosen attention modules on encrypted data",
     "evaluate": "measure what quantisation costs: agreement with the clear model, perplexity",
     "inspect": "show circuits, table lookups, key and ciphertext sizes, and the cache",
+    "proxy": "let OpenAI programs on this machine use an encrypted model on a server",
     "bench": "measure one encrypted step for real, as JSON",
 }
 

@@ -1,0 +1,168 @@
+"""Let any OpenAI program on this machine use an encrypted model.
+
+Speaks OpenAI's HTTP API (models, completions, chat completions, streamed or not) to programs on this machine,
+and sends only ciphertexts on to the server. Prompts and replies are in the clear here, so it listens on the
+loopback unless told otherwise, and web pages cannot reach it.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from contextlib import closing
+from typing import Any
+
+from cipherlm.cli import CommandError, UsageError
+from cipherlm.cli.common import positive_integer, quiet_libraries
+
+EXAMPLES = """\
+examples:
+  cipherlm proxy --server https://models.example.org:8470
+  cipherlm proxy --server http://127.0.0.1:8470 --port 9000 --api-key "$(openssl rand -hex 16)"
+
+then, in another terminal:
+  export OPENAI_BASE_URL=http://127.0.0.1:8471/v1
+  export OPENAI_API_KEY=unused        # or what --api-key says
+  python -c 'import openai; client = openai.OpenAI(); print(client.models.list().data)'
+
+environment:
+  CIPHERLM_TOKEN          the server's token, where --token is not given
+  CIPHERLM_PROXY_API_KEY  the key of this endpoint, where --api-key is not given
+"""
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8471
+STOP_SECONDS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("--server", required=True, metavar="URL", help="the server with the encrypted model")
+    parser.add_argument("--token", metavar="TOKEN", help="the server's token")
+    parser.add_argument("--keys", metavar="NAME", help="the keys to use, of those on this machine")
+    parser.add_argument(
+        "--name", metavar="NAME", help="name under which programs ask for the model (default: the server's)"
+    )
+    parser.add_argument(
+        "--host", default=DEFAULT_HOST, help=f"address to listen on (default: {DEFAULT_HOST})"
+    )
+    parser.add_argument(
+        "--port",
+        type=port_argument,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help=f"port to listen on, 0 for any that is free (default: {DEFAULT_PORT})",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="what programs must give as their API key")
+    parser.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="let other machines in, whose prompts then cross the network in the clear; needs --api-key",
+    )
+    parser.add_argument(
+        "--waiting",
+        type=positive_integer,
+        default=8,
+        metavar="N",
+        help="requests that may wait while one is generated; more are refused (default: 8)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive_integer,
+        metavar="N",
+        help="tokens of a reply when a request does not say (default: 16; for a chat, what the context leaves)",
+    )
+
+
+def port_argument(text: str) -> int:
+    """Return a port number, or 0."""
+    try:
+        port = int(text)
+    except ValueError:
+        port = -1
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return port
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    from cipherlm.serving.auth import is_loopback
+
+    api_key = options.api_key or os.environ.get("CIPHERLM_PROXY_API_KEY") or None
+    if not is_loopback(options.host) and not options.allow_remote:
+        raise UsageError(
+            f"{options.host} can be reached from other machines, and prompts are in the clear here: "
+            "leave --host out, or add --allow-remote and --api-key"
+        )
+    if options.allow_remote and api_key is None:
+        raise UsageError("--allow-remote lets other machines use your keys: it needs --api-key")
+    # Before the model is loaded and keys are sent, which takes a while.
+    with closing(listen(options.host, options.port)) as listener, quiet_libraries():
+        model, tokenizer, name = connect(options)
+        try:
+            serve(options, listener, model, tokenizer, name=name, api_key=api_key)
+        finally:
+            model.close()
+
+
+def connect(options: argparse.Namespace) -> tuple[Any, Any, str]:
+    """Return the remote model, its tokeniser, and the name under which it is served."""
+    from cipherlm import RemoteModel
+
+    token = options.token or os.environ.get("CIPHERLM_TOKEN") or None
+    model = RemoteModel.connect(options.server, token=token, keys=options.keys)
+    return model, model.tokenizer, options.name or model.name
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises ``CommandError`` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise CommandError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; --port N takes another"
+        ) from None
+
+
+def serve(
+    options: argparse.Namespace,
+    listener: socket.socket,
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    api_key: str | None,
+) -> None:
+    """Serve on a listening socket until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from cipherlm.serving.logs import log_to
+    from cipherlm.serving.proxy import LOOPBACK_HOSTS, create_proxy
+
+    log_to()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    app = create_proxy(
+        model,
+        tokenizer,
+        name=name,
+        api_key=api_key,
+        # The API key keeps web pages out where names cannot be known.
+        allowed_hosts=None if options.allow_remote else {*LOOPBACK_HOSTS, host},
+        waiting=options.waiting,
+        default_max_tokens=options.max_tokens,
+    )
+    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    print(f"{name} is served at {url}; stop with Ctrl-C", file=sys.stderr)
+    print(f"export OPENAI_BASE_URL={url}", flush=True)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=STOP_SECONDS
+    )
+    # uvicorn ends gracefully and then sends itself the signal again: this lets the model be closed.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
