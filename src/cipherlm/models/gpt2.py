@@ -9,6 +9,7 @@ belong to the linear layer behind it, and whatever adds to the hidden states add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +70,20 @@ class Block:
         x = x + self.attn(self.ln_1(x), prefix)
         return x + self.mlp(self.ln_2(x))
 
+    @classmethod
+    def from_transformers(cls, block: Any, config: Any) -> Block:
+        """Return a ``GPT2Block`` of a model with this configuration, with exact functions."""
+        exact = ExactFunctions(config.layer_norm_epsilon)
+        attn = attention_layers(block.attn)
+        c_attn = attn[0].after(array(block.ln_1.weight), array(block.ln_1.bias))
+        c_fc = linear(block.mlp.c_fc).after(array(block.ln_2.weight), array(block.ln_2.bias))
+        return cls(
+            exact.ln_1,
+            Attention(config.n_head, c_attn, attn[1].centred(), exact.softmax),
+            exact.ln_2,
+            MLP(c_fc, linear(block.mlp.c_proj).centred(), exact.gelu),
+        )
+
     def with_functions(self, functions: Functions) -> Block:
         """Return the block with the same weights and other functions."""
         return Block(
@@ -105,22 +120,7 @@ class GPT2:
         config = model.config
         if config.activation_function != "gelu_new":
             raise ValueError(f"GPT-2's activation is gelu_new, not {config.activation_function}")
-        blocks = []
-        for index, block in enumerate(model.transformer.h):
-            factor = 1.0 if config.scale_attn_weights else (config.n_embd // config.n_head) ** 0.5
-            if config.scale_attn_by_inverse_layer_idx:
-                factor /= index + 1
-            c_attn, c_fc = (
-                _linear(layer).after(_array(norm.weight), _array(norm.bias))
-                for norm, layer in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc))
-            )
-            gain = np.repeat([factor, 1.0, 1.0], config.n_embd)
-            c_attn = Linear(c_attn.weight * gain, c_attn.bias * gain)
-            c_proj = _linear(block.attn.c_proj).centred()
-            exact = ExactFunctions(config.layer_norm_epsilon)
-            attention = Attention(config.n_head, c_attn, c_proj, exact.softmax)
-            mlp = MLP(c_fc, _linear(block.mlp.c_proj).centred(), exact.gelu)
-            blocks.append(Block(exact.ln_1, attention, exact.ln_2, mlp))
+        blocks = [Block.from_transformers(block, config) for block in model.transformer.h]
         return cls(tuple(blocks), config.layer_norm_epsilon)
 
     def keys_values(self, hidden: Float64) -> list[KeyValue]:
@@ -171,10 +171,10 @@ class Ends:
         """Return the ends of a ``GPT2LMHeadModel``, whose output embedding is that of its input."""
         body = model.transformer
         return cls(
-            _array(body.wte.weight),
-            _array(body.wpe.weight),
-            _array(body.ln_f.weight),
-            _array(body.ln_f.bias),
+            array(body.wte.weight),
+            array(body.wpe.weight),
+            array(body.ln_f.weight),
+            array(body.ln_f.bias),
             body.ln_f.eps,
         )
 
@@ -192,10 +192,22 @@ class Ends:
         return logits
 
 
-def _linear(layer: Any) -> Linear:
-    return Linear(_array(layer.weight), _array(layer.bias))
+def attention_layers(attn: Any) -> tuple[Linear, Linear]:
+    """Return both layers of a ``GPT2Attention``, for scores that are divided by ``sqrt(head_dim)``."""
+    c_attn, width = linear(attn.c_attn), attn.embed_dim
+    factor = 1.0 if attn.scale_attn_weights else math.sqrt(attn.head_dim)
+    if attn.scale_attn_by_inverse_layer_idx:
+        factor /= attn.layer_idx + 1
+    gain = np.repeat([factor, 1.0, 1.0], width)
+    return Linear(c_attn.weight * gain, c_attn.bias * gain), linear(attn.c_proj)
 
 
-def _array(parameter: Any) -> Float64:
-    array: Float64 = parameter.detach().cpu().double().numpy()
-    return array
+def linear(layer: Any) -> Linear:
+    """Return the weights of a ``Conv1D``."""
+    return Linear(array(layer.weight), array(layer.bias))
+
+
+def array(parameter: Any) -> Float64:
+    """Return a parameter in double precision."""
+    values: Float64 = parameter.detach().cpu().double().numpy()
+    return values
