@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cipherlm.schemes.tfhe.calibration import calibrate_head, calibrate_projection
 from cipherlm.schemes.tfhe.head import Precision, QuantizedHead, QuantizedProjection
 from cipherlm.schemes.tfhe.lookup import Integers, Lookup, lookup, noisy_lookup
-from cipherlm.schemes.tfhe.quantization import InputQuantizer, check_bits
+from cipherlm.schemes.tfhe.quantization import InputQuantizer, OutputDequantizer, check_bits
 from cipherlm.schemes.tfhe.weights import AttentionWeights
 
 __all__ = ["AttentionWeights", "QuantizedAttention", "check_heads"]
@@ -107,20 +107,15 @@ class QuantizedAttention:
         joined = results[0] if len(results) == 1 else np.concatenate(tuple(results), axis=1)
         return joined if self.projection is None else self.projection(joined, self.precision, lookup)
 
-    def dequantize(self, integers: Int64) -> Float64:
-        """Turn the circuit's integers (tokens, outputs) into the layer's real values."""
+    @property
+    def dequantizer(self) -> OutputDequantizer:
+        """What turns the circuit's integers (tokens, outputs) into the layer's real values."""
         if self.projection is not None:
             levels = float(1 << (self.precision.output - 1))
-            projected: Float64 = integers / levels * self.projection.channel_range
-            return projected
-        parts = np.split(integers, len(self.heads), axis=-1)
-        return np.concatenate(
-            [
-                part * float(head.output_unit) @ head.rotation.T
-                for part, head in zip(parts, self.quantized_heads, strict=True)
-            ],
-            axis=-1,
-        )
+            return OutputDequantizer(self.projection.channel_range / levels, None)
+        units = [float(head.output_unit) for head in self.quantized_heads]
+        rotations = np.stack([head.rotation for head in self.quantized_heads])
+        return OutputDequantizer(np.repeat(units, self.head_dim), rotations)
 
     def __call__(self, x: NDArray[np.floating[Any]]) -> Float64:
         """Quantise ``x`` (tokens, width) or (batch, tokens, width), attend in the clear, dequantise.
@@ -130,13 +125,13 @@ class QuantizedAttention:
         """
         if x.ndim == 3:
             return np.stack([self(sequence) for sequence in x])
-        return self.dequantize(self.circuit(self.quantizer(x), lookup))
+        return self.dequantizer(self.circuit(self.quantizer(x), lookup))
 
     def simulate(self, x: NDArray[np.floating[Any]], p_error: float, rng: np.random.Generator) -> Float64:
         """Like calling it, with the noise that ciphertexts may have at ``p_error`` in every lookup."""
         if x.ndim == 3:
             return np.stack([self.simulate(sequence, p_error, rng) for sequence in x])
-        return self.dequantize(self.circuit(self.quantizer(x), noisy_lookup(p_error, rng)))
+        return self.dequantizer(self.circuit(self.quantizer(x), noisy_lookup(p_error, rng)))
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return everything as named arrays, for safetensors."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -23,15 +21,19 @@ from numpy.typing import NDArray
 
 from cipherlm.progress import silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
+from cipherlm.schemes.tfhe.client import ClientCircuit
+from cipherlm.schemes.tfhe.description import CircuitDescription, find_layouts
 from cipherlm.schemes.tfhe.errors import (
     DamagedCacheError,
-    MissingSchemeError,
     NoParametersError,
     TfheError,
     TooManyTokensError,
 )
+from cipherlm.schemes.tfhe.files import sha256_of, write_private
+from cipherlm.schemes.tfhe.library import concrete_version, import_concrete, load_server, machine
 from cipherlm.schemes.tfhe.lookup import ACCUMULATOR_BITS, traced_lookup
 from cipherlm.schemes.tfhe.quantization import largest_level
+from cipherlm.schemes.tfhe.server import ServerCircuit
 
 DEFAULT_P_ERROR = 0.01
 """Probability that the noise moves one lookup's input by more than half a cell, to the neighbouring cell.
@@ -44,19 +46,6 @@ _FORMAT = 1
 
 Progress = Callable[[str], AbstractContextManager[None]]
 Int64 = NDArray[np.int64]
-
-
-def import_concrete() -> ModuleType:
-    """Return ``concrete.fhe``; ``MissingSchemeError`` with the mend where it is not installed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from concrete import fhe
-    except ImportError as error:
-        raise MissingSchemeError(
-            'TFHE needs Concrete: pip install "cipherlm[tfhe]" (Python 3.10 to 3.12, Linux or macOS)'
-        ) from error
-    return fhe  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -139,10 +128,10 @@ class AttentionCircuit:
             raise ValueError(f"tokens must be at least 1, not {tokens}")
         if not 0.0 < p_error < 0.5:
             raise ValueError(f"p_error must lie between 0 and 0.5, not {p_error}")
-        version = _concrete_version()
+        version = concrete_version()
         folder = _circuit_folder(cache_dir, attention, tokens, p_error, version)
         if folder is not None and (folder / "circuit.json").exists():
-            server, statistics = _load(fhe, folder)
+            server, statistics = _load(folder)
             return cls(
                 attention, tokens, statistics, folder, True, progress,
                 _server=server, _client=fhe.Client(server.client_specs),
@@ -178,7 +167,7 @@ class AttentionCircuit:
                 self._client.keygen(force=True)
             if path is not None:
                 serialized = self._client.keys.serialize()
-                _write_private(path, hashlib.sha256(serialized).digest() + serialized)
+                write_private(path, hashlib.sha256(serialized).digest() + serialized)
         self._evaluation_keys = self._client.evaluation_keys
         self.evaluation_key_bytes = len(self._evaluation_keys.serialize())
         self.keygen_seconds = time.perf_counter() - start
@@ -191,7 +180,7 @@ class AttentionCircuit:
         """
         if not self.keys_ready:
             self.keygen()
-        padded = self._pad(x)
+        padded = self.attention.quantizer.padded(x, self.tokens)
         start = time.perf_counter()
         encrypted = self._client.encrypt(padded)
         encrypted_at = time.perf_counter()
@@ -206,7 +195,7 @@ class AttentionCircuit:
             len(encrypted.serialize()),
             len(result.serialize()),
         )
-        return self.attention.dequantize(integers)[: len(x)]
+        return self.attention.dequantizer(integers)[: len(x)]
 
     def simulate(self, x: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Compute in the clear what ``execute`` does, with simulated noise as wide as ``p_error`` allows."""
@@ -214,11 +203,32 @@ class AttentionCircuit:
             raise TooManyTokensError(len(x), self.tokens)
         return self.attention.simulate(x, self.statistics.p_error, self._rng)
 
-    def _pad(self, x: NDArray[np.floating[Any]]) -> Int64:
-        if len(x) > self.tokens:
-            raise TooManyTokensError(len(x), self.tokens)
-        quantized = self.attention.quantizer(x)
-        return np.concatenate([quantized, np.zeros((self.tokens - len(x), x.shape[1]), dtype=np.int64)])
+    def split(self) -> tuple[ServerCircuit, ClientCircuit]:
+        """Return the server's part, which has the weights, and the client's, which has none of them.
+
+        Neither has keys: the client generates its own. Two pairs of keys are generated here and dropped, to
+        learn which bytes of a valid message are always the same.
+        """
+        statistics = self.statistics
+        specs = json.loads(self._client.specs.serialize())
+        with self.progress("preparing the client and the server"):
+            keys, inputs, outputs = find_layouts(specs)
+        parts = [_FORMAT, self.attention.fingerprint(), self.tokens, statistics.p_error, specs]
+        dequantizer = self.attention.dequantizer
+        description = CircuitDescription(
+            fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+            tokens=self.tokens,
+            width=self.attention.width,
+            outputs=len(dequantizer.scale),
+            concrete_version=statistics.concrete_version,
+            machine=machine(),
+            memory=statistics.evaluation_key_bytes_in_memory,
+            keys=keys,
+            inputs=inputs,
+            results=outputs,
+        )
+        client = ClientCircuit(description, specs, self.attention.quantizer, dequantizer, self.progress)
+        return ServerCircuit(description, self._server), client
 
 
 def _compile(fhe: ModuleType, attention: QuantizedAttention, tokens: int, p_error: float) -> Any:
@@ -323,12 +333,6 @@ def _statistics(
     )
 
 
-def _concrete_version() -> str:
-    from importlib.metadata import version
-
-    return version("concrete-python")
-
-
 def cache_root() -> Path:
     """Return the folder of compiled circuits and keys in the user's cache directory."""
     return Path(platformdirs.user_cache_dir("cipherlm")) / "tfhe"
@@ -344,16 +348,6 @@ def _circuit_folder(
     return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
 def _read_checked(path: Path) -> bytes:
     """Read a file that starts with the SHA-256 of the rest."""
     content = path.read_bytes()
@@ -367,11 +361,11 @@ def _save(server: Any, statistics: CircuitStatistics, folder: Path) -> None:
     archive = folder / "server.zip"
     server.save(archive)
     # Written last: a folder without it is an unfinished one, and is compiled again.
-    description = {"sha256": _sha256(archive), "statistics": statistics.to_dict()}
-    _write_private(folder / "circuit.json", json.dumps(description, indent=1).encode())
+    description = {"sha256": sha256_of(archive), "statistics": statistics.to_dict()}
+    write_private(folder / "circuit.json", json.dumps(description, indent=1).encode())
 
 
-def _load(fhe: ModuleType, folder: Path) -> tuple[Any, CircuitStatistics]:
+def _load(folder: Path) -> tuple[Any, CircuitStatistics]:
     description_path, archive = folder / "circuit.json", folder / "server.zip"
     try:
         description = json.loads(description_path.read_text())
@@ -379,14 +373,6 @@ def _load(fhe: ModuleType, folder: Path) -> tuple[Any, CircuitStatistics]:
         expected = description["sha256"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCacheError(description_path, "it is not the JSON that was written") from error
-    if not archive.exists() or _sha256(archive) != expected:
+    if not archive.exists() or sha256_of(archive) != expected:
         raise DamagedCacheError(archive, "its checksum does not match")
-    return fhe.Server.load(archive), statistics
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return load_server(archive), statistics

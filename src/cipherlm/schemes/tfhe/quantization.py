@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cipherlm.schemes.tfhe.errors import TooManyTokensError
+
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
 
@@ -105,7 +107,38 @@ class InputQuantizer:
         levels: IntArray = np.clip(np.rint(scaled), -top, top).astype(np.int64)
         return levels
 
+    def padded(self, rows: FloatArray, tokens: int) -> IntArray:
+        """Quantise ``rows`` (t, width), t at most ``tokens``, and put zeros behind, up to ``tokens`` rows.
+
+        Raises ``TooManyTokensError``. Causality keeps the zeros out of the rows before them.
+        """
+        if len(rows) > tokens:
+            raise TooManyTokensError(len(rows), tokens)
+        return np.concatenate([self(rows), np.zeros((tokens - len(rows), rows.shape[1]), dtype=np.int64)])
+
     def dequantize(self, integers: IntArray) -> NDArray[np.float64]:
         """Return the real values that ``integers`` (..., width) stand for."""
         values: NDArray[np.float64] = integers * self.channel_scale
         return values
+
+
+@dataclass(frozen=True)
+class OutputDequantizer:
+    """The client's reading of a circuit's result. Nothing in it comes from the layer's weights but ranges.
+
+    ``scale`` (outputs,) is the step of each output channel. ``rotations`` (heads, head_dim, head_dim), where
+    the result is heads and not their projection, undoes the random rotation of each head's values.
+    """
+
+    scale: NDArray[np.float64]
+    rotations: NDArray[np.float64] | None
+
+    def __call__(self, integers: IntArray) -> NDArray[np.float64]:
+        """Turn the circuit's integers (..., outputs) into the layer's real values."""
+        values: NDArray[np.float64] = integers * self.scale
+        if self.rotations is None:
+            return values
+        parts = np.split(values, len(self.rotations), axis=-1)
+        return np.concatenate(
+            [part @ rotation.T for part, rotation in zip(parts, self.rotations, strict=True)], axis=-1
+        )
