@@ -1,0 +1,221 @@
+"""The server's routes: HTTP for all that is short, a WebSocket for a session. See docs/protocol.md."""
+
+import hashlib
+import json
+import re
+import time
+from asyncio import Semaphore, TimeoutError, to_thread, wait_for
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response, WebSocket
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cipherlm import __version__
+from cipherlm.serving import protocol
+from cipherlm.serving.failures import Failure
+from cipherlm.serving.logs import log, log_exception
+from cipherlm.serving.service import SHUTTING_DOWN, Service
+from cipherlm.serving.sessions import Session
+
+_STATUS = {
+    protocol.UNAUTHORIZED: 401,
+    protocol.PROTOCOL: 400,
+    protocol.BAD_REQUEST: 400,
+    protocol.UNKNOWN_KEYS: 404,
+    protocol.BAD_KEYS: 422,
+    protocol.TOO_LARGE: 413,
+    protocol.CONFLICT: 409,
+    protocol.STORAGE: 507,
+    protocol.BUSY: 503,
+    protocol.TIMEOUT: 408,
+    protocol.INTERNAL: 500,
+    protocol.SHUTTING_DOWN: 503,
+}
+_BODY_BYTES = 64 * 1024
+"""Of a request that is no chunk."""
+_UPLOADS_AT_ONCE = 16
+"""Chunks that are in memory at a time."""
+_NO_TOKEN = Failure(protocol.UNAUTHORIZED, "this server wants a token")
+_CHECKSUM = re.compile(r"sha256 ([0-9a-f]{64})")
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Scope]]
+_Send = Callable[[_Scope], Awaitable[None]]
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the ASGI application that serves a model."""
+    app = FastAPI(title="CipherLM", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    uploads = Semaphore(_UPLOADS_AT_ONCE)
+
+    def owner_of(request: Request) -> str:
+        owner = service.tokens.owner(request.headers.get("authorization"))
+        if owner is None:
+            raise _NO_TOKEN
+        return owner
+
+    Owner = Annotated[str, Depends(owner_of)]
+
+    @app.get("/v1/health")
+    async def health() -> Response:
+        status = "shutting_down" if service.draining else "ok"
+        return JSONResponse({"status": status, "version": __version__, "protocol": protocol.VERSION})
+
+    @app.get("/v1/model")
+    async def model(owner: Owner) -> Response:
+        return JSONResponse(service.description)
+
+    @app.get("/v1/keys/{fingerprint}")
+    async def key_status(owner: Owner, fingerprint: str) -> Response:
+        return JSONResponse(service.keys.status(owner, fingerprint))
+
+    @app.post("/v1/keys")
+    async def announce_key(owner: Owner, request: Request) -> Response:
+        body = await _body(request, _BODY_BYTES, service.limits.head_seconds)
+        kind, size, fingerprint = _announcement(body)
+        return JSONResponse(await to_thread(service.keys.announce, owner, kind, size, fingerprint))
+
+    @app.patch("/v1/keys/{fingerprint}")
+    async def append_chunk(owner: Owner, fingerprint: str, request: Request) -> Response:
+        offset, checksum = _chunk_headers(request)
+        service.keys.status(owner, fingerprint)  # before 8 MiB come for nothing
+        async with uploads:
+            chunk = await _body(request, protocol.CHUNK_BYTES, service.limits.upload_seconds)
+            if await to_thread(_sha256, chunk) != checksum:
+                raise Failure(protocol.BAD_KEYS, "a chunk that does not have its checksum", retry=True)
+            status = await to_thread(service.keys.append, owner, fingerprint, offset, chunk)
+        if status["complete"]:
+            log("key uploaded", owner=owner, key=fingerprint[:12], bytes=status["size"])
+        return JSONResponse(status)
+
+    @app.delete("/v1/keys/{fingerprint}")
+    async def delete_key(owner: Owner, fingerprint: str) -> Response:
+        await to_thread(service.keys.delete, owner, fingerprint)
+        return Response(status_code=204)
+
+    @app.get("/metrics")
+    async def metrics(owner: Owner) -> Response:
+        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.websocket("/v1/session")
+    async def session(socket: WebSocket) -> None:
+        owner = service.tokens.owner(socket.headers.get("authorization"))
+        if owner is None:
+            await socket.send_denial_response(_answer(_NO_TOKEN))
+        elif service.draining:
+            await socket.send_denial_response(_answer(SHUTTING_DOWN))
+        else:
+            await socket.accept()
+            await Session(service, socket, owner).run()
+
+    @app.exception_handler(Failure)
+    async def failed(request: Request, failure: Failure) -> Response:
+        return _answer(failure)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return _answer(Failure(protocol.BAD_REQUEST, str(error.detail)), error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _answer(Failure(protocol.BAD_REQUEST, "the body was cut off", retry=True))
+
+    app.add_middleware(_Watch, service=service)
+    return app
+
+
+class _Watch:
+    """Counts requests, keeps browsers out, and answers in our own form when something breaks."""
+
+    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]], service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+        began = time.monotonic()
+
+        async def watch(message: _Scope) -> None:
+            nonlocal status
+            if message["type"] == "websocket.accept":
+                status = 101
+            status = message.get("status", status)
+            await send(message)
+
+        # No client is a web page. One that a user of an open server visits must not reach that server.
+        app = _refuse_browser if any(name == b"origin" for name, _ in scope["headers"]) else self._app
+        try:
+            await app(scope, receive, watch)
+        except Exception as error:
+            log_exception("request broke", error)
+            if scope["type"] == "http" and not status:
+                await _answer(Failure(protocol.INTERNAL, "the server broke"))(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope.get("method", "WEBSOCKET")
+            method = method if method in ("GET", "POST", "PATCH", "DELETE", "WEBSOCKET") else "other"
+            self._service.metrics.requests.labels(method, route, str(status)).inc()
+            if status >= 400:
+                seconds = round(time.monotonic() - began, 3)
+                log("request refused", method=method, route=route, status=status, seconds=seconds)
+
+
+async def _refuse_browser(scope: _Scope, receive: _Receive, send: _Send) -> None:
+    answer = _answer(Failure(protocol.UNAUTHORIZED, "no web page is a client"), 403)
+    if scope["type"] == "http":
+        await answer(scope, receive, send)
+    else:
+        await WebSocket(scope, receive, send).send_denial_response(answer)
+
+
+def _answer(failure: Failure, status: int | None = None) -> Response:
+    error = protocol.error(failure.code, failure.message, retry=failure.retry)
+    content = {"error": {"code": error.code, "message": error.message, "retry": error.retry}}
+    return JSONResponse(content | failure.details, status or _STATUS[failure.code])
+
+
+async def _body(request: Request, limit: int, seconds: float) -> bytes:
+    """Return a request's body, if it comes in time and is not larger than it may be."""
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise Failure(protocol.TOO_LARGE, f"a body of more than {limit} bytes")
+        return bytes(body)
+
+    try:
+        return await wait_for(read(), seconds)
+    except TimeoutError:
+        raise Failure(protocol.TIMEOUT, "the body did not come in time", retry=True) from None
+
+
+def _announcement(body: bytes) -> tuple[str, int, str]:
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        message = None
+    if isinstance(message, dict) and message.keys() == {"kind", "size", "sha256"}:
+        kind, size, fingerprint = message["kind"], message["size"], message["sha256"]
+        if isinstance(kind, str) and type(size) is int and isinstance(fingerprint, str):
+            return kind, size, fingerprint
+    raise Failure(protocol.BAD_REQUEST, 'send {"kind": text, "size": bytes, "sha256": hex digits}')
+
+
+def _chunk_headers(request: Request) -> tuple[int, str]:
+    offset = request.headers.get("upload-offset", "")
+    checksum = _CHECKSUM.fullmatch(request.headers.get("upload-checksum", ""))
+    if not re.fullmatch(r"[0-9]{1,15}", offset) or checksum is None:
+        raise Failure(protocol.BAD_REQUEST, "a chunk has the headers Upload-Offset and Upload-Checksum")
+    return int(offset), checksum[1]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

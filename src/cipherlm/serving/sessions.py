@@ -1,0 +1,318 @@
+"""One client's session: what may be said when.
+
+What happens to a session (a message, a timer, news of an evaluation) is a call of one of its methods in the
+loop. None of them waits, so each runs alone and nothing needs a lock.
+"""
+
+import asyncio
+import secrets
+import time
+from asyncio import Queue, TimerHandle, create_task, to_thread, wait_for
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi import WebSocket, WebSocketDisconnect
+
+from cipherlm.serving import protocol
+from cipherlm.serving.computation import Computation
+from cipherlm.serving.evaluations import Evaluation
+from cipherlm.serving.failures import Failure
+from cipherlm.serving.keys import Lease
+from cipherlm.serving.logs import log, log_exception
+from cipherlm.serving.protocol import CLIENT_MESSAGES, ProtocolError, message_limit, pack, unpack
+from cipherlm.serving.scheduler import Full
+from cipherlm.serving.service import FAREWELL_SECONDS, SHUTTING_DOWN, Service
+
+_UNSENT_NEWS = 8
+"""Where so many messages wait to be sent, progress is left out."""
+_CLOSED = 1000
+_POLICY_VIOLATION = 1008
+_SERVICE_RESTART = 1012
+
+
+class Session:
+    """A conversation over one WebSocket, from its acceptance to its end."""
+
+    def __init__(self, service: Service, socket: WebSocket, owner: str) -> None:
+        self.id = secrets.token_hex(8)
+        self._service = service
+        self._limits = service.limits
+        self._socket = socket
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._outbox: Queue[bytes | None] = Queue()
+        self._over = asyncio.Event()
+        self._connected = True
+        self._ending = False
+        self._close_code = _CLOSED
+        self._timer: TimerHandle | None = None
+        self._lease: Lease | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._computation: Computation | None = None
+        self._evaluation: Evaluation | None = None
+        self._last_id = -1
+
+    async def run(self) -> None:
+        """Serve the client until the session is over, then let go of all that it held."""
+        self._service.conversations.add(self)
+        reader, writer = create_task(self._read()), create_task(self._write())
+        self._wait(self._limits.head_seconds, self._late, 'no "open" came')
+        try:
+            await self._over.wait()
+        finally:
+            self._wait_no_more()
+            if self._evaluation is not None:
+                self._evaluation.cancel(Failure(protocol.CANCELLED, "the session is over"))
+            reader.cancel()
+            await self._part(writer)
+            self._service.conversations.discard(self)
+            await self._let_go()
+
+    def end(self, *, at_once: bool) -> None:
+        """End because the server does; an evaluation may finish unless ``at_once``."""
+        self._ending = True
+        if at_once or self._evaluation is None:
+            self._fail(SHUTTING_DOWN)
+
+    # What the client says.
+
+    def _received(self, data: bytes | None) -> None:
+        if data is None:
+            raise ProtocolError("a text message; messages are binary")
+        self._service.metrics.bytes.labels("in").inc(len(data))
+        if len(data) > message_limit(self._service.description):
+            raise Failure(protocol.TOO_LARGE, "a message larger than this model's are")
+        message = unpack(data, CLIENT_MESSAGES)
+        if isinstance(message, protocol.Open):
+            self._open(message)
+        elif isinstance(message, protocol.Close):
+            self._over.set()
+        elif self._computation is None:
+            raise ProtocolError(f'"{message.type}" before the session is open')
+        elif isinstance(message, protocol.Evaluate):
+            self._evaluate(message, self._computation)
+        elif message.id > self._last_id:
+            raise ProtocolError(f'"{message.type}" for an evaluation that there was not')
+        # What comes for an evaluation that has ended has crossed its end.
+        elif self._evaluation is not None and message.id == self._last_id:
+            if isinstance(message, protocol.Refreshed):
+                self._evaluation.answer(message.round, message.blob)
+                self._wait_no_more()
+            else:
+                self._evaluation.cancel(Failure(protocol.CANCELLED, "cancelled by the client"))
+
+    def _open(self, message: protocol.Open) -> None:
+        description = self._service.description
+        if self._lease is not None:
+            raise ProtocolError("the session is open already")
+        if message.protocol != protocol.VERSION:
+            raise ProtocolError(f"this server speaks version {protocol.VERSION} of the protocol")
+        if message.model != description["fingerprint"]:
+            raise Failure(protocol.UNKNOWN_MODEL, "this server has another model: ask it for /v1/model")
+        if message.keys.keys() != description["keys"].keys():
+            kinds = ", ".join(description["keys"])
+            raise Failure(protocol.BAD_REQUEST, f"a session needs keys of exactly these kinds: {kinds}")
+        lease = self._service.keys.lease(self._owner, message.keys)
+        try:
+            self._service.admit(self._owner)
+        except Failure:
+            lease.release()
+            raise
+        self._lease = lease
+        self._wait_no_more()
+        self._loading = create_task(self._load(lease))
+
+    def _evaluate(self, request: protocol.Evaluate, computation: Computation) -> None:
+        if self._evaluation is not None:
+            raise ProtocolError("an evaluation before the last one has ended")
+        if request.id <= self._last_id:
+            raise ProtocolError("the ids of evaluations must increase")
+        self._last_id = request.id
+        evaluation = Evaluation(computation, request, self)
+        try:
+            self._check(request)
+            # Before it starts: it may end before the next line.
+            self._evaluation = evaluation
+            evaluation.start(self._service.scheduler, self._owner)
+        except (Failure, Full) as error:
+            self._evaluation = None
+            failure = (
+                error
+                if isinstance(error, Failure)
+                else Failure(protocol.BUSY, "the queue is full", retry=True)
+            )
+            self._service.metrics.evaluations.labels(failure.code).inc()
+            self._send(protocol.error(failure.code, failure.message, retry=failure.retry, id=request.id))
+            self._rest()
+            return
+        self._wait_no_more()
+        late = Failure(protocol.TIMEOUT, "the evaluation took longer than it may", retry=True)
+        evaluation.deadline = self._loop.call_later(self._limits.evaluation_seconds, evaluation.cancel, late)
+        log("evaluation queued", session=self.id, id=request.id, module=request.module, tokens=request.count)
+
+    def _check(self, request: protocol.Evaluate) -> None:
+        if request.module not in self._service.description["modules"]:
+            raise Failure(protocol.BAD_REQUEST, "the model has no such module")
+        most = self._service.description["max_tokens"]
+        if request.count < 1 or request.start + request.count > most:
+            raise Failure(protocol.BAD_REQUEST, f"a text has 1 to {most} tokens here")
+
+    # What evaluations tell.
+
+    def moved(self, evaluation: Evaluation, position: int) -> None:
+        """Tell the client its place in the queue."""
+        self._tell(evaluation, protocol.Queued(evaluation.request.id, position))
+
+    def progressed(self, evaluation: Evaluation, done: int, total: int) -> None:
+        """Tell the client how far its evaluation is."""
+        self._tell(evaluation, protocol.Progress(evaluation.request.id, done, total))
+
+    def asked(self, evaluation: Evaluation, round: int, request: bytes) -> None:
+        """Ask the client to refresh, and give it a time."""
+        self._service.metrics.refreshes.inc()
+        self._send(protocol.Refresh(evaluation.request.id, round, request))
+        late = Failure(protocol.TIMEOUT, "the answer to a refresh did not come in time", retry=True)
+        self._wait(self._limits.reply_seconds, evaluation.cancel, late)
+
+    def evaluated(self, evaluation: Evaluation, outcome: str, message: bytes) -> None:
+        """Send what came of an evaluation, and wait for the next."""
+        seconds = time.monotonic() - evaluation.began
+        self._service.metrics.evaluations.labels(outcome).inc()
+        self._service.metrics.seconds.observe(seconds)
+        log(
+            "evaluation ended",
+            session=self.id,
+            id=evaluation.request.id,
+            outcome=outcome,
+            seconds=round(seconds, 3),
+        )
+        if evaluation.deadline is not None:
+            evaluation.deadline.cancel()
+        self._evaluation = None
+        if self._over.is_set():
+            return
+        self._outbox.put_nowait(message)
+        if self._ending:
+            self._fail(SHUTTING_DOWN)
+        else:
+            self._rest()
+
+    def _tell(self, evaluation: Evaluation, news: protocol.Queued | protocol.Progress) -> None:
+        # A client that does not even take what was sent before needs no more of it.
+        if evaluation is self._evaluation and self._outbox.qsize() < _UNSENT_NEWS:
+            self._send(news)
+
+    # The rest of what happens.
+
+    def _opened(self) -> None:
+        numbers = {
+            "message_bytes": self._service.description["message_bytes"],
+            "max_tokens": self._service.description["max_tokens"],
+            "idle_seconds": int(self._limits.idle_seconds),
+            "reply_seconds": int(self._limits.reply_seconds),
+            "evaluation_seconds": int(self._limits.evaluation_seconds),
+        }
+        self._send(protocol.Opened(self.id, numbers))
+        log("session opened", session=self.id, owner=self._owner)
+        self._rest()
+
+    def _gone(self) -> None:
+        self._connected = False
+        self._over.set()
+
+    def _late(self, what: str) -> None:
+        raise Failure(protocol.TIMEOUT, f"{what} in time", retry=True)
+
+    def _fail(self, failure: Failure) -> None:
+        """Tell the client why its session ends, and end it."""
+        if self._over.is_set():
+            return
+        log("session failed", session=self.id, owner=self._owner, code=failure.code)
+        self._send(protocol.error(failure.code, failure.message, retry=failure.retry))
+        self._close_code = _SERVICE_RESTART if failure is SHUTTING_DOWN else _POLICY_VIOLATION
+        self._over.set()
+
+    def _rest(self) -> None:
+        self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
+
+    def _wait(self, seconds: float, then: Callable[..., None], *arguments: Any) -> None:
+        """Call ``then`` unless the client does what is waited for within ``seconds``."""
+        self._wait_no_more()
+        if not self._over.is_set():
+            self._timer = self._loop.call_later(seconds, self._happen, then, *arguments)
+
+    def _wait_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _happen(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Failure as failure:
+            self._fail(failure)
+        except ProtocolError as error:
+            self._fail(Failure(protocol.PROTOCOL, str(error)))
+
+    def _send(self, message: protocol.ServerMessage) -> None:
+        self._outbox.put_nowait(pack(message))
+
+    async def _read(self) -> None:
+        try:
+            while not self._over.is_set():
+                event = await self._socket.receive()
+                if event["type"] == "websocket.disconnect":
+                    self._gone()
+                else:
+                    self._happen(self._received, event.get("bytes"))
+        except Exception as error:
+            log_exception("session broke", error, session=self.id)
+            self._fail(Failure(protocol.INTERNAL, "the server could not go on"))
+
+    async def _write(self) -> None:
+        while (data := await self._outbox.get()) is not None:
+            try:
+                await wait_for(self._socket.send_bytes(data), self._limits.reply_seconds)
+            except (WebSocketDisconnect, RuntimeError, OSError, asyncio.TimeoutError):
+                self._gone()
+                return
+            self._service.metrics.bytes.labels("out").inc(len(data))
+
+    async def _load(self, lease: Lease) -> None:
+        try:
+            async with self._service.loading:
+                self._computation = await to_thread(self._service.model.open, lease.paths)
+        except ValueError as error:
+            self._fail(Failure(protocol.BAD_KEYS, str(error)))
+        except Exception as error:
+            log_exception("keys could not be opened", error, session=self.id)
+            self._fail(Failure(protocol.INTERNAL, "the server could not open these keys"))
+        else:
+            if not self._over.is_set():
+                self._opened()
+
+    async def _part(self, writer: "asyncio.Task[None]") -> None:
+        """Send what is left to send and close the connection, if somebody is there."""
+        self._outbox.put_nowait(None)
+        if self._connected:
+            await asyncio.wait({writer}, timeout=FAREWELL_SECONDS)
+            with suppress(RuntimeError, OSError, WebSocketDisconnect, asyncio.TimeoutError):
+                await wait_for(self._socket.close(self._close_code), FAREWELL_SECONDS)
+        writer.cancel()
+
+    async def _let_go(self) -> None:
+        """Give back memory, keys and place, when no thread uses them any more."""
+        if self._loading is not None:
+            await self._loading
+        if self._evaluation is not None:
+            await self._evaluation.ended.wait()
+        if self._computation is not None:
+            try:
+                await to_thread(self._computation.close)
+            except Exception as error:
+                log_exception("a session did not close", error, session=self.id)
+        if self._lease is not None:
+            self._lease.release()
+            self._service.dismiss(self._owner)
+            log("session ended", session=self.id, owner=self._owner)
