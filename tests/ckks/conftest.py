@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cipherlm.engine import Evaluator, Parameters, PublicKey, SecretKey
+from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import (
     Arithmetic,
+    Encodings,
     EncryptedTensor,
     decrypt,
     encrypt,
@@ -36,11 +38,22 @@ class Parties:
         public_key = secret_key.public_key()
         evaluator = Evaluator(parameters, evaluation_keys(secret_key, layout))
         refresh = MaskedRefresh(evaluator, public_key, secret_key.refresh)
-        return cls(layout, secret_key, public_key, Arithmetic(evaluator, layout, refresh))
+        encodings = Encodings(parameters, layout)
+        return cls(layout, secret_key, public_key, Arithmetic(evaluator, encodings, refresh))
 
     def encrypt(self, hidden, start=0, level=4) -> EncryptedTensor:
         ciphertexts = encrypt(self.secret_key, self.layout, hidden, start=start, level=level)
         return self.arithmetic.tensor(ciphertexts, len(hidden), start)
+
+    def encrypt_token(self, hidden, position, level=8) -> EncryptedToken:
+        slots = self.layout.decoding.pack(hidden)
+        return EncryptedToken(self.arithmetic, (self.secret_key.encrypt(slots, level),), position)
+
+    def decrypt_token(self, tensor, features=None) -> np.ndarray:
+        (part,) = tensor.parts
+        return self.layout.decoding.unpack(
+            self.secret_key.decrypt(part).real, features or self.layout.width
+        )
 
     def decrypt(self, tensor, features=None) -> np.ndarray:
         return decrypt(self.secret_key, tensor, features or self.layout.width)

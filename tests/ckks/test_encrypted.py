@@ -10,7 +10,7 @@ from cipherlm.models.gpt2 import MLP, Attention, Block
 from cipherlm.schemes.ckks.calibration import ExactFunctions
 from cipherlm.schemes.ckks.refresh import InProcessRefresh
 from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Linear
+from cipherlm.schemes.ckks.tensor import Cache, Linear
 
 RANDOM = np.random.default_rng(11)
 
@@ -91,15 +91,15 @@ def test_attention(small, prefix_tokens):
     if prefix_tokens:
         prefix = tuple(RANDOM.normal(size=(2, layout.heads, prefix_tokens, layout.head_dim)))
     hidden = RANDOM.normal(size=(tokens, layout.width))
-    want = exact_attention(SimulatedTensor(hidden), prefix).values
+    want = exact_attention(SimulatedTensor(hidden), Cache(prefix)).values
     attention = Attention(
         layout.heads, exact_attention.c_attn, exact_attention.c_proj, exact.softmax.fit(layout.tokens)
     )
     for count in (tokens, 1):  # the same keys, weights and masks serve fewer tokens
-        got = attention(small.encrypt(hidden[:count], prefix_tokens), prefix)
+        got = attention(small.encrypt(hidden[:count], prefix_tokens), Cache(prefix))
         assert largest(small.decrypt(got), want[:count]) < 1e-4
-    with pytest.raises(ValueError, match="a prefix of 2 tokens"):
-        attention(small.encrypt(hidden, prefix_tokens), (np.zeros((3, 2, 10)),) * 2)
+    with pytest.raises(ValueError, match="right behind a clear prefix"):
+        attention(small.encrypt(hidden, prefix_tokens), Cache((np.zeros((3, 2, 10)),) * 2))
 
 
 def test_block(small):
@@ -115,9 +115,9 @@ def test_block(small):
     hidden = RANDOM.normal(size=(layout.tokens - 1, width))
     hidden -= hidden.mean(-1, keepdims=True)
     prefix = tuple(RANDOM.normal(size=(2, layout.heads, 1, layout.head_dim)))
-    want = block(block(SimulatedTensor(hidden), prefix), prefix).values
+    want = block(block(SimulatedTensor(hidden), Cache(prefix)), Cache(prefix)).values
     fitted = block.with_functions(exact.fit(layout.tokens))
-    got = fitted(fitted(small.encrypt(hidden, 1), prefix), prefix)
+    got = fitted(fitted(small.encrypt(hidden, 1), Cache(prefix)), Cache(prefix))
     assert largest(small.decrypt(got), want) < 2e-3
 
 

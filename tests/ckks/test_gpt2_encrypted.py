@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
-from cipherlm.models.gpt2 import GPT2, Attention, Ends
+from cipherlm.models.gpt2 import GPT2, Attention, Ends, caches
 from cipherlm.models.loading import load_model, load_tokenizer
 from cipherlm.schemes.ckks.calibration import ExactSoftmax
 from cipherlm.schemes.ckks.simulation import SimulatedTensor
@@ -69,11 +69,11 @@ def test_the_embedded_model_on_ciphertexts():
     clear, ends = GPT2.from_transformers(model), Ends.from_transformers(model)
     prefix = clear.keys_values(ends.embed([0]))
     texts = [ends.embed(tokenizer(text)["input_ids"], 1) for text in calibration_sentences()]
-    fitted = clear.fitted(texts, keys=8, prefix=prefix)
+    fitted = clear.fitted(clear.calibrated(texts, prefix), 8)
     parties = Parties.make(tokens=8, heads=4, head_dim=32)
     for text in evaluation_sentences()[:2]:
         hidden = ends.embed(tokenizer(text)["input_ids"][:7], 1)
-        got = ends.logits(parties.decrypt(fitted(parties.encrypt(hidden, start=1), prefix)))
-        want = ends.logits(clear(SimulatedTensor(hidden), prefix).values)
+        got = ends.logits(parties.decrypt(fitted(parties.encrypt(hidden, start=1), caches(prefix))))
+        want = ends.logits(clear(SimulatedTensor(hidden), caches(prefix)).values)
         assert np.abs(got - want).max() < 0.01
         assert np.array_equal(got.argmax(-1), want.argmax(-1))

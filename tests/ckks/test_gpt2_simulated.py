@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
-from cipherlm.models.gpt2 import GPT2, Ends
+from cipherlm.models.gpt2 import GPT2, Ends, caches
 from cipherlm.models.loading import load_model, load_tokenizer
 from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
 
@@ -26,11 +26,11 @@ class Fixture:
         self.prefix = self.exact.keys_values(self.ends.embed(PREFIX))
         hidden = [self.ends.embed(ids, len(PREFIX)) for ids in calibration]
         longest = max(map(len, self.texts)) + len(PREFIX)
-        self.fitted = self.exact.fitted(hidden, keys=longest, prefix=self.prefix)
+        self.fitted = self.exact.fitted(self.exact.calibrated(hidden, self.prefix), longest)
 
     def logits(self, model, ids, noise=None):
         hidden = SimulatedTensor(self.ends.embed(ids, len(PREFIX)), noise)
-        return self.ends.logits(model(hidden, self.prefix).values)
+        return self.ends.logits(model(hidden, caches(self.prefix)).values)
 
     def clear_logits(self, ids):
         with torch.inference_mode():

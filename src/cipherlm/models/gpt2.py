@@ -10,7 +10,7 @@ belong to the linear layer behind it, and whatever adds to the hidden states add
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.schemes.ckks.calibration import ExactFunctions
-from cipherlm.schemes.ckks.functions import Attend, Functions, Map
+from cipherlm.schemes.ckks.functions import Attend, Functions, Map, Ranges
 from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Linear, T
+from cipherlm.schemes.ckks.tensor import Cache, KeyValue, Linear, T
 
 Float64 = NDArray[np.float64]
-KeyValue = tuple[Float64, Float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +34,11 @@ class Attention:
     c_proj: Linear
     softmax: Attend
 
-    def __call__(self, x: T, prefix: KeyValue | None = None) -> T:
-        """Attend to hidden states, and to the clear keys and values of a prefix before them."""
+    def __call__(self, x: T, cache: Cache | None = None) -> T:
+        """Attend to hidden states, and to the tokens in the cache before them."""
         query, key, value = x.to_heads(self.c_attn, self.n_heads)
-        if prefix is not None:
-            key, value = key.after(prefix[0]), value.after(prefix[1])
+        if cache is not None:
+            key, value = cache.extend(key, value)
         return self.softmax(query.scores(key), value) @ self.c_proj
 
 
@@ -65,9 +64,9 @@ class Block:
     ln_2: Map
     mlp: MLP
 
-    def __call__(self, x: T, prefix: KeyValue | None = None) -> T:
+    def __call__(self, x: T, cache: Cache | None = None) -> T:
         """Return the next block's hidden states."""
-        x = x + self.attn(self.ln_1(x), prefix)
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
     @classmethod
@@ -101,14 +100,19 @@ class GPT2:
     blocks: tuple[Block, ...]
     epsilon: float
 
-    def __call__(self, x: T, prefix: Sequence[KeyValue] | None = None) -> T:
+    def __call__(
+        self, x: T, caches: Sequence[Cache] | None = None, report: Callable[[int, int], None] | None = None
+    ) -> T:
         """Return the last hidden states of centred hidden states (tokens, width).
 
-        ``prefix`` are each block's keys and values of tokens before them, from :meth:`keys_values`.
+        ``caches`` are each block's keys and values of the tokens before them. ``report`` hears after each
+        block how many of all are done.
         """
-        none: list[KeyValue | None] = [None] * len(self.blocks)
-        for block, before in zip(self.blocks, prefix or none, strict=True):
-            x = block(x, before)
+        none: list[Cache | None] = [None] * len(self.blocks)
+        for index, (block, cache) in enumerate(zip(self.blocks, caches or none, strict=True)):
+            x = block(x, cache)
+            if report is not None:
+                report(index + 1, len(self.blocks))
         return x
 
     @classmethod
@@ -130,30 +134,38 @@ class GPT2:
         nothing of it is remembered either.
         """
         model = self._with_functions([ExactFunctions(self.epsilon) for _ in self.blocks])
-        x, found = SimulatedTensor(hidden), []
-        for block in model.blocks:
-            _, key, value = block.ln_1(x).to_heads(block.attn.c_attn, block.attn.n_heads)
+        empty = [Cache() for _ in self.blocks]
+        model(SimulatedTensor(hidden), empty)
+        found = []
+        for cache in empty:
+            assert cache.past is not None
+            key, value = cache.past
             found.append((key.values, value.values))
-            x = block(x)
         return found
 
-    def fitted(
-        self, texts: Iterable[Float64], *, keys: int, prefix: Sequence[KeyValue] | None = None
-    ) -> GPT2:
-        """Return the model with polynomials in place of functions, fitted to the ranges met on texts.
+    def calibrated(self, texts: Iterable[Float64], prefix: Sequence[KeyValue] | None = None) -> list[Ranges]:
+        """Return the ranges met on texts, of each block.
 
-        ``texts`` are centred hidden states (tokens, width), and ``keys`` is the highest number of tokens that
-        one attends to, with the prefix.
+        ``texts`` are centred hidden states (tokens, width), and ``prefix`` the keys and values before each.
         """
         exact = [ExactFunctions(self.epsilon) for _ in self.blocks]
         model = self._with_functions(exact)
         for hidden in texts:
-            model(SimulatedTensor(hidden), prefix)
-        return self._with_functions([functions.fit(keys) for functions in exact])
+            model(SimulatedTensor(hidden), caches(prefix))
+        return [functions.ranges for functions in exact]
+
+    def fitted(self, ranges: Sequence[Ranges], keys: int) -> GPT2:
+        """Return the model with polynomials in place of functions, for at most ``keys`` keys to a query."""
+        return self._with_functions([own.fit(self.epsilon, keys) for own in ranges])
 
     def _with_functions(self, functions: Sequence[Functions]) -> GPT2:
         blocks = (block.with_functions(own) for block, own in zip(self.blocks, functions, strict=True))
         return replace(self, blocks=tuple(blocks))
+
+
+def caches(prefix: Sequence[KeyValue] | None) -> list[Cache] | None:
+    """Return a cache for each block, with the keys and values of a clear prefix."""
+    return None if prefix is None else [Cache(past) for past in prefix]
 
 
 @dataclass(frozen=True, eq=False)

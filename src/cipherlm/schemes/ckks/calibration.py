@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.schemes.ckks.approximation import Interval, gelu_new
-from cipherlm.schemes.ckks.functions import FittedFunctions, Gelu, LayerNorm, Softmax, T
+from cipherlm.schemes.ckks.functions import AnySoftmax, FittedFunctions, Gelu, LayerNorm, Ranges, T
 from cipherlm.schemes.ckks.simulation import SimulatedTensor, visible
 
 Float64 = NDArray[np.float64]
@@ -98,21 +98,32 @@ class ExactSoftmax:
         powers = np.exp(values - values.max(axis=-1, keepdims=True)) * visible(values.shape)
         return cast(T, SimulatedTensor(powers / powers.sum(axis=-1, keepdims=True) @ _clear(value)))
 
-    def fit(self, keys: int) -> Softmax:
+    def fit(self, keys: int) -> AnySoftmax:
         """Return the approximation for what was seen, over at most ``keys`` keys."""
-        return Softmax.fit(self.scores.around_zero, keys)
+        return AnySoftmax(self.scores.around_zero, keys)
 
 
 class ExactFunctions:
     """The functions of one block, which remember what they meet."""
 
     def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
         self.ln_1, self.ln_2 = ExactLayerNorm(epsilon), ExactLayerNorm(epsilon)
         self.softmax, self.gelu = ExactSoftmax(), ExactGelu()
 
+    @property
+    def ranges(self) -> Ranges:
+        """The ranges of what was met, with their margins."""
+        return Ranges(
+            self.ln_1.squares.above_zero,
+            self.softmax.scores.around_zero,
+            self.ln_2.squares.above_zero,
+            self.gelu.inputs.around_zero,
+        )
+
     def fit(self, keys: int) -> FittedFunctions:
         """Return the approximations for what was met, with at most ``keys`` keys to a query."""
-        return FittedFunctions(self.ln_1.fit(), self.softmax.fit(keys), self.ln_2.fit(), self.gelu.fit())
+        return self.ranges.fit(self.epsilon, keys)
 
 
 def _clear(x: object) -> Float64:

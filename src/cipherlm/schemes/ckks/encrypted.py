@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -32,77 +34,96 @@ from cipherlm.schemes.ckks.tensor import Linear, Tensor, depth
 Float64 = NDArray[np.float64]
 A = TypeVar("A")
 B = TypeVar("B")
+C = TypeVar("C", bound="CiphertextTensor")
 
 SCALE_STEPS = 16
 """How large an integer, at least, a ciphertext is multiplied by to give it a scale: right to 1 in 32."""
 
 
-class Arithmetic:
-    """What encrypted tensors of one model share: keys, packing, refresh, and clear weights made ready.
+class Encodings:
+    """Clear weights and masks made ready for ciphertexts, once for all clients.
 
-    Weights and masks are encoded where they are first used, and kept. ``refreshes`` counts the ciphertexts
-    that were refreshed, ``round_trips`` how often.
+    They are encoded where they are first used, and kept: matrices for as long as their weights.
     """
 
-    def __init__(
-        self, evaluator: Evaluator, layout: Layout, refresher: Refresher, *, storage: Storage = "int32"
-    ) -> None:
-        self.evaluator, self.layout, self.storage = evaluator, layout, storage
-        self.parameters: Parameters = evaluator.parameters
-        self.refreshes = self.round_trips = 0
-        self._refresher = refresher
+    def __init__(self, parameters: Parameters, layout: Layout, *, storage: Storage = "int32") -> None:
+        self.parameters, self.layout, self.storage = parameters, layout, storage
         self._layers: WeakKeyDictionary[Linear, _Layer] = WeakKeyDictionary()
-        self._exponents: dict[tuple[float, int, float], Plaintext] = {}
-        self._pool = ThreadPoolExecutor(threads())
-
-    def tensor(self, ciphertexts: Iterable[Ciphertext], tokens: int, start: int = 0) -> EncryptedTensor:
-        """Return hidden states that a client encrypted: :func:`encrypt`."""
-        return EncryptedTensor(self, tuple(ciphertexts), tokens, start)
+        self._kept: dict[Any, Any] = {}
+        self._lock = threading.RLock()
 
     def layer(self, linear: Linear) -> _Layer:
         """Return what is kept with clear weights."""
-        return self._layers.setdefault(linear, _Layer(self))
+        with self._lock:
+            return self._layers.setdefault(linear, _Layer(self))
 
-    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """Apply a function in threads."""
-        return list(self._pool.map(function, items))
+    def keep(self, key: Any, make: Callable[[], A]) -> A:
+        """Return what belongs to a key, made on the first call."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            kept: A = self._kept[key]
+            return kept
 
     def encode(self, slots: Float64 | NDArray[np.complex128], level: int, scale: float) -> Plaintext:
         """Encode what is to be added to ciphertexts of a level and a scale."""
         return Plaintext.encode(self.parameters, slots, level, scale)
 
-    def exponents(self, floor: float, level: int, scale: float) -> Plaintext:
-        """Return the encoded :meth:`Layout.exponents`."""
-        key = (floor, level, scale)
-        if key not in self._exponents:
-            self._exponents[key] = self.encode(self.layout.exponents(floor), level, scale)
-        return self._exponents[key]
+    def mask(self, slots: Float64, level: int) -> Plaintext:
+        """Encode what ciphertexts of a level are to be multiplied with: their scale stays."""
+        return self.encode(slots, level, float(self.parameters.q[level]))
 
-    @cached_property
+    @property
     def key_masks(self) -> list[list[Plaintext]]:
         """The encoded masks of keys."""
-        return self._masks(self.layout.key_masks())
+        return self.keep("keys", lambda: self._masks(self.layout.key_masks()))
 
-    @cached_property
+    @property
     def value_masks(self) -> list[list[Plaintext]]:
         """The encoded masks of values."""
-        return self._masks(self.layout.value_masks())
+        return self.keep("values", lambda: self._masks(self.layout.value_masks()))
 
     def _masks(self, masks: Iterable[list[Float64]]) -> list[list[Plaintext]]:
-        level = ATTENTION_LEVEL - 1
-        scale = float(self.parameters.q[level])
-        return [self.each(lambda mask: self.encode(mask, level, scale), row) for row in masks]
+        return [[self.mask(mask, ATTENTION_LEVEL - 1) for mask in row] for row in masks]
+
+
+class Arithmetic:
+    """What encrypted tensors of one client share: keys, refresh, and the server's encoded weights.
+
+    ``refreshes`` counts the ciphertexts that were refreshed, ``round_trips`` how often.
+    """
+
+    def __init__(self, evaluator: Evaluator, encodings: Encodings, refresher: Refresher) -> None:
+        self.evaluator, self.encodings = evaluator, encodings
+        self.parameters: Parameters = evaluator.parameters
+        self.refreshes = self.round_trips = 0
+        self._refresher = refresher
+        self._pool = ThreadPoolExecutor(threads())
+
+    @property
+    def layout(self) -> Layout:
+        """The packing."""
+        return self.encodings.layout
+
+    def tensor(self, ciphertexts: Iterable[Ciphertext], tokens: int, start: int = 0) -> EncryptedTensor:
+        """Return hidden states that a client encrypted: :func:`encrypt`."""
+        return EncryptedTensor(self, tuple(ciphertexts), tokens, start)
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Apply a function in threads."""
+        return list(self._pool.map(function, items))
 
     def scale_before(self, polynomial: Chebyshev) -> float:
         """Return the scale at which a polynomial's interval costs no level."""
         low, high = polynomial.interval
         return self.parameters.scale * 2 / (high - low)
 
-    def refresh(self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float]) -> list[Ciphertext]:
-        """Return real ciphertexts at the highest level and near the given scales.
+    def refresh(
+        self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float], level: int
+    ) -> list[Ciphertext]:
+        """Return real ciphertexts at a level and near the given scales.
 
-        Two travel as real and imaginary part of one. Scales are changed by multiplying with an integer
-        before, and a shift in between, for nothing.
+        Two travel as real and imaginary part of one.
         """
         evaluator = self.evaluator
         # A pair is split into twice its real and twice its imaginary part.
@@ -121,61 +142,55 @@ class Arithmetic:
             evaluator.add(pair[0], evaluator.multiply(pair[1], 1j)) if len(pair) == 2 else pair[0]
             for pair in pairs
         ]
-        self.refreshes += len(sent)
-        self.round_trips += 1
         fresh: list[Ciphertext] = []
-        for pair, result in zip(pairs, self._refresher(sent, self.parameters.max_level, shift), strict=True):
+        for pair, result in zip(pairs, self._exchange(sent, level, shift), strict=True):
             fresh += evaluator.split(result) if len(pair) == 2 else [result]
         return [
             evaluator.set_scale(part, before.scale * factor / 2**shift * copy)
             for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
         ]
 
+    def refresh_complex(self, ciphertext: Ciphertext, level: int) -> Ciphertext:
+        """Return a ciphertext of complex numbers at a level, with its scale."""
+        factor = self.evaluator.multiply(self.evaluator.drop_level(ciphertext, MASK_LEVEL), SCALE_STEPS)
+        shift = round(math.log2(SCALE_STEPS))
+        (fresh,) = self._exchange([factor], level, shift)
+        return self.evaluator.set_scale(fresh, ciphertext.scale)
+
+    def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        self.refreshes += len(sent)
+        self.round_trips += 1
+        return self._refresher(sent, level, shift)
+
 
 class _Layer:
     """What is kept with clear weights: matrices and encoded biases."""
 
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self._arithmetic = arithmetic
+    def __init__(self, encodings: Encodings) -> None:
+        self._encodings = encodings
         self._kept: dict[Any, Any] = {}
+        self._lock = threading.Lock()
 
-    def matrix(self, kind: str, start: int, level: int, rows: Callable[[], list[Float64]]) -> Matrix:
-        """Return a matrix, made on the first call from its blocks of outputs."""
-        if (kind, start) not in self._kept:
-            self._kept[kind, start] = Matrix(
-                self._arithmetic.parameters,
-                self._arithmetic.layout,
-                rows(),
-                start=start,
-                level=level,
-                storage=self._arithmetic.storage,
-            )
-        matrix: Matrix = self._kept[kind, start]
-        return matrix
+    def matrix(self, key: tuple[Any, ...], make: Callable[[Encodings], A]) -> A:
+        """Return a matrix, made on the first call."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make(self._encodings)
+            matrix: A = self._kept[key]
+            return matrix
 
-    def bias(self, key: tuple[Any, ...], like: Ciphertext, slots: Callable[[], Float64]) -> Plaintext:
+    def bias(self, key: tuple[Any, ...], like: Ciphertext, slots: Callable[[], NDArray[Any]]) -> Plaintext:
         """Return an encoded bias to be added to a ciphertext, made on the first call."""
         level, scale = like.level, like.scale
-        if (key, level, scale) not in self._kept:
-            self._kept[key, level, scale] = self._arithmetic.encode(slots(), level, scale)
-        plaintext: Plaintext = self._kept[key, level, scale]
-        return plaintext
+        return self.matrix((key, level, scale), lambda encodings: encodings.encode(slots(), level, scale))
 
 
 @dataclass(eq=False)
-class EncryptedTensor(Tensor):
-    """Hidden states, heads, scores or a column of them; see :class:`~cipherlm.schemes.ckks.tensor.Tensor`.
-
-    Hidden states are in one ciphertext for each period of features, everything else is in one. A column has
-    its value of a token (and a head) in every slot of that token (and head). The tokens are those from
-    ``start`` on. Hidden states before it are zero, and stay so: the place of a clear prefix.
-    """
+class CiphertextTensor(Tensor):
+    """What tensors of ciphertexts have in common, whatever their packing."""
 
     arithmetic: Arithmetic = field(repr=False)
     parts: tuple[Ciphertext, ...]
-    tokens: int
-    start: int = 0
-    heads: bool = False
 
     @property
     def level(self) -> int:
@@ -186,20 +201,25 @@ class EncryptedTensor(Tensor):
     def _evaluator(self) -> Evaluator:
         return self.arithmetic.evaluator
 
-    def _with(self, parts: Iterable[Ciphertext], **changes: Any) -> EncryptedTensor:
+    @property
+    @abstractmethod
+    def _features(self) -> tuple[int, int]:
+        """Step and count of a sum over the features of hidden states."""
+
+    def _with(self: C, parts: Iterable[Ciphertext], **changes: Any) -> C:
         return replace(self, parts=tuple(parts), **changes)
 
     def _one(self) -> Ciphertext:
         (part,) = self.parts
         return part
 
-    def _paired(self, other: EncryptedTensor) -> list[tuple[Ciphertext, Ciphertext]]:
+    def _paired(self: C, other: C) -> list[tuple[Ciphertext, Ciphertext]]:
         count = max(len(self.parts), len(other.parts))
         a, b = (x.parts * (count // len(x.parts)) for x in (self, other))
         return list(zip(a, b, strict=True))
 
-    def __add__(self, other: EncryptedTensor | float) -> EncryptedTensor:
-        if not isinstance(other, EncryptedTensor):
+    def __add__(self: C, other: C | float) -> C:
+        if not isinstance(other, CiphertextTensor):
             return self._with(self._evaluator.add(part, other) for part in self.parts)
         return self._with(self._sum(a, b) for a, b in self._paired(other))
 
@@ -210,9 +230,9 @@ class EncryptedTensor(Tensor):
             a = self._evaluator.adjust_scale(a, b.scale)
         return self._evaluator.add(a, b)
 
-    def __mul__(self, other: EncryptedTensor | float) -> EncryptedTensor:
+    def __mul__(self: C, other: C | float) -> C:
         evaluator = self._evaluator
-        if isinstance(other, EncryptedTensor):
+        if isinstance(other, CiphertextTensor):
             return self._with(evaluator.multiply(a, b) for a, b in self._paired(other))
         if other == round(other):
             return self._with(evaluator.multiply(part, round(other)) for part in self.parts)
@@ -220,12 +240,70 @@ class EncryptedTensor(Tensor):
         scaled = self._with(evaluator.set_scale(part, part.scale / abs(other)) for part in self.parts)
         return scaled if sign > 0 else scaled * sign
 
-    def __matmul__(self, linear: Linear) -> EncryptedTensor:
-        self.ready(LINEAR_LEVEL - MASK_LEVEL)
-        layer = self.arithmetic.layer(linear)
-        matrix = layer.matrix(
-            "from heads" if self.heads else "hidden", self.start, LINEAR_LEVEL, lambda: self._rows(linear)
+    def polynomial(self: C, polynomial: Chebyshev) -> C:
+        """See :class:`Tensor`."""
+        return self._with(
+            self.arithmetic.each(lambda c: self._evaluator.polynomial(c, polynomial), self.parts)
         )
+
+    def mean_square(self: C, before: Chebyshev) -> C:
+        """See :class:`Tensor`."""
+        evaluator, width = self._evaluator, self.arithmetic.layout.width
+        # Lower values make a lower square: the sum over the width must not outgrow the default scale.
+        wanted = self.arithmetic.scale_before(before)
+        lower = math.sqrt(wanted * self.arithmetic.parameters.scale / width)
+        scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
+        total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
+        return self._with([evaluator.set_scale(total, total.scale * width)])
+
+    def ready(
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+    ) -> None:
+        """See :class:`Tensor`. Raises ``ValueError`` for more levels than a refresh gives."""
+        tensors = [self, *(cast("CiphertextTensor", other) for other in others)]
+        ahead, parameters = tensors[-1], self.arithmetic.parameters
+        if MASK_LEVEL + levels > parameters.max_level:
+            raise ValueError(f"{levels} levels are more than a refresh gives")
+        left = min(tensor.level for tensor in tensors) - MASK_LEVEL
+        if left >= levels + (ahead._mapping(before) if before else 0):
+            return
+        wanted = {id(tensor): parameters.scale for tensor in tensors}
+        if before:
+            wanted[id(ahead)] = self.arithmetic.scale_before(before)
+        owners = [tensor for tensor in tensors for _ in tensor.parts]
+        parts = [part for tensor in tensors for part in tensor.parts]
+        level = MASK_LEVEL + levels if last else parameters.max_level
+        fresh = iter(self.arithmetic.refresh(parts, [wanted[id(owner)] for owner in owners], level))
+        for tensor in tensors:
+            tensor.parts = tuple(next(fresh) for _ in tensor.parts)
+
+    def _mapping(self, polynomial: Chebyshev) -> int:
+        """Return how many levels the polynomial's interval takes at the present scale."""
+        parameters = self.arithmetic.parameters
+        return max(polynomial.levels(parameters, part.scale) for part in self.parts) - depth(polynomial)
+
+
+@dataclass(eq=False)
+class EncryptedTensor(CiphertextTensor):
+    """Hidden states, heads, scores or a column of them; see :class:`~cipherlm.schemes.ckks.tensor.Tensor`.
+
+    Hidden states are in one ciphertext for each period of features, everything else is in one. A column has
+    its value of a token (and a head) in every slot of that token (and head). The tokens are those from
+    ``start`` on. Hidden states before it are zero, and stay so: the place of a clear prefix.
+    """
+
+    tokens: int
+    start: int = 0
+    heads: bool = False
+
+    @property
+    def _features(self) -> tuple[int, int]:
+        return self.arithmetic.layout.features
+
+    def __matmul__(self, linear: Linear) -> EncryptedTensor:
+        self.ready(LINEAR_LEVEL - MASK_LEVEL, last=True)
+        layer = self.arithmetic.encodings.layer(linear)
+        matrix = self._matrix(linear, LINEAR_LEVEL, "from heads" if self.heads else "hidden", self._rows)
         results = matrix.apply(self._evaluator, self.parts)
         biases = (
             layer.bias((index, self.start), result, partial(self._bias, linear, index))
@@ -233,6 +311,22 @@ class EncryptedTensor(Tensor):
         )
         added = (self._evaluator.add(result, bias) for result, bias in zip(results, biases, strict=True))
         return self._with(added, heads=False)
+
+    def _matrix(
+        self, linear: Linear, level: int, kind: str, rows: Callable[[Linear], Sequence[Float64]]
+    ) -> Matrix:
+        """Return the encoded matrix of clear weights, from its blocks of outputs."""
+        return self.arithmetic.encodings.layer(linear).matrix(
+            (kind, self.start),
+            lambda encodings: Matrix(
+                encodings.parameters,
+                encodings.layout,
+                rows(linear),
+                start=self.start,
+                level=level,
+                storage=encodings.storage,
+            ),
+        )
 
     def _rows(self, linear: Linear) -> list[Float64]:
         """Return the blocks of outputs of a matrix on these hidden states or heads."""
@@ -250,31 +344,15 @@ class EncryptedTensor(Tensor):
         layout = self.arithmetic.layout
         return layout.pack(np.tile(linear.bias, (layout.tokens - self.start, 1)), self.start)[index]
 
-    def polynomial(self, polynomial: Chebyshev) -> EncryptedTensor:
-        """See :class:`Tensor`."""
-        return self._with(
-            self.arithmetic.each(lambda c: self._evaluator.polynomial(c, polynomial), self.parts)
-        )
-
-    def mean_square(self, before: Chebyshev) -> EncryptedTensor:
-        """See :class:`Tensor`."""
-        evaluator, layout = self._evaluator, self.arithmetic.layout
-        # Lower values make a lower square: the sum over the width must not outgrow the default scale.
-        wanted = self.arithmetic.scale_before(before)
-        lower = math.sqrt(wanted * self.arithmetic.parameters.scale / layout.width)
-        scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
-        total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *layout.features)
-        return self._with([evaluator.set_scale(total, total.scale * layout.width)])
-
     def to_heads(
         self, linear: Linear, heads: int
     ) -> tuple[EncryptedTensor, EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`. Raises ``ValueError`` for another number of heads than the layout's."""
-        layout, layer = self.arithmetic.layout, self.arithmetic.layer(linear)
+        layout, layer = self.arithmetic.layout, self.arithmetic.encodings.layer(linear)
         if heads != layout.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.heads}")
-        self.ready(ATTENTION_LEVEL - MASK_LEVEL)
-        matrix = layer.matrix("to heads", self.start, ATTENTION_LEVEL, lambda: self._head_rows(linear))
+        self.ready(ATTENTION_LEVEL - MASK_LEVEL, last=True)
+        matrix = self._matrix(linear, ATTENTION_LEVEL, "to heads", self._head_rows)
         results = []
         for index, result in enumerate(matrix.apply(self._evaluator, self.parts)):
             bias = layer.bias((index, self.start), result, partial(self._head_bias, linear, index))
@@ -295,12 +373,27 @@ class EncryptedTensor(Tensor):
         bias = linear.bias.reshape(3, layout.heads, 1, layout.head_dim)[index]
         return layout.pack_heads(np.tile(bias, (1, layout.tokens - self.start, 1)), self.start)
 
-    def after(self, prefix: Float64) -> EncryptedTensor:
-        """See :class:`Tensor`. Raises ``ValueError`` unless the tokens start right after the prefix."""
-        if prefix.shape[1] != self.start:
-            raise ValueError(f"a prefix of {prefix.shape[1]} tokens, before token {self.start}")
+    def with_past(
+        self, value: EncryptedTensor, past: tuple[Any, Any]
+    ) -> tuple[EncryptedTensor, EncryptedTensor]:
+        """See :class:`Tensor`. Raises ``ValueError`` unless these tokens start right after a clear prefix."""
+        return self._after(past[0]), value._after(past[1])
+
+    def _after(self, prefix: Any) -> EncryptedTensor:
+        if not isinstance(prefix, np.ndarray) or prefix.shape[1] != self.start:
+            raise ValueError(f"a prompt goes right behind a clear prefix of {self.start} tokens")
         added = self._evaluator.add(self._one(), self.arithmetic.layout.pack_heads(prefix))
         return self._with([added], tokens=self.tokens + self.start, start=0)
+
+    @property
+    def keys(self) -> int:
+        """See :class:`Tensor`; those of repeated tokens count as well."""
+        return self.arithmetic.layout.tokens
+
+    @property
+    def places(self) -> int:
+        """See :class:`Tensor`."""
+        return self.arithmetic.layout.tokens
 
     def _shifted(self, masks: list[list[Plaintext]]) -> list[Ciphertext]:
         """Return the masked keys or values for every shift of features."""
@@ -319,7 +412,7 @@ class EncryptedTensor(Tensor):
             product = evaluator.multiply(query, masked, rescale=False)
             return evaluator.rotate(product, k * layout.distance_step, out=product) if k else product
 
-        products = self.arithmetic.each(part, enumerate(key._shifted(self.arithmetic.key_masks)))
+        products = self.arithmetic.each(part, enumerate(key._shifted(self.arithmetic.encodings.key_masks)))
         total = products[0]
         for product in products[1:]:
             evaluator.add(total, product, out=total)
@@ -330,44 +423,27 @@ class EncryptedTensor(Tensor):
     def exponents(self, factor: float, floor: float) -> EncryptedTensor:
         """See :class:`Tensor`."""
         scores = self._evaluator.set_scale(self._one(), self._one().scale / factor)
-        shift = self.arithmetic.exponents(floor, scores.level, scores.scale)
+        shift = self.arithmetic.encodings.keep(
+            ("exponents", floor, scores.level, scores.scale),
+            lambda: self.arithmetic.encodings.encode(
+                self.arithmetic.layout.exponents(floor), scores.level, scores.scale
+            ),
+        )
         return self._with([self._evaluator.add(scores, shift)])
 
     def total(self) -> EncryptedTensor:
         """See :class:`Tensor`."""
         return self._with([self._evaluator.inner_sum(self._one(), *self.arithmetic.layout.distances)])
 
-    def mix(self, value: EncryptedTensor) -> EncryptedTensor:
+    def mix(self, value: EncryptedTensor) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
+        self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights = evaluator.drop_level(self._one(), ATTENTION_LEVEL - 2)
         steps = [k * layout.distance_step for k in range(1, layout.tokens)]
         moved = [weights, *evaluator.rotate_hoisted(weights, steps)]
-        mixed = evaluator.dot(moved, value._shifted(self.arithmetic.value_masks))
-        return self._with([mixed], heads=True)
-
-    def ready(self, levels: int, *others: Tensor, before: Chebyshev | None = None) -> None:
-        """See :class:`Tensor`. Raises ``ValueError`` for more levels than a refresh gives."""
-        tensors = [self, *(cast("EncryptedTensor", other) for other in others)]
-        last, parameters = tensors[-1], self.arithmetic.parameters
-        if MASK_LEVEL + levels > parameters.max_level:
-            raise ValueError(f"{levels} levels are more than a refresh gives")
-        left = min(tensor.level for tensor in tensors) - MASK_LEVEL
-        if left >= levels + (last._mapping(before) if before else 0):
-            return
-        wanted = {id(tensor): parameters.scale for tensor in tensors}
-        if before:
-            wanted[id(last)] = self.arithmetic.scale_before(before)
-        owners = [tensor for tensor in tensors for _ in tensor.parts]
-        parts = [part for tensor in tensors for part in tensor.parts]
-        fresh = iter(self.arithmetic.refresh(parts, [wanted[id(owner)] for owner in owners]))
-        for tensor in tensors:
-            tensor.parts = tuple(next(fresh) for _ in tensor.parts)
-
-    def _mapping(self, polynomial: Chebyshev) -> int:
-        """Return how many levels the polynomial's interval takes at the present scale."""
-        parameters = self.arithmetic.parameters
-        return max(polynomial.levels(parameters, part.scale) for part in self.parts) - depth(polynomial)
+        mixed = evaluator.dot(moved, value._shifted(self.arithmetic.encodings.value_masks))
+        return self._with([mixed], heads=True), self.total()
 
 
 def encrypt(

@@ -7,7 +7,7 @@ They work on any :class:`~cipherlm.schemes.ckks.tensor.Tensor`. Their polynomial
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from cipherlm.engine import Chebyshev
@@ -22,6 +22,12 @@ GUARD = 0.25
 
 NEAR_ONE = 0.35
 """How far from 1 sums of softmax weights may be after a normalisation that another one follows."""
+
+LEAST_KEYS = 8
+"""Fewer keys than these are not worth a softmax of their own."""
+
+HIDDEN = 0.01
+"""How much all keys that a query does not see weigh at first, next to those that it sees."""
 
 PRECISE = 3e-3
 """The relative error of the last inverse before Newton's iteration squares it."""
@@ -139,32 +145,33 @@ class Softmax:
         cls,
         scores: Interval,
         keys: int,
+        places: int | None = None,
         *,
         tolerance: float = 1e-5,
         steepest: float = 3.0,
-        hidden: float = 18.0,
         degree: int = 15,
     ) -> Softmax:
         """Return the softmax of centred scores in an interval, over at most ``keys`` keys.
 
         There are as many squarings, two at least, as bring the scores' upper end below ``steepest``; a first
-        mean of exponentials lies between 1 and its exponential. Keys that a query does not see weigh at most
-        ``exp(-hidden)`` of those that it sees at its mean. ``degree`` is that of the exponential, and
-        ``tolerance`` the relative error of the last division.
+        mean of exponentials lies between 1 and its exponential. A row has ``places`` for keys, as many as there
+        are keys by default; all that it does not see weigh at most :data:`HIDDEN` in its first sum. ``degree``
+        is that of the exponential, and ``tolerance`` the relative error of the last division.
         """
         low, high = min(scores[0], 0.0), max(scores[1], 1.0)
         squarings = max(2, math.ceil(math.log2(high / steepest)))
         factor = 0.5**squarings
-        floor, ceiling = -math.log(keys) - max(-low, hidden) * factor, high * factor
-        sums = (1.0, math.exp(ceiling))
+        floor = -math.log(places or keys) - max(-low * factor, -math.log(HIDDEN))
+        ceiling = high * factor
+        sums = (1.0, math.exp(ceiling) + HIDDEN)
         gain = _unit_gain(sums)
         exponential = _times(approximation.exponential((floor, ceiling), degree, guard=0.05), gain)
         inverses = []
         for _ in range(squarings):
             sums = (gain * sums[0], gain * sums[1])
             inverse, error = _inverse(sums, NEAR_ONE)
-            # A hundredth for the noise and for keys that are not seen.
-            sums = (0.99 * (1 - error) ** 2 / keys, 1.01 * (1 + error) ** 2)
+            # Noise, and keys that are not seen, may take a little more.
+            sums = ((1 - 2 * HIDDEN) * (1 - error) ** 2 / keys, 1.01 * (1 + error) ** 2)
             gain = _unit_gain(sums)
             inverses.append(_times(inverse, math.sqrt(gain)))
         reciprocal, error = _inverse((gain * sums[0], gain * sums[1]), PRECISE)
@@ -184,8 +191,7 @@ class Softmax:
             weights = weights * weights.total().polynomial(inverse)
             weights.ready(1)
             weights = weights * weights
-        weights.ready(1)
-        mixed, total = weights.mix(value), weights.total()
+        mixed, total = weights.mix(value)
         mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
         quotient = total.polynomial(self.reciprocal)
         for _ in range(1, self.steps):
@@ -195,11 +201,59 @@ class Softmax:
 
 
 @dataclass(frozen=True, eq=False)
+class AnySoftmax:
+    """Softmax of centred scores in an interval, over any number of keys up to ``most``.
+
+    The fewer keys, the cheaper: :class:`Softmax` is fitted for the next power of two where it is first used.
+    """
+
+    scores: Interval
+    most: int
+    _fitted: dict[tuple[int, int], Softmax] = field(default_factory=dict, repr=False)
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores.
+
+        Raises ``ValueError`` for more keys than ``most``.
+        """
+        return self.of(scores.keys, scores.places)(scores, value)
+
+    def of(self, keys: int, places: int) -> Softmax:
+        """Return the softmax that serves a number of keys, in rows of so many places."""
+        if keys > self.most:
+            raise ValueError(f"{keys} tokens are more than the {self.most} that the model is made for")
+        keys = min(self.most, max(LEAST_KEYS, 1 << (keys - 1).bit_length()))
+        places = max(keys, places)
+        if (keys, places) not in self._fitted:
+            self._fitted[keys, places] = Softmax.fit(self.scores, keys, places)
+        return self._fitted[keys, places]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What one block's functions meet, with a margin: all that calibration finds."""
+
+    ln_1: Interval
+    scores: Interval
+    ln_2: Interval
+    gelu: Interval
+
+    def fit(self, epsilon: float, keys: int) -> FittedFunctions:
+        """Return the functions for these ranges, with at most ``keys`` keys to a query."""
+        return FittedFunctions(
+            LayerNorm.fit(self.ln_1, epsilon),
+            AnySoftmax(self.scores, keys),
+            LayerNorm.fit(self.ln_2, epsilon),
+            Gelu.fit(self.gelu),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class FittedFunctions:
     """The functions of one block, as polynomials."""
 
     ln_1: LayerNorm
-    softmax: Softmax
+    softmax: AnySoftmax
     ln_2: LayerNorm
     gelu: Gelu
 

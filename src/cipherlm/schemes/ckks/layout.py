@@ -31,6 +31,15 @@ ATTENTION_LEVEL = 4
 LINEAR_LEVEL = 2
 """Where other linear layers are applied."""
 
+MOST_COPIES = 8
+"""How many parts of a matrix are applied side by side to one token, at most: each costs a rotation."""
+
+DECODING_BABY_STEPS = 16
+"""How many rotations of its input a matrix on one token takes, at most."""
+
+MOST_SCORES = 16
+"""In how many ciphertexts the scores of one token may be."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -86,15 +95,23 @@ class Layout:
         """Return how many ciphertexts hold this many features."""
         return -(-features // self.period)
 
-    def rotations(self, max_level: int) -> dict[int, int]:
-        """Return the rotations that one block needs, and the highest level of each."""
+    @property
+    def decoding(self) -> DecodingLayout:
+        """The packing of one token that follows these."""
+        return DecodingLayout(self)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a context may have: what keeps scores in a few ciphertexts."""
+        return MOST_SCORES * self.decoding.keys_per_part
+
+    def rotations(self, max_level: int, *, decoding: bool = True) -> dict[int, int]:
+        """Return the rotations that a model needs, and the highest level of each."""
         babies = self.baby_steps
-        levels: dict[int, int] = {}
+        levels = self.decoding.rotations(max_level) if decoding else {}
 
         def need(level: int, *rotations: int) -> None:
-            for rotation in rotations:
-                if rotation % self.slots:
-                    levels[rotation % self.slots] = max(level, levels.get(rotation % self.slots, 0))
+            _need(levels, self.slots, level, *rotations)
 
         need(ATTENTION_LEVEL, *(step * self.tokens for step in range(1, babies)))
         need(ATTENTION_LEVEL, *(step * self.tokens for step in range(0, self.period, babies)))
@@ -197,6 +214,211 @@ class Layout:
 
     def _repeated(self, values: Float64) -> Float64:
         return np.tile(values.ravel(), self.slots // values.size)
+
+
+@dataclass(frozen=True)
+class DecodingLayout:
+    """The packing of one token behind those of a :class:`Layout`: everything that can be is there once.
+
+    Hidden states have feature f at slot f, and repeat with the layout's period. Heads repeat with a period of
+    ``slots / tokens``, and keys and values of past tokens have token t of a group in repetition t: one
+    product with a query gives the terms of all the group's scores.
+
+    Heads come by a swap of bits from where a prompt has them, which takes few rotations: there, a slot is
+    (A, B, t) with as many bits for A as for the token t, and (A, B) feature j and head h, ``j * H + h``. Here
+    it is (t, B, A). Feature j is thus at ``((j % L) * H + h) * tokens + j // L`` with L = ``lower``; a sum
+    over features is right where j is 0. Scores of group g, of L at most in a ciphertext, are where j is g.
+    """
+
+    prompt: Layout
+
+    @property
+    def period(self) -> int:
+        """After how many slots hidden states repeat."""
+        return self.prompt.period
+
+    @property
+    def heads_period(self) -> int:
+        """After how many slots heads repeat."""
+        return self.prompt.slots // self.prompt.tokens
+
+    @property
+    def lower(self) -> int:
+        """L, how many features of a head are in the upper bits; and groups in a ciphertext of scores."""
+        return self.heads_period // (self.prompt.padded_heads * self.prompt.tokens)
+
+    @property
+    def keys_per_part(self) -> int:
+        """How many keys have their scores in one ciphertext."""
+        return self.lower * self.prompt.tokens
+
+    @property
+    def group_step(self) -> int:
+        """The rotation from one group's scores to the next, or from a feature of a head to the next."""
+        return self.prompt.padded_heads * self.prompt.tokens
+
+    @property
+    def features_of_head(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Step and count of two sums that add the features of a head."""
+        return (1, self.prompt.tokens), (self.group_step, self.lower)
+
+    @property
+    def spreading(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Step and count of two sums that spread what is at feature 0 of a head over all its features."""
+        return (-1, self.prompt.tokens), (-self.group_step, self.lower)
+
+    @property
+    def tokens_of_group(self) -> tuple[int, int]:
+        """Step and count of a sum over the tokens of a group."""
+        return self.heads_period, self.prompt.tokens
+
+    @property
+    def groups_of_part(self) -> tuple[int, int]:
+        """Step and count of a sum over groups, of something that is the same for all tokens of a group."""
+        return self.group_step, self.lower
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Step and count of a sum over the features of hidden states."""
+        return 1, self.period
+
+    def inner_period(self, features: int) -> int:
+        """Return after how many slots so many features repeat. Raises ``ValueError`` for too many."""
+        period = max(self.period, _power_of_two(features))
+        if period > self.prompt.slots:
+            raise ValueError(f"{features} features of a token do not fit {self.prompt.slots} slots")
+        return period
+
+    def transposition(self, count: int) -> Iterator[tuple[int, Float64]]:
+        """Yield rotation and mask of each term that brings keys or values of a prompt's first tokens here."""
+        tokens, slots = self.prompt.tokens, self.prompt.slots
+        n = np.arange(slots)
+        token, feature = n // self.heads_period, n % tokens
+        for distance in range(1 - tokens, tokens):
+            chosen = (feature - token == distance) & (token < count)
+            yield distance * (self.heads_period - 1) % slots, chosen * 1.0
+
+    def rotations(self, max_level: int) -> dict[int, int]:
+        """Return the rotations that decoding needs, and the highest level of each."""
+        levels: dict[int, int] = {}
+        need = partial(_need, levels, self.prompt.slots)
+        inner = self.inner_period(4 * self.prompt.width)
+        for level, inputs, outputs in (
+            (ATTENTION_LEVEL, self.period, self.heads_period),
+            (LINEAR_LEVEL, self.heads_period, self.period),
+            (LINEAR_LEVEL, self.period, inner),
+            (LINEAR_LEVEL, inner, self.period),
+        ):
+            shape = DecodingShape(self.prompt.slots, inputs, outputs)
+            need(level + 1, *(copy * shape.diagonals for copy in range(shape.copies)))
+            need(level, *range(min(shape.diagonals, DECODING_BABY_STEPS)))
+            need(level, *range(0, shape.diagonals, DECODING_BABY_STEPS))
+            need(level - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
+        need(ATTENTION_LEVEL - 1, *(rotation for rotation, _ in self.transposition(1)))
+        need(ATTENTION_LEVEL - 1, self.group_step, *inner_sum_rotations(*self.tokens_of_group))
+        for sums in (*self.features_of_head, *self.spreading):
+            need(ATTENTION_LEVEL - 2, *inner_sum_rotations(*sums))
+        need(max_level, *inner_sum_rotations(*self.tokens_of_group))
+        need(max_level, *inner_sum_rotations(*self.groups_of_part))
+        need(max_level - 2, *inner_sum_rotations(*self.features))
+        return levels
+
+    def pack(self, hidden: Float64) -> Float64:
+        """Return the slots of one token's hidden states (features,)."""
+        padded = np.zeros(self.inner_period(len(hidden)))
+        padded[: len(hidden)] = hidden
+        return np.tile(padded, self.prompt.slots // len(padded))
+
+    def unpack(self, slots: Float64, features: int) -> Float64:
+        """Return one token's hidden states (features,) from slots."""
+        return slots[:features]
+
+    @property
+    def head_order(self) -> Integers:
+        """The feature at each position of the heads' order, or -1 for none."""
+        layout = self.prompt
+        upper, head, rest = np.unravel_index(
+            np.arange(self.heads_period), (self.lower, layout.padded_heads, layout.tokens)
+        )
+        feature = rest * self.lower + upper
+        exists = (feature < layout.head_dim) & (head < layout.heads)
+        return np.where(exists, head * layout.head_dim + feature, -1)
+
+    def token_mask(self, token: int) -> Float64:
+        """Return 1 where keys and values of one token of a group are."""
+        mask: Float64 = (np.arange(self.prompt.slots) // self.heads_period == token) * 1.0
+        return mask
+
+    def score_mask(self, tokens: int) -> Float64:
+        """Return 1 at feature 0 of every head, for the first tokens of a group."""
+        shape = (self.prompt.tokens, self.lower, self.prompt.padded_heads, self.prompt.tokens)
+        mask: Float64 = np.zeros(shape)
+        mask[:tokens, 0, :, 0] = 1.0
+        return mask.ravel()
+
+    def exponents(self, floor: float, keys: int) -> list[Float64]:
+        """Return what is added to the scores of so many keys: -log of their number, ``floor`` for others.
+
+        Slots that hold no score get what makes their sum one.
+        """
+        parts = -(-keys // self.keys_per_part)
+        tokens, heads = self.prompt.tokens, self.prompt.padded_heads
+        shape = (parts, tokens, self.lower, heads, tokens)
+        part, token, group = np.indices(shape[:3])
+        seen = (part * self.lower + group) * tokens + token < keys
+        values = np.full(shape, -math.log(parts * self.keys_per_part))
+        values[..., 0] = np.where(seen, -math.log(keys), floor)[..., None]
+        return list(values.reshape(parts, -1))
+
+
+@dataclass(frozen=True)
+class DecodingShape:
+    """How a matrix is applied to one token: inputs repeat with one period and outputs with another.
+
+    The slots have room for several ``copies`` of the longer period M. Copy u takes care of inputs that are u
+    times ``diagonals`` further on; the sum over copies, and over repetitions of the outputs within M, is the
+    result (after S. Halevi and V. Shoup, "Algorithms in HElib", 2014, with the diagonals split over copies).
+    """
+
+    slots: int
+    inputs: int
+    outputs: int
+
+    @property
+    def longer(self) -> int:
+        """M, the longer of both periods."""
+        return max(self.inputs, self.outputs)
+
+    @property
+    def copies(self) -> int:
+        """In how many parts the diagonals are split."""
+        return min(self.slots // self.longer, MOST_COPIES, min(self.inputs, self.outputs) // 2)
+
+    @property
+    def diagonals(self) -> int:
+        """How many diagonals there are."""
+        return min(self.inputs, self.outputs) // self.copies
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Step and count of the sum that gives the result."""
+        return self.outputs, self.longer * self.copies // self.outputs
+
+    @property
+    def copy(self) -> Integers:
+        """The number of the copy at each slot."""
+        return np.arange(self.slots) // self.longer % self.copies
+
+    @property
+    def input(self) -> Integers:
+        """The input at each slot, once every copy has what it takes care of."""
+        return (np.arange(self.slots) + self.copy * self.diagonals) % self.inputs
+
+
+def _need(levels: dict[int, int], slots: int, level: int, *rotations: int) -> None:
+    for rotation in rotations:
+        if rotation % slots:
+            levels[rotation % slots] = max(level, levels.get(rotation % slots, 0))
 
 
 def _power_of_two(least: int) -> int:

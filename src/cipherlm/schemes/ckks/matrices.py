@@ -1,8 +1,9 @@
-"""Clear weights as linear transformations of slots."""
+"""Clear weights as linear transformations of slots, of a prompt and of one token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,13 @@ from cipherlm.engine import (
     Evaluator,
     LinearTransformation,
     Parameters,
+    Plaintext,
     folded,
     matrix_diagonals,
     paired,
 )
 from cipherlm.engine.linear import Storage
-from cipherlm.schemes.ckks.layout import Layout
+from cipherlm.schemes.ckks.layout import DECODING_BABY_STEPS, DecodingShape, Layout
 
 Float64 = NDArray[np.float64]
 
@@ -95,3 +97,71 @@ class Matrix:
                 half = self.layout.period // 2 * self.layout.tokens
                 outputs.append(evaluator.add(real, evaluator.rotate(imaginary, half)))
         return outputs
+
+
+class DecodingMatrix:
+    """A matrix on one token's features; see :class:`~cipherlm.schemes.ckks.layout.DecodingShape`.
+
+    ``matrix`` (outputs, inputs) has the two periods as its shape. A real one is folded to half its diagonals.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        matrix: NDArray[Any],
+        *,
+        level: int,
+        storage: Storage = "int32",
+    ) -> None:
+        outputs, inputs = matrix.shape
+        self.shape = DecodingShape(parameters.slots, inputs, outputs)
+        self.real = not np.iscomplexobj(matrix)
+        self.level = level
+        self._transformation = LinearTransformation(
+            parameters,
+            self._folded(matrix) if self.real else self._diagonals(matrix, 0, self.shape.diagonals),
+            level=level,
+            giant_step=DECODING_BABY_STEPS,
+            storage=storage,
+        )
+        scale = float(parameters.q[level + 1])
+        self._masks = [
+            Plaintext.encode(parameters, (self.shape.copy == copy) * 1.0, level + 1, scale)
+            for copy in range(self.shape.copies)
+        ]
+
+    def _diagonals(self, matrix: NDArray[Any], first: int, last: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        output, source = np.arange(self.shape.slots) % self.shape.outputs, self.shape.input
+        for d in range(first, last):
+            yield d, matrix[output, np.roll(source, -d)]
+
+    def _folded(self, matrix: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+        half = self.shape.diagonals // 2
+        lower = self._diagonals(matrix, 0, half)
+        upper = self._diagonals(matrix, half, 2 * half)
+        for (d, first), (_, second) in zip(lower, upper, strict=True):
+            yield d, (first + 1j * np.roll(second, half)) / 2
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the diagonals take."""
+        return self._transformation.nbytes
+
+    def apply(self, evaluator: Evaluator, ciphertext: Ciphertext) -> Ciphertext:
+        """Return the outputs of a ciphertext at least one level above the matrix's, one level below it."""
+        return self.finish(evaluator, self.start(evaluator, ciphertext))
+
+    def start(self, evaluator: Evaluator, ciphertext: Ciphertext) -> Ciphertext:
+        """Return the inputs with every copy shifted to those that it takes care of, at the matrix's level."""
+        ciphertext = evaluator.drop_level(ciphertext, self.level + 1)
+        steps = [copy * self.shape.diagonals for copy in range(1, self.shape.copies)]
+        return evaluator.dot([ciphertext, *evaluator.rotate_hoisted(ciphertext, steps)], self._masks)
+
+    def finish(self, evaluator: Evaluator, shifted: Ciphertext) -> Ciphertext:
+        """Return the outputs of what :meth:`start` returned, of this matrix or another of its shape."""
+        result = evaluator.transform(shifted, self._transformation)
+        result = evaluator.inner_sum(result, *self.shape.sums)
+        if not self.real:
+            return result
+        real, imaginary = evaluator.split(result)
+        return evaluator.add(real, evaluator.rotate(imaginary, self.shape.diagonals // 2))

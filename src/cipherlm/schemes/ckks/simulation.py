@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,9 +79,25 @@ class SimulatedTensor(Tensor):
         query, key, value = joined.values.reshape(tokens, 3, heads, -1).transpose(1, 2, 0, 3)
         return replace(self, values=query), replace(self, values=key), replace(self, values=value)
 
-    def after(self, prefix: Float64) -> SimulatedTensor:
+    def with_past(
+        self, value: SimulatedTensor, past: tuple[Any, Any]
+    ) -> tuple[SimulatedTensor, SimulatedTensor]:
         """See :class:`Tensor`."""
-        return replace(self, values=np.concatenate([prefix, self.values], axis=1))
+        key, value = (
+            replace(new, values=np.concatenate([_values(old), new.values], axis=1))
+            for new, old in zip((self, value), past, strict=True)
+        )
+        return key, value
+
+    @property
+    def keys(self) -> int:
+        """See :class:`Tensor`."""
+        return self.values.shape[-1]
+
+    @property
+    def places(self) -> int:
+        """See :class:`Tensor`."""
+        return self.values.shape[-1]
 
     def scores(self, key: SimulatedTensor) -> SimulatedTensor:
         """See :class:`Tensor`."""
@@ -99,11 +116,13 @@ class SimulatedTensor(Tensor):
         """See :class:`Tensor`."""
         return replace(self, values=self.values.sum(axis=-1, keepdims=True))
 
-    def mix(self, value: SimulatedTensor) -> SimulatedTensor:
+    def mix(self, value: SimulatedTensor) -> tuple[SimulatedTensor, SimulatedTensor]:
         """See :class:`Tensor`."""
-        return self._result(self.values @ value.values)
+        return self._result(self.values @ value.values), self.total()
 
-    def ready(self, levels: int, *others: Tensor, before: Chebyshev | None = None) -> None:
+    def ready(
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+    ) -> None:
         """See :class:`Tensor`; there is nothing to refresh."""
 
 
@@ -113,5 +132,5 @@ def visible(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return np.tri(queries, keys, keys - queries, dtype=bool)
 
 
-def _values(other: SimulatedTensor | float) -> Float64 | float:
+def _values(other: Any) -> Any:
     return other.values if isinstance(other, SimulatedTensor) else other

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cipherlm.engine import Chebyshev
 
 Float64 = NDArray[np.float64]
+KeyValue = tuple[Float64, Float64]
 T = TypeVar("T", bound="Tensor")
 
 
@@ -78,8 +79,22 @@ class Tensor(ABC):
         """Return query, key and value of a layer of (width, 3 * width) for every head."""
 
     @abstractmethod
-    def after(self: T, prefix: Float64) -> T:
-        """Return keys or values with the clear ones of a prefix (heads, tokens, head_dim) before them."""
+    def with_past(self: T, value: T, past: tuple[Any, Any]) -> tuple[T, T]:
+        """Return these keys and the values of the same tokens, with those of earlier tokens before them.
+
+        ``past`` is what an earlier call returned, or the clear keys and values of a prefix, both (heads,
+        tokens, head_dim).
+        """
+
+    @property
+    @abstractmethod
+    def keys(self) -> int:
+        """How many keys the last query of scores sees, at most."""
+
+    @property
+    @abstractmethod
+    def places(self) -> int:
+        """For how many keys each query has a place in scores, whether it sees them or not."""
 
     @abstractmethod
     def scores(self: T, key: T) -> T:
@@ -94,16 +109,36 @@ class Tensor(ABC):
         """Return each query's sum over its keys, as one column."""
 
     @abstractmethod
-    def mix(self: T, value: T) -> T:
-        """Return each query's sum of the values (heads, keys, head_dim), weighted by these scores."""
+    def mix(self: T, value: T) -> tuple[T, T]:
+        """Return each query's sum of the values (heads, keys, head_dim), weighted by these scores.
+
+        With it comes the sum of its weights, as one column.
+        """
 
     @abstractmethod
-    def ready(self, levels: int, *others: Tensor, before: Chebyshev | None = None) -> None:
+    def ready(
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+    ) -> None:
         """Make this tensor and others able to go through ``levels`` levels: refresh all where one is not.
 
         Values stay. After a refresh the last of them has the scale at which the interval of ``before``, which
-        is to be applied to it next, costs no level.
+        is to be applied to it next, costs no level. Where these levels are the ``last`` that they need, a
+        refresh gives no more.
         """
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens that an attention layer has seen: those of a clear prefix at first."""
+
+    past: tuple[Any, Any] | None = None
+
+    def extend(self, key: T, value: T) -> tuple[T, T]:
+        """Return all keys and values, with these behind them, and keep them for the next tokens."""
+        if self.past is not None:
+            key, value = key.with_past(value, self.past)
+        self.past = key, value
+        return key, value
 
 
 def depth(polynomial: Chebyshev) -> int:

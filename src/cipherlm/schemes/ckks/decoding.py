@@ -1,0 +1,261 @@
+"""One token on ciphertexts, behind those whose keys and values are kept: what generation consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import Ciphertext, LinearTransformation
+from cipherlm.schemes.ckks.encrypted import CiphertextTensor, Encodings, EncryptedTensor
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL, DecodingLayout
+from cipherlm.schemes.ckks.matrices import DecodingMatrix
+from cipherlm.schemes.ckks.refresh import MASK_LEVEL
+from cipherlm.schemes.ckks.tensor import Linear
+
+Float64 = NDArray[np.float64]
+
+CONTEXT_LEVEL = ATTENTION_LEVEL - 1
+"""Where keys and values are kept: at 3 they meet a query, at 2 scores are put in their places."""
+
+
+@dataclass(eq=False)
+class EncryptedToken(CiphertextTensor):
+    """Hidden states, heads or scores of the token at ``position``, or keys and values up to it.
+
+    Scores are in one ciphertext for each of the layout's parts, keys and values in one for each group of
+    tokens, everything else is in one. Keys are the real part and values the imaginary one, and so both are
+    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.layout.DecodingLayout`.
+    """
+
+    position: int
+    heads: bool = False
+
+    @property
+    def layout(self) -> DecodingLayout:
+        """The packing."""
+        return self.arithmetic.layout.decoding
+
+    @property
+    def _features(self) -> tuple[int, int]:
+        return self.layout.features
+
+    def __matmul__(self, linear: Linear) -> EncryptedToken:
+        self.ready(LINEAR_LEVEL + 1 - MASK_LEVEL, last=True)
+        inputs, outputs = linear.weight.shape
+        order = self.layout.head_order if self.heads else np.arange(inputs)
+        weight, period = self._ordered(linear.weight, 0, order), self.layout.inner_period(outputs)
+        encoded = self.arithmetic.encodings.layer(linear)
+        matrix = encoded.matrix(
+            ("decoding", self.heads),
+            partial(self._matrix, self._ordered(weight, 1, np.arange(outputs), period), LINEAR_LEVEL),
+        )
+        result = matrix.apply(self._evaluator, self._one())
+        bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
+        return self._with([self._evaluator.add(result, bias)], heads=False)
+
+    def _ordered(
+        self, values: NDArray[Any], axis: int, order: NDArray[np.int_], period: int | None = None
+    ) -> NDArray[Any]:
+        """Return features along an axis at their positions in a period, zero where there is none."""
+        period = period or max(self.layout.inner_period(values.shape[axis]), len(order))
+        shape = list(values.shape)
+        shape[axis] = period
+        result = np.zeros(shape, values.dtype)
+        positions = np.flatnonzero(order >= 0)
+        target: list[Any] = [slice(None)] * values.ndim
+        target[axis] = positions
+        result[tuple(target)] = np.take(values, order[positions], axis)
+        return result
+
+    @staticmethod
+    def _matrix(weight: NDArray[Any], level: int, encodings: Encodings) -> DecodingMatrix:
+        return DecodingMatrix(encodings.parameters, weight.T, level=level, storage=encodings.storage)
+
+    def to_heads(self, linear: Linear, heads: int) -> tuple[EncryptedToken, EncryptedToken, EncryptedToken]:
+        """See :class:`Tensor`. Raises ``ValueError`` for another number of heads than the layout's."""
+        evaluator, order = self._evaluator, self.layout.head_order
+        if heads != self.layout.prompt.heads:
+            raise ValueError(f"{heads} heads, in a layout of {self.layout.prompt.heads}")
+        self.ready(ATTENTION_LEVEL + 1 - MASK_LEVEL, last=True)
+        encoded = self.arithmetic.encodings.layer(linear)
+        stacked = np.concatenate([linear.weight, linear.bias[None]])
+        query, key, value = np.split(stacked, 3, axis=1)
+        results: list[Ciphertext] = []
+        shifted = None
+        for name, both in (("query", query), ("key and value", key + 1j * value)):
+            placed = self._ordered(both, 1, order)
+            matrix = encoded.matrix(
+                (name,), partial(self._matrix, self._ordered_inputs(placed[:-1]), ATTENTION_LEVEL)
+            )
+            if shifted is None:
+                shifted = matrix.start(evaluator, self._one())
+            result = matrix.finish(evaluator, shifted)
+            copies = self.layout.prompt.tokens
+            bias = encoded.bias((name,), result, partial(np.tile, placed[-1], copies))
+            results.append(evaluator.add(result, bias))
+        pair = self._with(results[1:], heads=True)
+        return self._with(results[:1], heads=True), pair, pair
+
+    def _ordered_inputs(self, weight: NDArray[Any]) -> NDArray[Any]:
+        return self._ordered(weight, 0, np.arange(len(weight)))
+
+    def with_past(
+        self, value: EncryptedToken, past: tuple[Any, Any]
+    ) -> tuple[EncryptedToken, EncryptedToken]:
+        """See :class:`Tensor`; ``past`` is a prompt's keys and values, or those that this returned before."""
+        key = past[0]
+        groups = [_group(key, past[1])] if isinstance(key, EncryptedTensor) else list(key.parts)
+        count = key.tokens if isinstance(key, EncryptedTensor) else key.position + 1
+        if count != self.position:
+            raise ValueError(f"token {self.position} behind {count} tokens")
+        evaluator, encodings = self._evaluator, self.arithmetic.encodings
+        group, token = divmod(self.position, self.layout.prompt.tokens)
+        pair = evaluator.drop_level(self._one(), CONTEXT_LEVEL)
+        # The product gets the scale of what it is added to.
+        scale = encodings.parameters.scale * encodings.parameters.q[CONTEXT_LEVEL] / pair.scale
+        mask = encodings.keep(
+            ("token", token, scale),
+            lambda: encodings.encode(self.layout.token_mask(token), CONTEXT_LEVEL, scale),
+        )
+        added = evaluator.multiply(pair, mask)
+        if group < len(groups):
+            added = evaluator.add(evaluator.drop_level(groups[group], added.level), added)
+        groups[group:] = [self.arithmetic.refresh_complex(added, CONTEXT_LEVEL)]
+        joined = self._with(groups, heads=True)
+        return joined, joined
+
+    @property
+    def keys(self) -> int:
+        """See :class:`Tensor`."""
+        return self.position + 1
+
+    @property
+    def places(self) -> int:
+        """See :class:`Tensor`."""
+        return len(self.parts) * self.layout.keys_per_part
+
+    def scores(self, key: EncryptedToken) -> EncryptedToken:
+        """See :class:`Tensor`.
+
+        Real parts of the products of a query q with ``n K - S``, where S is the sum over the n keys: n times
+        the centred scores.
+        """
+        evaluator, layout = self._evaluator, self.layout
+        query = evaluator.drop_level(self._one(), CONTEXT_LEVEL)
+        total = key.parts[0]
+        for group in key.parts[1:]:
+            total = evaluator.add(total, group)
+        total = evaluator.inner_sum(total, *layout.tokens_of_group)
+
+        def of_group(item: tuple[int, Ciphertext]) -> Ciphertext:
+            index, keys = item
+            centred = evaluator.subtract(evaluator.multiply(keys, self.keys), total)
+            product = evaluator.multiply(query, centred)
+            for sums in layout.features_of_head:
+                product = evaluator.inner_sum(product, *sums)
+            seen = min(layout.prompt.tokens, self.keys - index * layout.prompt.tokens)
+            return evaluator.multiply(product, self._score_mask(seen))
+
+        masked = self.arithmetic.each(of_group, enumerate(key.parts))
+        parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
+        factor = self.keys * math.sqrt(layout.prompt.head_dim)
+        return self._with((self._real(self._placed(part), factor) for part in parts), heads=False)
+
+    def _score_mask(self, tokens: int) -> Any:
+        encodings = self.arithmetic.encodings
+        return encodings.keep(
+            ("scores", tokens), lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL - 1)
+        )
+
+    def _placed(self, groups: Sequence[Ciphertext]) -> Ciphertext:
+        """Return the scores of groups, each at its place."""
+        placed = groups[-1]
+        for group in reversed(groups[:-1]):
+            placed = self._evaluator.add(self._evaluator.rotate(placed, -self.layout.group_step), group)
+        return placed
+
+    def _real(self, ciphertext: Ciphertext, factor: float = 1.0) -> Ciphertext:
+        real, _ = self._evaluator.split(ciphertext)
+        return self._evaluator.set_scale(real, real.scale * 2 * factor)
+
+    def exponents(self, factor: float, floor: float) -> EncryptedToken:
+        """See :class:`Tensor`."""
+        evaluator, encodings = self._evaluator, self.arithmetic.encodings
+        results = []
+        for part, shift in zip(self.parts, self.layout.exponents(floor, self.keys), strict=True):
+            scores = evaluator.set_scale(part, part.scale / factor)
+            results.append(evaluator.add(scores, encodings.encode(shift, scores.level, scores.scale)))
+        return self._with(results)
+
+    def total(self) -> EncryptedToken:
+        """See :class:`Tensor`."""
+        total = self.parts[0]
+        for part in self.parts[1:]:
+            total = self._evaluator.add(total, part)
+        for sums in (self.layout.tokens_of_group, self.layout.groups_of_part):
+            total = self._evaluator.inner_sum(total, *sums)
+        return self._with([total])
+
+    def mix(self, value: EncryptedToken) -> tuple[EncryptedToken, EncryptedToken]:
+        """See :class:`Tensor`."""
+        self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
+        evaluator, layout = self._evaluator, self.layout
+        placed: list[Ciphertext] = []
+        for index in range(len(value.parts)):
+            part, group = divmod(index, layout.lower)
+            if group == 0:
+                placed.append(evaluator.drop_level(self.parts[part], CONTEXT_LEVEL))
+            else:
+                placed.append(evaluator.rotate(placed[-1], layout.group_step))
+        mask = self._weight_mask()
+
+        def spread(weights: Ciphertext) -> Ciphertext:
+            weights = evaluator.multiply(weights, mask)
+            for sums in layout.spreading:
+                weights = evaluator.inner_sum(weights, *sums)
+            return weights
+
+        weights = self.arithmetic.each(spread, placed)
+        total = weights[0]
+        for other in weights[1:]:
+            total = evaluator.add(total, other)
+        mixed = evaluator.dot(
+            weights, [evaluator.drop_level(group, weights[0].level) for group in value.parts]
+        )
+        mixed, total = (evaluator.inner_sum(one, *layout.tokens_of_group) for one in (mixed, total))
+        _, imaginary = evaluator.split(mixed)
+        imaginary = evaluator.set_scale(imaginary, imaginary.scale * 2)
+        return self._with([imaginary], heads=True), self._with([total], heads=True)
+
+    def _weight_mask(self) -> Any:
+        encodings = self.arithmetic.encodings
+        tokens = self.layout.prompt.tokens
+        return encodings.keep(
+            "weights", lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL)
+        )
+
+
+def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
+    """Return the keys and values of a prompt as the first group of a context."""
+    (keys,), (values,) = key.parts, value.parts
+    arithmetic = key.arithmetic
+    evaluator, encodings, layout = arithmetic.evaluator, arithmetic.encodings, arithmetic.layout.decoding
+    pair = evaluator.add(keys, evaluator.multiply(values, 1j))
+    transposition = encodings.keep(
+        ("transposition", key.tokens),
+        lambda: LinearTransformation(
+            encodings.parameters,
+            layout.transposition(key.tokens),
+            level=CONTEXT_LEVEL,
+            giant_step=layout.prompt.slots,
+            storage=encodings.storage,
+        ),
+    )
+    fresh = arithmetic.refresh_complex(evaluator.transform(pair, transposition), CONTEXT_LEVEL + 1)
+    return evaluator.adjust_scale(fresh, encodings.parameters.scale)

@@ -1,0 +1,236 @@
+"""The two parties of an evaluation: what each holds, and what goes from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import (
+    Ciphertext,
+    EvaluationKeys,
+    Evaluator,
+    Parameters,
+    PublicKey,
+    RefreshReply,
+    RefreshRequest,
+    SecretKey,
+)
+from cipherlm.engine.linear import Storage
+from cipherlm.schemes.ckks.decoding import EncryptedToken
+from cipherlm.schemes.ckks.encrypted import Arithmetic, CiphertextTensor, Encodings
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
+from cipherlm.schemes.ckks.refresh import MaskedRefresh
+from cipherlm.schemes.ckks.tensor import Cache, KeyValue
+
+Float64 = NDArray[np.float64]
+Exchange = Callable[[RefreshRequest], RefreshReply]
+Report = Callable[[int, int], None]
+
+FLOOD = 16
+"""Bits of the noise that is added to results: see :meth:`~cipherlm.engine.Evaluator.rerandomize`."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How hidden states lie in ciphertexts: what client and server have to agree on.
+
+    ``tokens`` of a prompt go side by side into a ciphertext, the first ``prefix`` of which are public and
+    never encrypted. ``context`` is the highest number of tokens, with the prefix. Raises ``ValueError`` for
+    anything that does not fit.
+    """
+
+    heads: int
+    head_dim: int
+    tokens: int = 8
+    prefix: int = 1
+    context: int = 64
+    log_degree: int = 14
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 16:
+                raise ValueError(f"{field.name} must be a small integer, not {value!r}")
+        if self.log_degree != 14:
+            raise ValueError(f"ring degree 2^{self.log_degree}: only 2^14 has the levels that are needed")
+        if not 1 <= self.heads <= 1 << 10 or not 1 <= self.head_dim <= 1 << 10:
+            raise ValueError(f"{self.heads} heads of {self.head_dim} features")
+        if not self.prefix < self.tokens or not self.prefix < self.context:
+            raise ValueError(f"a prefix of {self.prefix} tokens leaves no room in {self.tokens}")
+        if self.context > self.layout.most_tokens:
+            raise ValueError(f"a context of {self.context} tokens: at most {self.layout.most_tokens}")
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """The parameters of the encryption."""
+        return Parameters.preset(self.log_degree)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The packing."""
+        return Layout(1 << (self.log_degree - 1), self.tokens, self.heads, self.head_dim)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Geometry:
+        """Read what ``to_dict`` gave. Raises ``ValueError`` for anything else."""
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError("not the geometry of an encrypted model")
+        return cls(**values)
+
+
+class Client:
+    """The party with the text: it alone holds the secret key."""
+
+    def __init__(self, secret_key: SecretKey, geometry: Geometry) -> None:
+        self.geometry, self._secret_key = geometry, secret_key
+        self._layout = geometry.layout
+
+    @classmethod
+    def generate(cls, geometry: Geometry) -> Client:
+        """Make a new secret key."""
+        return cls(SecretKey.generate(geometry.parameters), geometry)
+
+    def evaluation_keys(self) -> EvaluationKeys:
+        """Make the keys that a server needs to compute."""
+        rotations = self._layout.rotations(self.geometry.parameters.max_level)
+        return self._secret_key.evaluation_keys(rotations, conjugation=True)
+
+    def public_key(self) -> PublicKey:
+        """Make the key that a server needs to refresh and rerandomise."""
+        return self._secret_key.public_key()
+
+    def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
+        prefix = self.geometry.prefix
+        if count and start == prefix:
+            first = min(count, self.geometry.tokens - prefix)
+            yield start, first
+            start, count = start + first, count - first
+        for position in range(start, start + count):
+            yield position, 1
+
+    def encrypt(self, hidden: Float64, start: int) -> list[Ciphertext]:
+        """Encrypt hidden states (tokens, width) of one chunk, the first at position ``start``.
+
+        Behind a prompt its last token is repeated: no token sees those, values there are in the ranges of
+        others, and the server does not learn from the ciphertext how many tokens there are.
+        """
+        if start > self.geometry.prefix:
+            slots = [self._layout.decoding.pack(hidden[0])]
+        else:
+            missing = max(0, self._layout.tokens - start - len(hidden))
+            padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
+            slots = self._layout.pack(padded, start)
+        return [self._secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
+
+    def decrypt(self, ciphertexts: Sequence[Ciphertext], count: int, start: int) -> Float64:
+        """Decrypt hidden states (tokens, width) of one chunk."""
+        slots = [self._secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
+        if start > self.geometry.prefix:
+            return self._layout.decoding.unpack(slots[0], self._layout.width)[None]
+        return self._layout.unpack(slots, self._layout.width, count, start)
+
+    def refresh(self, request: RefreshRequest) -> RefreshReply:
+        """Answer a server that is out of levels: it shows uniformly random numbers only."""
+        return self._secret_key.refresh(request)
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """What a server evaluates: a function of hidden states, with a cache for each attention layer in it.
+
+    ``prefix`` are the keys and values of the public tokens, one pair for each of these layers.
+    """
+
+    function: Callable[[Any, Sequence[Cache], Report], Any]
+    prefix: Sequence[KeyValue]
+
+
+class Server:
+    """The party with the weights. It encodes them once for all its clients."""
+
+    def __init__(
+        self, modules: Mapping[str, Module], geometry: Geometry, *, storage: Storage = "int32"
+    ) -> None:
+        self.modules, self.geometry = dict(modules), geometry
+        self._encodings = Encodings(geometry.parameters, geometry.layout, storage=storage)
+
+    def open(self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange) -> Session:
+        """Start to compute for a client. ``exchange`` brings it a refresh request and returns its reply."""
+        evaluator = Evaluator(self.geometry.parameters, keys)
+        refresh = MaskedRefresh(evaluator, public_key, exchange)
+        return Session(self, Arithmetic(evaluator, self._encodings, refresh), public_key)
+
+
+class Session:
+    """One client's evaluations on a server, which remembers the keys and values of its tokens."""
+
+    def __init__(self, server: Server, arithmetic: Arithmetic, public_key: PublicKey) -> None:
+        self.arithmetic, self._server, self._public_key = arithmetic, server, public_key
+        self._seen: dict[str, tuple[list[Cache], int]] = {}
+
+    def evaluate(
+        self,
+        name: str,
+        start: int,
+        ciphertexts: Sequence[Ciphertext],
+        count: int,
+        report: Report = lambda done, total: None,
+    ) -> list[Ciphertext]:
+        """Evaluate a module on one chunk of tokens, whose first is at position ``start``.
+
+        A chunk right behind the prefix starts a new text; any other goes on where the last one ended. What
+        failed has to start anew. Raises ``ValueError`` for an unknown module and for a chunk that does not
+        fit.
+        """
+        geometry = self._server.geometry
+        if name not in self._server.modules:
+            raise ValueError(f"there is no module {name!r} here")
+        module = self._server.modules[name]
+        room = geometry.tokens - start if start == geometry.prefix else 1
+        if not 1 <= count <= room or start + count > geometry.context:
+            raise ValueError(f"{count} tokens from position {start} on do not fit")
+        caches, seen = self._seen.pop(name, ([], 0))
+        if start == geometry.prefix:
+            caches = [Cache(past if geometry.prefix else None) for past in module.prefix]
+        elif start != seen:
+            raise ValueError(f"tokens from position {start} on, where {seen or geometry.prefix} was expected")
+        x: CiphertextTensor
+        if start == geometry.prefix:
+            x = self.arithmetic.tensor(ciphertexts, count, start)
+        else:
+            x = EncryptedToken(self.arithmetic, tuple(ciphertexts), start)
+        result: CiphertextTensor = module.function(x, caches, report)
+        self._seen[name] = caches, start + count
+        return [
+            self.arithmetic.evaluator.rerandomize(part, self._public_key, flood=FLOOD)
+            for part in result.parts
+        ]
+
+
+class InProcess:
+    """Both parties in one process: a placement's arithmetic with real ciphertexts, without a network."""
+
+    def __init__(self, server: Server, client: Client) -> None:
+        self.client = client
+        self.session = server.open(client.evaluation_keys(), client.public_key(), client.refresh)
+
+    def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
+        """Return a module's outputs (tokens, width) for hidden states (tokens, width) from ``start`` on."""
+        rows = []
+        for position, count in self.client.chunks(start, len(hidden)):
+            inputs = self.client.encrypt(hidden[position - start : position - start + count], position)
+            outputs = self.session.evaluate(
+                name, position, inputs, count, report or (lambda done, total: None)
+            )
+            rows.append(self.client.decrypt(outputs, count, position))
+        return np.concatenate(rows)
