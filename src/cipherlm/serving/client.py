@@ -40,6 +40,7 @@ from cipherlm.serving.transport import (
     Address,
     Backoff,
     Requests,
+    json_object,
     may_pass,
     refusal,
     server_error,
@@ -485,7 +486,8 @@ def _connected(address: Address, limit: int, timeout: float, doing: str) -> Iter
                 )
             )
         except InvalidStatus as error:
-            raise refusal(address, doing, error.response.status_code, None) from error
+            answer = json_object(bytes(error.response.body or b""))
+            raise refusal(address, doing, error.response.status_code, answer) from error
         except TimeoutError as error:
             raise timed_out(address, doing, timeout) from error
         except (OSError, InvalidHandshake, WebSocketException, EOFError) as error:

@@ -23,9 +23,10 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import platformdirs
 from cryptography.exceptions import InvalidTag
@@ -85,6 +86,14 @@ def parameters_fingerprint(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class KeyMaterial:
+    """Keys as a scheme makes them: the secret key, and by kind what writes public material to a file."""
+
+    secret: bytes = field(repr=False)
+    public: Mapping[str, Callable[[BinaryIO], object]]
+
+
 class KeySet:
     """One client's keys for one choice of parameters. Made by :meth:`create` or :meth:`load`."""
 
@@ -108,14 +117,12 @@ class KeySet:
         the material to a file. Raises :class:`KeyStoreError` if the name is taken or not a name.
         """
         root = keys_directory(root)
-        target = root / _checked_name(name)
+        target = check_free(root, name)
         for kind in public:
             if not _NAME.fullmatch(kind) or kind in (SECRET_NAME, DESCRIPTION_NAME):
                 raise KeyStoreError(f"{kind!r} is not a kind of public material")
         if not {"scheme", "parameters"} <= set(description):
             raise KeyStoreError("the description of a key set needs its scheme and its parameters")
-        if target.exists():
-            _taken(target)
         sealed = _seal(secret, passphrase)  # before the long part: a useless passphrase is told at once
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(root)
@@ -140,8 +147,7 @@ class KeySet:
             try:
                 temporary.rename(target)
             except OSError:
-                if target.exists():
-                    _taken(target)
+                check_free(root, name)  # someone else may have taken it meanwhile
                 raise
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -248,6 +254,14 @@ def names(root: str | os.PathLike[str] | None = None) -> list[str]:
     if not root.is_dir():
         return []
     return sorted(path.name for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+
+def check_free(root: str | os.PathLike[str] | None, name: str) -> Path:
+    """Return where a new key set goes; raise :class:`KeyStoreError` if its name is taken or not a name."""
+    target = keys_directory(root) / _checked_name(name)
+    if target.exists():
+        raise KeyStoreError(f"there are keys {name!r} in {target.parent} already: choose another name")
+    return target
 
 
 def delete(root: str | os.PathLike[str] | None, name: str) -> None:
@@ -397,7 +411,3 @@ def _checked_name(name: str) -> str:
             "the first a letter or digit"
         )
     return name
-
-
-def _taken(target: Path) -> NoReturn:
-    raise KeyStoreError(f"there are keys {target.name!r} in {target.parent} already: choose another name")

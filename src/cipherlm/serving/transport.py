@@ -131,7 +131,7 @@ class Requests:
             raise timed_out(self._address, doing, self._timeout) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self._address, doing, error) from error
-        answer = _json_object(body)
+        answer = json_object(body) if response.status_code != 204 else {}
         if response.is_success and answer is not None:
             return answer
         raise refusal(self._address, doing, response.status_code, answer)
@@ -204,7 +204,8 @@ def _read(response: httpx.Response) -> bytes:
     return bytes(body)
 
 
-def _json_object(body: bytes) -> dict[str, Any] | None:
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """Return an answer, or None if it is not a JSON object."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
