@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cipherlm.progress import TerminalProgress, detailed, silent
+from cipherlm.progress import TerminalProgress, counted, detailed, silent
 
 
 class Terminal(io.StringIO):
@@ -95,4 +95,32 @@ def test_details_are_not_shown_by_what_cannot():
     for progress in (silent, TerminalProgress(piped)):
         with detailed(progress, "uploading") as show:
             show("1 of 2 MB")
+    assert piped.getvalue() == ""
+
+
+def test_counted_steps_leave_no_line():
+    terminal = Terminal()
+    progress = TerminalProgress(terminal, clock=lambda: 0.0)
+    for _ in range(2):
+        with counted(progress, "evaluating", "block") as report:
+            assert lines(terminal) == ["| evaluating 0.0s"]
+            report(1, 3)
+            assert lines(terminal) == ["| evaluating: block 2 of 3 0.0s"]
+            report(3, 3)
+        assert lines(terminal) == [""]
+
+
+def test_a_counted_step_that_fails_says_so():
+    terminal = Terminal()
+    progress = TerminalProgress(terminal, clock=lambda: 0.0)
+    with pytest.raises(RuntimeError), counted(progress, "evaluating", "block"):
+        raise RuntimeError
+    assert lines(terminal) == ["evaluating: failed after 0.0s", ""]
+
+
+def test_counts_are_not_shown_by_what_cannot():
+    piped = io.StringIO()
+    for progress in (silent, TerminalProgress(piped)):
+        with counted(progress, "evaluating", "block") as report:
+            report(1, 2)
     assert piped.getvalue() == ""

@@ -34,6 +34,27 @@ def detailed(progress: Progress, step: str) -> Iterator[Detail]:
         yield getattr(progress, "detail", _unseen)
 
 
+Count = Callable[[int, int], None]
+"""Hears how many parts of how many are done."""
+
+
+@contextmanager
+def counted(progress: Progress, step: str, part: str) -> Iterator[Count]:
+    """Bracket one of many like steps, each of several parts: yields what hears how many are done.
+
+    ``with counted(progress, "evaluating", "block") as report: report(2, 12)`` shows "block 3 of 12". No line
+    stays behind, unless the step fails.
+    """
+    with getattr(progress, "passing", progress)(step):
+        show: Detail = getattr(progress, "detail", _unseen)
+
+        def report(done: int, total: int) -> None:
+            if done < total:
+                show(f"{part} {done + 1} of {total}")
+
+        yield report
+
+
 def _unseen(_text: str) -> None:
     pass
 
@@ -70,8 +91,12 @@ class TerminalProgress:
                 self._steps[-1].detail = text
                 self._draw(0)
 
+    def passing(self, step: str) -> AbstractContextManager[None]:
+        """Bracket a step that leaves no line behind unless it fails."""
+        return self._bracket(step, passing=True) if self._shown else nullcontext()
+
     @contextmanager
-    def _bracket(self, step: str) -> Iterator[None]:
+    def _bracket(self, step: str, passing: bool = False) -> Iterator[None]:
         start = self._clock()
         with self._lock:
             self._steps.append(_Step(step, start))
@@ -92,7 +117,10 @@ class TerminalProgress:
                 ticker.join()
             with self._lock:
                 self._steps.pop()
-                self._write(f"{step}: {outcome} {_duration(self._clock() - start)}\n")
+                if passing and outcome == "done in":
+                    self._write("")
+                else:
+                    self._write(f"{step}: {outcome} {_duration(self._clock() - start)}\n")
                 if self._steps:
                     self._draw(0)
 
