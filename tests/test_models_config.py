@@ -71,7 +71,7 @@ def test_bad_values(change, message):
     ("values", "message"),
     [
         ({}, "version None"),
-        ({"version": 2, "target_modules": "attn"}, "version 2 .*newer"),
+        ({"version": 3, "target_modules": "attn"}, "version 3 .*newer"),
         ({"version": 1}, "needs target_modules"),
         ({"version": 1, "target_modules": "attn", "colour": "red"}, "unknown fields .*colour"),
         ({"version": 1, "target_modules": "attn", "n_bits": 40}, "from 2 to 8"),

@@ -3,27 +3,23 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.modules import EncryptedModule, Float64, to_numpy
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
 from cipherlm.schemes.tfhe.errors import NotCompiledError, TooManyTokensError
 
-Float64 = NDArray[np.float64]
-FheMode = Literal["disable", "simulate", "execute"]
-MODES: tuple[FheMode, ...] = get_args(FheMode)
 
-
-class EncryptedAttention(nn.Module):
+class EncryptedAttention(EncryptedModule):
     """Takes the place of a ``GPT2Attention``: the same weights under the same names, the same call.
 
     Hidden states leave the clear model here, one sequence after the other, for the quantised attention, and
@@ -37,11 +33,8 @@ class EncryptedAttention(nn.Module):
     def __init__(
         self, name: str, attention: GPT2Attention, config: EncryptionConfig, progress: Progress = silent
     ) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name, progress)
         self.config = config
-        self.progress = progress
-        self.mode: FheMode = "disable"
         self.quantized: QuantizedAttention | None = None
         self.circuit: AttentionCircuit | None = None
         # The submodules themselves, so that parameters keep their names in the model's state dict.
@@ -52,8 +45,12 @@ class EncryptedAttention(nn.Module):
         self.head_dim: int = attention.head_dim
         self.score_scale = _score_scale(attention)
         self.train(attention.training)
-        self._in_clear = False
         self._recorded: list[Float64] | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the quantisation parameters are there."""
+        return self.quantized is not None
 
     @property
     def heads(self) -> list[int]:
@@ -73,9 +70,9 @@ class EncryptedAttention(nn.Module):
         Positions and cache positions, which both lines of transformers pass too, say nothing more once there
         is neither a cache nor padding.
         """
-        self._check_call(hidden_states.shape[1], past_key_values, attention_mask, head_mask)
+        self.check_call(hidden_states.shape[1], past_key_values, attention_mask, head_mask)
         if self._recorded is not None:
-            self._recorded.extend(_to_numpy(hidden_states))
+            self._recorded.extend(to_numpy(hidden_states))
         if self._in_clear:
             return self._project(self._clear_heads(hidden_states, range(self.n_heads))), None
         encrypted = self._encrypted(hidden_states)
@@ -91,7 +88,7 @@ class EncryptedAttention(nn.Module):
     def weights(self) -> AttentionWeights:
         """Return the layer's weights as the schemes take them, which divide scores by ``sqrt(head_dim)``."""
         qkv_weight, qkv_bias, projection_weight, projection_bias = (
-            _to_numpy(parameter)
+            to_numpy(parameter)
             for parameter in (self.c_attn.weight, self.c_attn.bias, self.c_proj.weight, self.c_proj.bias)
         )
         # Another scale of the scores (GPT2Config can ask for one) goes into the queries.
@@ -99,15 +96,6 @@ class EncryptedAttention(nn.Module):
         qkv_weight[:, : self.width] *= factor
         qkv_bias[: self.width] *= factor
         return AttentionWeights(qkv_weight, qkv_bias, projection_weight, projection_bias, self.n_heads)
-
-    @contextmanager
-    def in_clear(self) -> Iterator[None]:
-        """Compute as the clear model does, in floating point, for as long as the context lasts."""
-        before, self._in_clear = self._in_clear, True
-        try:
-            yield
-        finally:
-            self._in_clear = before
 
     @contextmanager
     def recording(self) -> Iterator[list[Float64]]:
@@ -147,32 +135,10 @@ class EncryptedAttention(nn.Module):
         heads = "all, with the projection" if self.config.heads is None else self.config.heads
         return f"heads={heads}, n_bits={self.config.n_bits}, mode={self.mode}"
 
-    def _check_call(
-        self,
-        tokens: int,
-        past_key_values: Any,
-        attention_mask: torch.Tensor | None,
-        head_mask: torch.Tensor | None,
-    ) -> None:
-        self.check_ready(tokens)
-        if past_key_values is not None:
-            raise ValueError(
-                f"{self.name} is encrypted and has no key-value cache: call with use_cache=False"
-            )
-        if attention_mask is not None and not _is_causal(attention_mask, tokens):
-            raise ValueError(
-                f"{self.name} is encrypted and attends to every earlier token: a mask that hides some "
-                "(padding, packed sequences) cannot be used; run sequences of different lengths one by one"
-            )
-        if head_mask is not None:
-            raise ValueError(f"{self.name} is encrypted and cannot take a head_mask")
-        if self.training:
-            raise RuntimeError(f"{self.name} is encrypted and cannot be trained: call model.eval() first")
-
     def _encrypted(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the circuit's output (batch, tokens, outputs)."""
         run = self._runner()
-        rows = [run(sequence) for sequence in _to_numpy(hidden_states)]
+        rows = [run(sequence) for sequence in to_numpy(hidden_states)]
         return torch.from_numpy(np.stack(rows)).to(hidden_states)
 
     def _runner(self) -> Callable[[Float64], Float64]:
@@ -204,18 +170,3 @@ def _score_scale(attention: GPT2Attention) -> float:
     if attention.scale_attn_by_inverse_layer_idx:
         scale /= attention.layer_idx + 1
     return float(scale)
-
-
-def _is_causal(mask: torch.Tensor, tokens: int) -> bool:
-    """Say whether ``mask``, in any of transformers' forms, hides the later tokens and nothing else."""
-    if mask.dim() == 2:  # (batch, tokens), 1 for a token and 0 for padding
-        return bool(mask.bool().all())
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-    return allowed.shape[-2:] == causal.shape and bool((allowed == causal).all())
-
-
-def _to_numpy(tensor: torch.Tensor) -> Float64:
-    """Return a copy in double precision, whatever the tensor's device and type."""
-    array: Float64 = tensor.detach().to("cpu", torch.float64, copy=True).numpy()
-    return array

@@ -10,27 +10,40 @@ from typing import Any, Literal, get_args
 from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR
 from cipherlm.schemes.tfhe.quantization import check_bits
 
-Scheme = Literal["tfhe"]
+Scheme = Literal["tfhe", "ckks"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 CONFIG_NAME = "encryption_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_P_ERROR = 0.1
+ALL = "all"
+"""Every block of a model, as one remote module."""
+
+OWN_FIELDS: dict[Scheme, tuple[str, ...]] = {
+    "tfhe": ("n_bits", "heads", "p_error"),
+    "ckks": ("prefix", "tokens", "context"),
+}
+"""The fields that mean something to one scheme only."""
 
 
 @dataclass(frozen=True)
 class EncryptionConfig:
     """Which modules of a model run on encrypted data, and with which parameters.
 
-    ``target_modules`` names attention modules as PEFT does: a list of names or of their endings
+    ``target_modules`` names modules as PEFT does: a list of names or of their endings
     (``["transformer.h.0.attn"]``, ``["attn"]`` for every block), or one string, which may also be a regular
-    expression for the whole name.
+    expression for the whole name. TFHE encrypts attention modules. CKKS encrypts these, MLPs
+    (``"transformer.h.0.mlp"``), blocks (``"transformer.h.0"``), and with ``"all"`` every block as one.
 
-    ``heads`` chooses attention heads; the other heads and the output projection then stay in the clear. With
-    None, all heads and the output projection are encrypted.
+    TFHE alone has these. ``heads`` chooses attention heads; the other heads and the output projection then
+    stay in the clear. With None, all heads and the output projection are encrypted. ``n_bits`` is the
+    precision of weights and activations, 2 to 8. ``p_error`` is the probability that the noise of encryption
+    moves one table lookup to a neighbouring cell; lower is slower.
 
-    ``n_bits`` is the precision of weights and activations, 2 to 8. ``p_error`` is the probability that the
-    noise of encryption moves one table lookup to a neighbouring cell; lower is slower.
+    CKKS alone has these. ``prefix`` are the ids of public tokens that every text starts with; None stands for
+    the model's token for the beginning of a text. They are not encrypted, and take GPT-2's huge activations
+    at the first position out of what is. ``tokens`` of a prompt, those of the prefix among them, lie side by
+    side in a ciphertext: a power of two, 8 for the width of GPT-2. A text has at most ``context`` tokens.
 
     Raises ``ValueError`` on anything that cannot work whatever the model is.
     """
@@ -40,12 +53,16 @@ class EncryptionConfig:
     n_bits: int = 4
     heads: list[int] | None = None
     p_error: float = DEFAULT_P_ERROR
+    prefix: list[int] | None = None
+    tokens: int = 8
+    context: int = 64
 
     def __post_init__(self) -> None:
         # Lists are copied, so that this object stays as it was checked.
         object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, not {self.scheme!r}")
+        self._check_scheme()
         check_bits(self.n_bits)
         if self.heads is not None:
             object.__setattr__(self, "heads", _checked_heads(self.heads))
@@ -55,19 +72,39 @@ class EncryptionConfig:
             or not 0 < self.p_error < MAX_P_ERROR
         ):
             raise ValueError(f"p_error must be a number between 0 and {MAX_P_ERROR}, not {self.p_error!r}")
+        for name in ("tokens", "context"):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 2:
+                raise ValueError(f"{name} must be an integer of at least 2, not {value!r}")
+        if self.prefix is not None:
+            object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.tokens))
+
+    def _check_scheme(self) -> None:
+        """Refuse what the scheme would ignore."""
+        for scheme, names in OWN_FIELDS.items():
+            defaults = {field.name: field.default for field in fields(self)}
+            given = [name for name in names if getattr(self, name) != defaults[name]]
+            if scheme != self.scheme and given:
+                raise ValueError(f"{given[0]} means nothing to scheme={self.scheme!r}: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the format's version, ready for JSON."""
-        return {"version": FORMAT_VERSION, **asdict(self)}
+        """Return the scheme's fields and the format's version, ready for JSON."""
+        values = asdict(self)
+        for scheme, names in OWN_FIELDS.items():
+            if scheme != self.scheme:
+                for name in names:
+                    del values[name]
+        return {"version": FORMAT_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EncryptionConfig":
         """Return the configuration that ``to_dict`` gave. Raises ``ValueError`` on anything else."""
         values = dict(values)
         version = values.pop("version", None)
-        if version != FORMAT_VERSION:
+        # Version 1 knew TFHE only, with the same fields.
+        if version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
-                f"version {version!r} of an encryption config is not known, only {FORMAT_VERSION}: "
+                f"version {version!r} of an encryption config is not known, only up to {FORMAT_VERSION}: "
                 "was it written by a newer CipherLM?"
             )
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
@@ -121,6 +158,16 @@ def _checked_heads(given: Any) -> list[int]:
     if len(set(heads)) < len(heads):
         raise ValueError(f"heads names a head twice: {heads}")
     return heads
+
+
+def _checked_prefix(given: Any, tokens: int) -> list[int]:
+    if not isinstance(given, (list, tuple, range)) or not all(_is_integer(i) and i >= 0 for i in given):
+        raise ValueError(f"prefix must be a list of token ids or None, not {given!r}")
+    if not given:
+        raise ValueError("prefix is empty: the first token of a text has to be public")
+    if len(given) >= tokens:
+        raise ValueError(f"a prefix of {len(given)} tokens: fewer than tokens={tokens} have room")
+    return list(given)
 
 
 def _is_integer(value: object) -> bool:

@@ -1,6 +1,6 @@
 """Encryption for a ``transformers`` model in two lines, as PEFT adds adapters.
 
-    config = EncryptionConfig(target_modules=["transformer.h.0.attn"], n_bits=4, heads=[0])
+    config = EncryptionConfig(target_modules="all", scheme="ckks")
     model = get_encrypted_model(model, config)
 
 The model keeps its class's behaviour, its weights and their names; the modules named in the configuration
@@ -12,17 +12,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from cipherlm.models.attention import MODES, EncryptedAttention, FheMode
+from cipherlm.models.attention import EncryptedAttention
+from cipherlm.models.ckks import Backend
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.loading import SUPPORTED_ARCHITECTURES, load_model
-from cipherlm.models.storage import load_quantization, save_quantization
-from cipherlm.models.targets import find_targets, match
+from cipherlm.models.modules import MODES, EncryptedModule, FheMode, is_causal
+from cipherlm.models.remote import (
+    CalibratedRanges,
+    Exact,
+    NotCalibratedError,
+    Placement,
+    RemoteBlocks,
+    RemoteModule,
+    fingerprint,
+)
+from cipherlm.models.storage import load_quantization, load_ranges, save_quantization, save_ranges
+from cipherlm.models.targets import BLOCKS, find_remote, find_targets, match
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
@@ -35,18 +47,31 @@ CalibrationIds = torch.Tensor | Sequence[torch.Tensor]
 
 
 class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call]
-    """A ``GPT2LMHeadModel`` some of whose attention modules run on encrypted data.
+    """A ``GPT2LMHeadModel`` some of whose modules run on encrypted data.
 
-    Made by ``get_encrypted_model``. Calls and ``generate`` are those of transformers. There is no key-value
-    cache (a circuit computes all positions), so ``use_cache`` is off.
+    Made by ``get_encrypted_model``. Calls and ``generate`` are those of transformers, with whole texts:
+    ``use_cache`` is off. A TFHE circuit computes all positions anew. With CKKS, only rows that a text has
+    more than in the call before are evaluated; the keys and values of the others are on the server.
+
+    With CKKS, every text starts with the ids in ``prefix``, which ``with_prefix`` adds.
     """
 
     encryption_config: EncryptionConfig
+    placement: Placement | None
+    """What is remote, and who computes it: with CKKS only."""
 
     @property
-    def encrypted_modules(self) -> dict[str, EncryptedAttention]:
+    def encrypted_modules(self) -> dict[str, EncryptedModule]:
         """The encrypted modules by name, in the model's order."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, EncryptedModule)}
+
+    @property
+    def _circuits(self) -> dict[str, EncryptedAttention]:
         return {name: m for name, m in self.named_modules() if isinstance(m, EncryptedAttention)}
+
+    @property
+    def _remote(self) -> dict[str, RemoteModule]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, RemoteModule)}
 
     @property
     def fhe_mode(self) -> str:
@@ -63,23 +88,59 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if fhe not in MODES:
             raise ValueError(f"no mode {fhe!r}: choose one of {', '.join(map(repr, MODES))}")
         encrypted = self.encrypted_modules
-        for name in encrypted if modules is None else match(modules, list(encrypted)):
+        kind = "attention module" if self.placement is None else "encrypted module"
+        for name in encrypted if modules is None else match(modules, list(encrypted), kind=kind):
             encrypted[name].mode = fhe
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the quantisation parameters are there, so that the mode ``"disable"`` works."""
-        return all(module.quantized is not None for module in self.encrypted_modules.values())
+        """Whether the frozen parameters are there, so that the mode ``"disable"`` works."""
+        return all(module.is_calibrated for module in self.encrypted_modules.values())
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids of the public tokens that every text starts with; none with TFHE."""
+        return [] if self.placement is None else list(self.placement.prefix)
+
+    def with_prefix(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return token ids (n, tokens) with the public prefix before each text."""
+        return torch.cat([self._prefix_rows(input_ids), input_ids], dim=1)
+
+    def connect(self, backend: Backend | None) -> None:
+        """Let ``backend`` compute the remote modules in the mode ``"execute"``, as with a server elsewhere.
+
+        None stands for a server in this process, with keys of its own, which is also what there is at first.
+        Raises ``ValueError`` with TFHE.
+        """
+        self._ckks().connect(backend)
+
+    def make_keys(self) -> float:
+        """Make the keys for the mode ``"execute"`` in this process, and return the seconds it took.
+
+        Otherwise the first call in that mode does so. Raises ``ValueError`` with TFHE, whose circuits have
+        their own keys.
+        """
+        self._check_calibrated()
+        return self._ckks().make_keys()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the weights of the remote modules and of the prefix, with CKKS."""
+        return fingerprint(self._remote, self._ckks())
 
     def calibrate(self, calibration_ids: CalibrationIds) -> None:
-        """Choose the quantisation parameters on text and freeze them, in place of any there are.
+        """Choose the parameters on text and freeze them, in place of any there are.
 
         ``calibration_ids``: token ids (n, tokens), or a list of such and of (tokens,) for texts of different
-        lengths. What encrypted modules see in the clear model sets their parameters. Circuits compiled from
-        earlier parameters are dropped.
+        lengths. What encrypted modules see in the clear model sets their parameters: of the quantisation, or
+        the ranges that polynomials are fitted to. Circuits compiled from earlier parameters are dropped, and
+        so are keys for CKKS. With CKKS, the prefix is put before texts that lack it.
         """
         batches = self._checked_ids(calibration_ids)
-        encrypted = self.encrypted_modules
+        if self.placement is not None:
+            self._calibrate_remote(self.placement, batches)
+            return
+        encrypted = self._circuits
         with ExitStack() as stack, torch.no_grad():
             recorded = {name: stack.enter_context(m.recording()) for name, m in encrypted.items()}
             stack.enter_context(self.in_clear())
@@ -98,8 +159,11 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
 
     def compile(  # type: ignore[override]
         self, calibration_ids: CalibrationIds | None = None, tokens: int | None = None
-    ) -> AttentionCircuit | dict[str, AttentionCircuit]:
-        """Compile one circuit an encrypted module, for sequences of up to ``tokens`` tokens.
+    ) -> AttentionCircuit | dict[str, AttentionCircuit] | None:
+        """Make ready to run: compile one circuit an encrypted module, for up to ``tokens`` tokens.
+
+        With CKKS there are no circuits: all polynomials are fitted, for the configuration's ``context``,
+        which ``tokens`` may not exceed. Prints how many, and returns None.
 
         Calibrates on ``calibration_ids`` first, but only if that has not happened: parameters once frozen,
         or loaded with ``from_pretrained``, stay as they are until ``calibrate`` is called. ``tokens``
@@ -109,13 +173,17 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         This takes the place of ``torch.nn.Module.compile``, which has no meaning for a circuit.
         """
         if calibration_ids is None and not self.is_calibrated:
-            raise NotCompiledError("nothing is calibrated yet: call compile(calibration_ids)")
+            error = NotCompiledError if self.placement is None else NotCalibratedError
+            raise error("nothing is calibrated yet: call compile(calibration_ids)")
+        if self.placement is not None:
+            self._fit(self.placement, calibration_ids, tokens)
+            return None
         tokens = self._checked_tokens(calibration_ids, tokens)
         if not self.is_calibrated:
             assert calibration_ids is not None
             self.calibrate(calibration_ids)
         config = self.encryption_config
-        encrypted = self.encrypted_modules
+        encrypted = self._circuits
         circuits: dict[str, AttentionCircuit] = {}
         for name, module in encrypted.items():
             assert module.quantized is not None
@@ -141,8 +209,9 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     ) -> None:
         """Save the clear model as transformers does, and with it the configuration and frozen parameters.
 
-        ``encryption_config.json`` and ``quantisation.safetensors`` lie beside the model's files, so that the
-        directory also loads as a clear model. Circuits and keys are not saved.
+        ``encryption_config.json`` lies beside the model's files, so that the directory also loads as a clear
+        model, and ``quantisation.safetensors`` (TFHE) or ``calibration.json`` (CKKS). Circuits and keys are
+        not saved.
         """
         cls = type(self)
         # transformers writes down the name of the class, and a clear GPT-2 is what the files hold.
@@ -152,7 +221,10 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         finally:
             self.__class__ = cls
         self.encryption_config.save_pretrained(save_directory)
-        save_quantization(save_directory, self.encrypted_modules)
+        # Of both kinds, so that none of an earlier model stays behind.
+        save_quantization(save_directory, self._circuits)
+        if self.placement is not None:
+            save_ranges(save_directory, self._remote, self.placement)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -165,16 +237,32 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         """
         config = EncryptionConfig.from_pretrained(directory)
         model = cls._encrypt(load_model(directory), config, progress)
-        model._freeze(load_quantization(directory, model.encrypted_modules))
+        if model.placement is None:
+            model._freeze(load_quantization(directory, model._circuits))
+        else:
+            ranges = load_ranges(directory, model._remote, model.placement)
+            if ranges:
+                model._freeze_remote(model.placement, model._examined(model.placement), ranges)
         return model
 
     @classmethod
     def _encrypt(cls, model: GPT2LMHeadModel, config: EncryptionConfig, progress: Progress) -> Self:
         """Make ``model`` itself an encrypted one. All that can fail comes before the first change."""
-        targets = find_targets(model, config)
-        replacements = {
-            name: EncryptedAttention(name, module, config, progress) for name, module in targets.items()
-        }
+        placement: Placement | None = None
+        replacements: dict[str, EncryptedModule]
+        if config.scheme == "tfhe":
+            replacements = {
+                name: EncryptedAttention(name, module, config, progress)
+                for name, module in find_targets(model, config).items()
+            }
+        else:
+            placement = Placement(config, model.config, progress)
+            replacements = {
+                name: (RemoteBlocks if name == BLOCKS else RemoteModule)(
+                    name, module, placement, model.config
+                )
+                for name, module in find_remote(model, config).items()
+            }
         for name, replacement in replacements.items():
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, replacement)
@@ -184,11 +272,107 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         # The same object under a class of the same layout, so that it stays what transformers made.
         model.__class__ = cls
         assert isinstance(model, cls)
-        model.encryption_config = config
+        model.encryption_config, model.placement = config, placement
+        if placement is not None:
+            # Not a forward of its own: transformers reads the arguments of GPT-2's from its signature.
+            model.register_forward_pre_hook(_check_call, with_kwargs=True)
         return model
 
+    def _check_text(self, call: dict[str, Any]) -> None:
+        """Refuse what the rows of hidden states cannot tell: another prefix, other positions, padding."""
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        options = call.get("kwargs", {})
+        if call.get("use_cache", options.get("use_cache")) or call.get("past_key_values") is not None:
+            raise ValueError("an encrypted model has no key-value cache here: call with use_cache=False")
+        for name in ("inputs_embeds", "token_type_ids", "encoder_hidden_states"):
+            if call.get(name) is not None:
+                raise ValueError(f"an encrypted model takes input_ids, and no {name}")
+        if not isinstance(ids, torch.Tensor):
+            raise ValueError("an encrypted model takes input_ids, as a tensor (batch, tokens)")
+        for module in self.encrypted_modules.values():
+            module.check_ready(ids.shape[-1])
+        if mask is not None and not is_causal(mask, ids.shape[-1]):
+            raise ValueError(
+                "an encrypted model attends to every earlier token: a mask that hides some (padding, packed "
+                "sequences) cannot be used; run sequences of different lengths one by one"
+            )
+        prefix = self._prefix_rows(ids)[:, : ids.shape[-1]]
+        if not torch.equal(ids[:, : prefix.shape[1]], prefix):
+            raise ValueError(
+                f"a text does not start with the public prefix {self.prefix}: "
+                "call with model.with_prefix(input_ids)"
+            )
+        positions = call.get("position_ids")
+        if positions is not None and (positions != torch.arange(ids.shape[-1], device=ids.device)).any():
+            raise ValueError("an encrypted model counts positions from 0: leave position_ids out")
+
+    def _prefix_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids.new_tensor(self.prefix).expand(len(input_ids), -1)
+
+    def _ckks(self) -> Placement:
+        if self.placement is None:
+            raise ValueError(f"this is for scheme='ckks', not {self.encryption_config.scheme!r}")
+        return self.placement
+
+    def _check_calibrated(self) -> None:
+        if not self.is_calibrated:
+            raise NotCalibratedError("nothing is calibrated yet: call compile(calibration_ids)")
+
+    def _calibrate_remote(self, placement: Placement, batches: Sequence[torch.Tensor]) -> None:
+        """Find and freeze the ranges of what remote modules meet."""
+        texts = [self._prefixed(ids) for ids in batches]
+        if all(ids.shape[1] == len(placement.prefix) for ids in texts):
+            raise ValueError("calibration_ids has nothing behind the prefix")
+        remote = self._remote
+        exact = self._examined(placement)
+        with ExitStack() as stack, torch.no_grad():
+            recorded = {name: stack.enter_context(module.recording()) for name, module in remote.items()}
+            stack.enter_context(self.in_clear())
+            for ids in texts:
+                self.transformer(ids.to(self.device))
+        ranges = {
+            name: module.calibrated(exact[name], [text for inputs, _ in recorded[name] for text in inputs])
+            for name, module in remote.items()
+        }
+        self._freeze_remote(placement, exact, ranges)
+
+    def _prefixed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return calibration texts with the prefix, if they lack it."""
+        prefix = self._prefix_rows(ids)
+        if torch.equal(ids[:, : prefix.shape[1]], prefix):
+            return ids
+        ids = torch.cat([prefix, ids], dim=1)
+        if ids.shape[1] > self.config.n_positions:
+            raise ValueError(
+                f"calibration_ids has {ids.shape[1]} tokens with the prefix, "
+                f"the model at most {self.config.n_positions}"
+            )
+        return ids
+
+    def _examined(self, placement: Placement) -> dict[str, Exact]:
+        """Return the exact arithmetic of remote modules, with what the clear model makes of the prefix."""
+        with ExitStack() as stack, torch.no_grad():
+            recorded = {n: stack.enter_context(module.recording()) for n, module in self._remote.items()}
+            stack.enter_context(self.in_clear())
+            self.transformer(torch.tensor([placement.prefix], device=self.device))
+        return {name: module.examine(*recorded[name][0]) for name, module in self._remote.items()}
+
+    def _freeze_remote(self, placement: Placement, exact: dict[str, Exact], ranges: CalibratedRanges) -> None:
+        placement.use({n: module.freeze(exact[n], ranges[n]) for n, module in self._remote.items()})
+
+    def _fit(self, placement: Placement, calibration_ids: CalibrationIds | None, tokens: int | None) -> None:
+        context = placement.geometry.context
+        if tokens is not None and self._checked_tokens(None, tokens) > context:
+            raise ValueError(f"tokens={tokens} is more than the configuration's context={context}")
+        if not self.is_calibrated:
+            assert calibration_ids is not None
+            self.calibrate(calibration_ids)
+        with placement.progress("fitting polynomials"):
+            count = placement.fit()
+        print(f"Fitted {count} polynomials for contexts of up to {context} tokens")
+
     def _freeze(self, quantized: dict[str, QuantizedAttention]) -> None:
-        encrypted = self.encrypted_modules
+        encrypted = self._circuits
         for name, parameters in quantized.items():
             encrypted[name].quantized = parameters
             encrypted[name].circuit = None
@@ -232,13 +416,18 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         return tokens
 
 
+def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not any(module._in_clear for module in model.encrypted_modules.values()):
+        model._check_text(signature(model.forward).bind(*args, **kwargs).arguments)
+
+
 def get_encrypted_model(
     model: nn.Module, config: EncryptionConfig, *, progress: Progress = silent
 ) -> EncryptedGPT2LMHeadModel:
     """Encrypt the modules of ``model`` that ``config`` names, and return it.
 
     The model is changed in place: it stays the same ``GPT2LMHeadModel``, with a few methods more. Next is
-    ``model.compile(calibration_ids)``, or ``model.calibrate(calibration_ids)`` for quantisation alone.
+    ``model.compile(calibration_ids)``, or ``model.calibrate(calibration_ids)`` for its parameters alone.
     ``progress`` hears of each long step.
 
     Raises ``ValueError``, and changes nothing, if the model's architecture is not supported or if it lacks

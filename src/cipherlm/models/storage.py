@@ -1,8 +1,14 @@
-"""Frozen quantisation parameters on disk: one safetensors file for all encrypted modules of a model."""
+"""Frozen parameters on disk, in one file for all encrypted modules of a model.
 
+Those of TFHE are arrays, in safetensors. Those of CKKS are ranges, in JSON, from which polynomials follow.
+"""
+
+import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +16,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cipherlm.models.attention import EncryptedAttention
+from cipherlm.models.ckks import BlockRanges
+from cipherlm.models.remote import CalibratedRanges, Placement, RemoteModule, fingerprint
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 
 QUANTIZATION_NAME = "quantisation.safetensors"
+CALIBRATION_NAME = "calibration.json"
+CALIBRATION_VERSION = 1
 
 
 def save_quantization(directory: str | os.PathLike[str], modules: Mapping[str, EncryptedAttention]) -> None:
@@ -75,3 +85,73 @@ def _restore(
     if saved != expected:
         raise ValueError(f"{path} does not fit the model or its configuration: {module.name}")
     return quantized
+
+
+def save_ranges(
+    directory: str | os.PathLike[str], modules: Mapping[str, RemoteModule], placement: Placement
+) -> None:
+    """Write the ranges of calibrated remote ``modules``, with the prefix and a hash of their weights.
+
+    Where nothing is calibrated there is no file, not even an older one.
+    """
+    path = Path(directory) / CALIBRATION_NAME
+    if not all(module.is_calibrated for module in modules.values()):
+        path.unlink(missing_ok=True)
+        return
+    values = {
+        "version": CALIBRATION_VERSION,
+        "fingerprint": fingerprint(modules, placement),
+        "prefix": placement.prefix,
+        "modules": {name: module.ranges for name, module in modules.items()},
+    }
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_ranges(
+    directory: str | os.PathLike[str], modules: Mapping[str, RemoteModule], placement: Placement
+) -> CalibratedRanges:
+    """Read the ranges of remote ``modules``; an empty dict if they were saved before calibration.
+
+    Raises ``ValueError``, naming the file, if it is damaged or belongs to another model or configuration.
+    """
+    path = Path(directory) / CALIBRATION_NAME
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values.get("modules"), dict):
+            raise ValueError("not a calibration")
+        if values.get("version") != CALIBRATION_VERSION:
+            raise ValueError(f"version {values.get('version')!r} is not known")
+        ranges = {
+            name: _checked_ranges(name, module, values["modules"].get(name))
+            for name, module in modules.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if values.get("prefix") != placement.prefix or values.get("fingerprint") != fingerprint(
+        modules, placement
+    ):
+        raise ValueError(f"{path} does not fit the model or its configuration: calibrate again")
+    return ranges
+
+
+def _checked_ranges(name: str, module: RemoteModule, given: Any) -> list[BlockRanges]:
+    expected = module.functions
+    if not isinstance(given, list) or len(given) != len(expected):
+        raise ValueError(f"{name} needs the ranges of {len(expected)} blocks")
+    return [_checked_block(name, names, values) for names, values in zip(expected, given, strict=True)]
+
+
+def _checked_block(name: str, names: tuple[str, ...], values: Any) -> BlockRanges:
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise ValueError(f"{name} needs ranges of {', '.join(names)}")
+    for interval in values.values():
+        if (
+            not isinstance(interval, list)
+            or len(interval) != 2
+            or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in interval)
+            or not interval[0] < interval[1]
+        ):
+            raise ValueError(f"{name}: {interval!r} is not a range")
+    return {function: (float(low), float(high)) for function, (low, high) in values.items()}

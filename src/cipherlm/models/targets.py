@@ -5,12 +5,14 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.config import ALL, EncryptionConfig
 
 _LISTED = 12
+BLOCKS = "transformer.h"
+"""The name of all blocks of a GPT-2 together."""
 
 
 def find_targets(model: nn.Module, config: EncryptionConfig) -> dict[str, GPT2Attention]:
@@ -36,11 +38,57 @@ def find_targets(model: nn.Module, config: EncryptionConfig) -> dict[str, GPT2At
     return targets
 
 
-def match(wanted: str | Sequence[str], available: list[str], others: Sequence[str] = ()) -> list[str]:
+def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Module]:
+    """Return what CKKS is to encrypt of ``model``, in the model's order.
+
+    Attention modules, MLPs, blocks, or the list of all blocks. Raises ``ValueError`` if a name fits none of
+    these, if one lies in another, or if something in them is not as in GPT-2.
+    """
+    modules = dict(model.named_modules())
+    available = [
+        name
+        for name, module in modules.items()
+        if name == BLOCKS or isinstance(module, (GPT2Attention, GPT2MLP, GPT2Block))
+    ]
+    if config.target_modules in (ALL, [ALL]):
+        names = [BLOCKS]
+    else:
+        names = match(config.target_modules, available, list(modules), "attention module, MLP or block")
+    for name in names:
+        inner = [other for other in names if other.startswith(f"{name}.")]
+        if inner:
+            raise ValueError(f"{inner[0]} lies in {name}, which is encrypted too: name one of them")
+        _check_remote(name, modules[name])
+    return {name: modules[name] for name in names}
+
+
+def _check_remote(name: str, target: nn.Module) -> None:
+    for module in target.modules():
+        if isinstance(module, GPT2Block) and hasattr(module, "crossattention"):
+            raise ValueError(f"{name} has cross-attention, which cannot be encrypted")
+        if isinstance(module, GPT2Attention):
+            layers, known = (module.c_attn, module.c_proj), not module.is_cross_attention
+        elif isinstance(module, GPT2MLP):
+            layers, known = (module.c_fc, module.c_proj), True
+        else:
+            continue
+        if not known or not all(isinstance(layer, Conv1D) for layer in layers):
+            raise ValueError(
+                f"the weights of {name} are not plain (adapters? 8-bit loading?): merge or load them first"
+            )
+
+
+def match(
+    wanted: str | Sequence[str],
+    available: list[str],
+    others: Sequence[str] = (),
+    kind: str = "attention module",
+) -> list[str]:
     """Return the names among ``available`` that ``wanted`` means, as PEFT's ``target_modules`` does.
 
     A name or its ending after a dot; as one string, a regular expression for the whole name as well.
-    ``others`` are names that exist but cannot be used. Raises ``ValueError`` where an entry fits nothing.
+    ``others`` are names that exist but cannot be used, and ``kind`` is what can. Raises ``ValueError`` where
+    an entry fits nothing.
     """
     entries = [wanted] if isinstance(wanted, str) else wanted
     found: set[str] = set()
@@ -49,7 +97,7 @@ def match(wanted: str | Sequence[str], available: list[str], others: Sequence[st
         if not names and isinstance(wanted, str):
             names = [name for name in available if _fits(entry, name)]
         if not names:
-            raise ValueError(_no_such_module(entry, available, others))
+            raise ValueError(_no_such_module(entry, available, others, kind))
         found.update(names)
     return [name for name in available if name in found]
 
@@ -65,15 +113,16 @@ def _fits(pattern: str, name: str) -> bool:
         return False
 
 
-def _no_such_module(entry: str, available: Sequence[str], others: Sequence[str]) -> str:
+def _no_such_module(entry: str, available: Sequence[str], others: Sequence[str], kind: str) -> str:
+    kinds = kind if "," in kind else f"{kind}s"
     if any(_is_named(name, entry) for name in others):
-        problem = f"module {entry!r} cannot be encrypted, only attention modules can"
+        problem = f"module {entry!r} cannot be encrypted, only {kinds} can"
     else:
         close = difflib.get_close_matches(entry, available, n=3, cutoff=0.6)
-        problem = f"there is no attention module {entry!r}"
+        problem = f"there is no {kind} {entry!r}"
         if close:
             problem += f"; did you mean {' or '.join(map(repr, close))}?"
     listed = ", ".join(available[:_LISTED]) or "none"
     if len(available) > _LISTED:
         listed += f", ... {available[-1]} ({len(available)} in all)"
-    return f"{problem} (attention modules of this model: {listed})"
+    return f"{problem} ({kinds} of this model: {listed})"
