@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=positive_integer,
         metavar="N",
-        help="tokens of a reply when a request does not say (default: 16; for a chat, what the context leaves)",
+        help="tokens of a reply when a request does not say (default: 16; in a chat what the context leaves)",
     )
 
 

@@ -267,9 +267,10 @@ class Job:
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Leave the queue, or end the generation after its current token."""
+        """Leave the queue, or end the generation after its current token; called by the event loop."""
         self._cancelled.set()
         self._future.cancel()
+        self._queue.put_nowait(None)  # for a task that still waits for the next piece
 
     def put(self, item: Piece | Exception | None) -> None:
         """Hand an item to the event loop; called by the worker's thread."""

@@ -238,10 +238,11 @@ def parse(kind: type[RequestT], body: bytes) -> RequestT:
     """Return a request from its JSON text. Raises :class:`ApiError` (400) that names the field."""
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        raise ApiError(400, "The body of the request is not valid JSON") from None
+        json.dumps(data, ensure_ascii=False).encode()  # "\\ud800" is JSON, and no text
+    except (ValueError, RecursionError):  # what is not Unicode is a ValueError too
+        raise ApiError(400, "The body of the request is not valid JSON.") from None
     if not isinstance(data, dict):
-        raise ApiError(400, "The body of the request is not a JSON object")
+        raise ApiError(400, "The body of the request is not a JSON object.")
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -9,8 +9,8 @@ loopback as their host, which stops DNS rebinding, and carry no foreign origin.
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,23 +149,28 @@ class _Proxy:
         return self._card()
 
     async def completions(self, http: Request) -> Response:
+        with _api_errors():
+            return await self._completions(http)
+
+    async def chat(self, http: Request) -> Response:
+        with _api_errors():
+            return await self._chat(http)
+
+    async def _completions(self, http: Request) -> Response:
         request = await self._read(http, CompletionRequest)
         prompts = [self._prompt(prompt, request.echo) for prompt in request.prompt]
         default = COMPLETION_TOKENS if self.default_max_tokens is None else self.default_max_tokens
-        tokens = default if request.max_tokens is None else request.max_tokens
-        return await self._respond(http, request, Reply(self.name), prompts, _settings(request, tokens))
+        settings = _settings(request, self._max_tokens(request, default, prompts, "prompt"))
+        return await self._respond(http, request, Reply(self.name), prompts, settings)
 
-    async def chat(self, http: Request) -> Response:
+    async def _chat(self, http: Request) -> Response:
         request = await self._read(http, ChatRequest)
         text = _chat_text(self.tokenizer, request.messages)
-        prompt = Prompt(self._encode(text, "messages"))
-        tokens = request.max_tokens or self.default_max_tokens
-        if tokens is None:
-            tokens = max(1, self.context_length - len(prompt.ids))
-        settings = _settings(request, tokens)
+        prompts = [Prompt(self._encode(text, "messages"))]
+        settings = _settings(request, self._max_tokens(request, self.default_max_tokens, prompts, "messages"))
         if not self.tokenizer.chat_template:
             settings = replace(settings, strip=True, stop=[*settings.stop, *_OTHER_ROLES])
-        return await self._respond(http, request, ChatReply(self.name), [prompt], settings)
+        return await self._respond(http, request, ChatReply(self.name), prompts, settings)
 
     async def _read(self, http: Request, kind: type[RequestT]) -> RequestT:
         body = bytearray()
@@ -209,17 +214,25 @@ class _Proxy:
             raise ApiError(400, f"'{param}' is empty, and this model cannot begin a text.", param=param)
         return ids or [self.tokenizer.bos_token_id]
 
-    def _check_length(self, prompts: Sequence[Prompt], max_tokens: int, param: str) -> None:
+    def _max_tokens(
+        self, request: GenerationRequest, default: int | None, prompts: Sequence[Prompt], param: str
+    ) -> int:
+        """Return how many tokens to generate: what was asked for, or what the context has room for."""
         longest = max(len(prompt.ids) for prompt in prompts)
-        if longest + max_tokens > self.context_length:
+        room = self.context_length - longest
+        tokens = request.max_tokens
+        if tokens is None:
+            tokens = max(1, room if default is None else min(default, room))
+        if tokens > room:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self.context_length} tokens. However, you asked for "
-                f"{longest + max_tokens} ({longest} in the {param}, {max_tokens} in the completion). Please "
-                f"reduce the length of the {param} or of the completion.",
+                f"This model's maximum context length is {self.context_length} tokens. You asked for "
+                f"{longest + tokens} ({longest} in the {param}, {tokens} in the completion). Please reduce "
+                f"the length of the {param} or of the completion.",
                 param=param,
                 code="context_length_exceeded",
             )
+        return tokens
 
     async def _respond(
         self,
@@ -230,8 +243,6 @@ class _Proxy:
         settings: Settings,
     ) -> Response:
         """Generate, and answer with a whole reply or with a stream."""
-        param = "messages" if isinstance(reply, ChatReply) else "prompt"
-        self._check_length(prompts, settings.max_tokens, param)
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         try:
             job = Job(self.worker, lambda job: complete(self.model, self.tokenizer, prompts, settings, job))
@@ -242,32 +253,28 @@ class _Proxy:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             ) from None
+        # A whole reply is waited for as long as it takes. A stream begins soon, but a first piece that comes
+        # sooner may be an error, which then has its own status.
+        answer: asyncio.Task[Any] = asyncio.ensure_future(
+            job.next() if request.stream else _whole(job, reply, prompt_tokens)
+        )
         gone = asyncio.ensure_future(_gone(http))
         try:
-            if not request.stream:
-                whole = asyncio.ensure_future(_whole(job, reply, prompt_tokens))
-                await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if whole.done():
-                    return JSONResponse(whole.result())
-                whole.cancel()
-                raise ClientDisconnect
-            # The first piece decides whether this is an error with its own status; a slow one is streamed to.
-            first = asyncio.ensure_future(job.next())
-            await asyncio.wait({first, gone}, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if first.done():
-                first.result()
+            timeout = KEEP_ALIVE_SECONDS if request.stream else None
+            await asyncio.wait({answer, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
             elif gone.done():
-                first.cancel()
                 raise ClientDisconnect
-            events = _events(job, first, reply, prompt_tokens, request.include_usage)
-            return _EventStream(job, events)
-        except BaseException as error:
+        except BaseException:
             job.cancel()
-            if isinstance(error, Exception) and not isinstance(error, ClientDisconnect):
-                raise _as_api_error(error) from None
+            answer.cancel()
             raise
         finally:
             gone.cancel()
+        if not request.stream:
+            return JSONResponse(answer.result())
+        return _EventStream(job, _events(job, answer, reply, prompt_tokens, request.include_usage))
 
 
 def _settings(request: GenerationRequest, max_tokens: int) -> Settings:
@@ -389,13 +396,22 @@ def _log_done(reply: Reply, prompt_tokens: int, tokens: int, start: float) -> No
     log(reply.object, prompt_tokens=prompt_tokens, completion_tokens=tokens, seconds=seconds)
 
 
+@contextmanager
+def _api_errors() -> Iterator[None]:
+    """Turn whatever is raised into an error in OpenAI's form."""
+    try:
+        yield
+    except (ApiError, ClientDisconnect):
+        raise
+    except Exception as error:
+        raise _as_api_error(error) from None
+
+
 def _as_api_error(error: Exception) -> ApiError:
     """Return what a program is told. Texts of unforeseen errors stay out of it and out of the log.
 
     What the server says about itself is passed on: those texts hold nothing of a prompt.
     """
-    if isinstance(error, ApiError):
-        return error
     log_exception("generation failed", error)
     if isinstance(error, RemoteError):
         for_now = isinstance(error, (ConnectionFailed, SessionLost))
