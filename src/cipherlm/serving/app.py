@@ -17,7 +17,7 @@ from cipherlm import __version__
 from cipherlm.serving import protocol
 from cipherlm.serving.failures import Failure
 from cipherlm.serving.logs import log, log_exception
-from cipherlm.serving.service import SHUTTING_DOWN, Service
+from cipherlm.serving.service import Service, shutting_down
 from cipherlm.serving.sessions import Session
 
 _STATUS = {
@@ -38,7 +38,6 @@ _BODY_BYTES = 64 * 1024
 """Of a request that is no chunk."""
 _UPLOADS_AT_ONCE = 16
 """Chunks that are in memory at a time."""
-_NO_TOKEN = Failure(protocol.UNAUTHORIZED, "this server wants a token")
 _CHECKSUM = re.compile(r"sha256 ([0-9a-f]{64})")
 
 _Scope = MutableMapping[str, Any]
@@ -54,7 +53,7 @@ def create_app(service: Service) -> FastAPI:
     def owner_of(request: Request) -> str:
         owner = service.tokens.owner(request.headers.get("authorization"))
         if owner is None:
-            raise _NO_TOKEN
+            raise _no_token()
         return owner
 
     Owner = Annotated[str, Depends(owner_of)]
@@ -104,9 +103,9 @@ def create_app(service: Service) -> FastAPI:
     async def session(socket: WebSocket) -> None:
         owner = service.tokens.owner(socket.headers.get("authorization"))
         if owner is None:
-            await socket.send_denial_response(_answer(_NO_TOKEN))
+            await socket.send_denial_response(_answer(_no_token()))
         elif service.draining:
-            await socket.send_denial_response(_answer(SHUTTING_DOWN))
+            await socket.send_denial_response(_answer(shutting_down()))
         else:
             await socket.accept()
             await Session(service, socket, owner).run()
@@ -172,6 +171,10 @@ async def _refuse_browser(scope: _Scope, receive: _Receive, send: _Send) -> None
         await answer(scope, receive, send)
     else:
         await WebSocket(scope, receive, send).send_denial_response(answer)
+
+
+def _no_token() -> Failure:
+    return Failure(protocol.UNAUTHORIZED, "this server wants a token")
 
 
 def _answer(failure: Failure, status: int | None = None) -> Response:

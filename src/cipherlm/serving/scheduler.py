@@ -1,7 +1,7 @@
 """Who computes next: a bounded queue, round robin between owners, and a few slots for those that compute."""
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,7 +52,9 @@ class Scheduler:
         self._workers = workers
         self._limit = limit
         self._lock = threading.Lock()
-        self._lanes: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._lanes: dict[str, deque[Job]] = {}
+        self._turns = 0
+        self._served: dict[str, int] = {}  # the last turn of each owner
         self._returning: deque[Job] = deque()
 
     @property
@@ -140,17 +142,21 @@ class Scheduler:
             job.moved(place)
 
     def _next(self) -> Job:
-        owner, lane = next(iter(self._lanes.items()))
-        job = lane.popleft()
-        if lane:
-            self._lanes.move_to_end(owner)
-        else:
+        owner = self._owners()[0]
+        self._turns += 1
+        self._served[owner] = self._turns
+        job = self._lanes[owner].popleft()
+        if not self._lanes[owner]:
             del self._lanes[owner]
         return job
 
+    def _owners(self) -> list[str]:
+        """Return who waits, the one that was served the longest time ago first."""
+        return sorted(self._lanes, key=lambda owner: self._served.get(owner, 0))
+
     def _line(self) -> Iterator[Job]:
         """Yield the waiting jobs in the order in which they will begin."""
-        lanes = [list(lane) for lane in self._lanes.values()]
+        lanes = [list(self._lanes[owner]) for owner in self._owners()]
         for turn in range(max(map(len, lanes), default=0)):
             yield from (lane[turn] for lane in lanes if turn < len(lane))
 

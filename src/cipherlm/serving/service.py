@@ -21,8 +21,6 @@ FAREWELL_SECONDS = 5.0
 """For a client to take the server's last words."""
 _LOADS_AT_ONCE = 2
 
-SHUTTING_DOWN = Failure(protocol.SHUTTING_DOWN, "the server is shutting down", retry=True)
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -87,7 +85,7 @@ class Service:
     def admit(self, owner: str) -> None:
         """Count a session in. Raises :class:`Failure` if there are as many as may be."""
         if self.draining:
-            raise SHUTTING_DOWN
+            raise shutting_down()
         if len(self._admitted) >= self.limits.sessions:
             raise Failure(protocol.BUSY, "the server has all the sessions that it can hold", retry=True)
         if self._admitted.count(owner) >= (self.limits.sessions_per_owner or self.limits.sessions):
@@ -108,3 +106,8 @@ class Service:
             deadline = time.monotonic() + seconds
             while self.conversations and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
+
+
+def shutting_down() -> Failure:
+    """Return what clients hear of a server that ends."""
+    return Failure(protocol.SHUTTING_DOWN, "the server is shutting down", retry=True)

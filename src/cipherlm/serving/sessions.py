@@ -22,7 +22,7 @@ from cipherlm.serving.keys import Lease
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.protocol import CLIENT_MESSAGES, ProtocolError, message_limit, pack, unpack
 from cipherlm.serving.scheduler import Full
-from cipherlm.serving.service import FAREWELL_SECONDS, SHUTTING_DOWN, Service
+from cipherlm.serving.service import FAREWELL_SECONDS, Service, shutting_down
 
 _UNSENT_NEWS = 8
 """Where so many messages wait to be sent, progress is left out."""
@@ -73,7 +73,7 @@ class Session:
         """End because the server does; an evaluation may finish unless ``at_once``."""
         self._ending = True
         if at_once or self._evaluation is None:
-            self._fail(SHUTTING_DOWN)
+            self._fail(shutting_down())
 
     # What the client says.
 
@@ -194,7 +194,7 @@ class Session:
             return
         self._outbox.put_nowait(message)
         if self._ending:
-            self._fail(SHUTTING_DOWN)
+            self._fail(shutting_down())
         else:
             self._rest()
 
@@ -230,7 +230,7 @@ class Session:
             return
         log("session failed", session=self.id, owner=self._owner, code=failure.code)
         self._send(protocol.error(failure.code, failure.message, retry=failure.retry))
-        self._close_code = _SERVICE_RESTART if failure is SHUTTING_DOWN else _POLICY_VIOLATION
+        self._close_code = _SERVICE_RESTART if failure.code == protocol.SHUTTING_DOWN else _POLICY_VIOLATION
         self._over.set()
 
     def _rest(self) -> None:
