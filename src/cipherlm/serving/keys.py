@@ -134,11 +134,13 @@ class KeyStore:
                 raise Failure(BAD_REQUEST, "a chunk that is empty or goes beyond the size of the keys")
             entry.busy = True
         try:
-            _write(entry.path, offset, chunk)
+            with _storage_errors():
+                _write(entry.path, offset, chunk)
+                if offset + len(chunk) == entry.size:
+                    self._complete(entry)
+            # Only now: after an error the same chunk may come again.
             entry.received += len(chunk)
             entry.used = self._clock()
-            if entry.received == entry.size:
-                self._complete(owner, entry)
             return entry.status
         finally:
             entry.busy = False
@@ -192,7 +194,7 @@ class KeyStore:
         else:
             path.unlink()
 
-    def _complete(self, owner: str, entry: _Entry) -> None:
+    def _complete(self, entry: _Entry) -> None:
         with entry.path.open("rb") as file:
             os.fsync(file.fileno())
             digest = _sha256(file)
@@ -259,7 +261,7 @@ def _storage_errors() -> Iterator[None]:
 
 def _write(path: Path, offset: int, chunk: bytes) -> None:
     """Write a chunk whole or, if the disk is full, not at all."""
-    with path.open("r+b", buffering=0) as file, _storage_errors():
+    with path.open("r+b", buffering=0) as file:
         try:
             file.seek(offset)
             rest = memoryview(chunk)
