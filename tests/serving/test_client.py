@@ -151,7 +151,8 @@ def test_over_tls_with_a_token(tmp_path):
     with echo_server(tmp_path, tokens=Tokens([("ann", TOKEN)]), **tls) as url:
         assert url.startswith("https://")
         with session(url, token=TOKEN, verify=str(tmp_path / "ca.pem")) as connection:
-            assert connection.evaluate("echo", 0, 1, [b"ab"], upper) == [b"ba", b"ROUND 0"]
+            data = os.urandom(3_000_000)
+            assert connection.evaluate("echo", 0, 1, [data], upper) == [data[::-1], b"ROUND 0"]
         with connected(url, token=TOKEN, verify=False) as connection:
             assert connection.describe()["name"] == "echo"
         with pytest.raises(ConnectionFailed, match=r"not trusted.*authority"):
@@ -217,6 +218,44 @@ def test_pieces_that_are_always_damaged_end(url, monkeypatch):
         connection.upload("evaluation", EVALUATION)
     assert caught.value.status == 422
     assert len(damages) == client._MAX_REFUSED_CHUNKS + 1
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_connection_that_breaks_amid_a_piece(url, monkeypatch, arrives):
+    monkeypatch.setattr(client, "UPLOAD_BYTES", 100_000)
+    sent = []
+    send = transport.httpx.Client.stream
+
+    @contextmanager
+    def breaking(self, method, url, *, content=None, **arguments):
+        if content is None:
+            with send(self, method, url, **arguments) as response:
+                yield response
+            return
+        sent.append(int(arguments["headers"]["Upload-Offset"]))
+        breaks = len(sent) == 2
+        if not breaks or arrives:
+            with send(self, method, url, content=content, **arguments) as response:
+                if not breaks:
+                    yield response
+        if breaks:
+            raise transport.httpx.ReadError("Connection reset by peer")
+
+    monkeypatch.setattr(transport.httpx.Client, "stream", breaking)
+    with connected(url) as connection:
+        connection.open(uploaded(connection))
+    # What had arrived, though nobody said so, is not sent again.
+    assert sent[:4] == ([0, 100_000, 200_000, 0] if arrives else [0, 100_000, 100_000, 200_000])
+
+
+def test_an_upload_without_a_network_ends(url, monkeypatch):
+    def fail(*_, **__):
+        raise transport.httpx.ConnectError("[Errno 113] No route to host")
+
+    with connected(url, patience=0.1) as connection:
+        monkeypatch.setattr(transport.httpx.Client, "stream", fail)
+        with pytest.raises(ConnectionFailed, match=r"uploading public keys: http.* No route to host"):
+            connection.upload("public", PUBLIC)
 
 
 def damage_pieces(monkeypatch, count: int) -> list[int]:
@@ -684,7 +723,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def test_what_is_not_a_cipherlm_server(status, body):
     handler = type("Answering", (Handler,), {"answers": (status, body)})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         with pytest.raises(RemoteError, match=r"not (answer )?as a CipherLM server does"):
             connected(f"http://127.0.0.1:{server.server_address[1]}", patience=0).describe()
         server.shutdown()
@@ -747,7 +786,7 @@ def answering(*answers):
 def test_answers_that_make_no_sense(answer):
     with scripted(answering(answer)) as url, connected(url, evaluation_timeout=20) as connection:
         connection.open({})
-        with pytest.raises(ConnectionFailed, match="not answer as a CipherLM server"):
+        with pytest.raises(ServerError, match="not answer as a CipherLM server"):
             connection.evaluate("echo", 0, 1, [], upper)
 
 

@@ -42,6 +42,7 @@ from cipherlm.serving.transport import (
     Requests,
     json_object,
     may_pass,
+    nonsense,
     refusal,
     server_error,
     timed_out,
@@ -130,7 +131,7 @@ class Connection:
             description = self._requests.send("GET", "/v1/model", doing)
             fingerprint, size = description.get("fingerprint"), description.get("message_bytes")
             if not isinstance(fingerprint, str) or type(size) is not int or size < 0:
-                raise ConnectionFailed(f"{doing}: {self.url} does not answer as a CipherLM server does")
+                raise nonsense(self._address, doing)
             if self._expected is not None and fingerprint != self._expected:
                 raise WrongModel(
                     f"{self.url} hosts the model {_printed(fingerprint)}, not {_printed(self._expected)}: "
@@ -279,7 +280,7 @@ class Connection:
     def _received(self, answer: Mapping[str, Any], size: int, doing: str) -> tuple[int, bool]:
         received, complete = answer.get("received"), answer.get("complete")
         if type(received) is not int or type(complete) is not bool or not 0 <= received <= size:
-            raise ConnectionFailed(f"{doing}: {self.url} does not answer as a CipherLM server does")
+            raise nonsense(self._address, doing)
         return received, complete
 
     def _open(self, description: Mapping[str, Any], keys: Mapping[str, str]) -> _Session:
@@ -458,9 +459,9 @@ class _Session:
             return SessionLost(f"{error}: open a session again")
         return error
 
-    def _misunderstood(self, doing: str) -> ConnectionFailed:
+    def _misunderstood(self, doing: str) -> ServerError:
         self.over = True
-        return ConnectionFailed(f"{doing}: {self._address.http} does not answer as a CipherLM server does")
+        return nonsense(self._address, doing)
 
     def _lost(self, error: Exception) -> SessionLost:
         self.over = True

@@ -172,6 +172,13 @@ def timed_out(address: Address, doing: str, seconds: float) -> TimedOut:
     )
 
 
+def nonsense(address: Address, doing: str) -> ServerError:
+    """Return what to raise for an answer that is against the protocol; trying again would not help."""
+    return ServerError(
+        protocol.PROTOCOL, f"{doing}: {address.http} does not answer as a CipherLM server does"
+    )
+
+
 def refusal(address: Address, doing: str, status: int, answer: Mapping[str, Any] | None) -> ServerError:
     """Return what to raise for an HTTP status other than success, or an answer that is not JSON."""
     details = answer.get("error", answer) if answer is not None else {}
