@@ -17,7 +17,7 @@ from cipherlm.engine import EvaluationKeys, PublicKey, RefreshReply, RefreshRequ
 from cipherlm.models.gpt2 import GPT2, MLP, Attention, Block, attention_layers, caches, linear
 from cipherlm.models.modules import Float64
 from cipherlm.schemes.ckks.calibration import ExactGelu, ExactSoftmax
-from cipherlm.schemes.ckks.functions import LEAST_KEYS, AnySoftmax, Gelu, Ranges
+from cipherlm.schemes.ckks.functions import AnySoftmax, Gelu, Ranges
 from cipherlm.schemes.ckks.session import Client, Geometry, Module
 from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
 from cipherlm.schemes.ckks.tensor import Cache, KeyValue, T
@@ -61,9 +61,6 @@ class Part(Protocol):
     def fitted(self, ranges: Sequence[BlockRanges], keys: int, /) -> Part:
         """Return the part with polynomials for these ranges, for at most ``keys`` keys to a query."""
 
-    def polynomials(self) -> int:
-        """Fit what is not fitted yet, and return how many polynomials there are."""
-
 
 @dataclass(frozen=True, eq=False)
 class BlocksPart:
@@ -87,10 +84,6 @@ class BlocksPart:
     def fitted(self, ranges: Sequence[BlockRanges], keys: int) -> BlocksPart:
         """See :class:`Part`."""
         return BlocksPart(self.model.fitted([Ranges(**own) for own in ranges], keys))
-
-    def polynomials(self) -> int:
-        """See :class:`Part`."""
-        return sum(3 + _softmax_polynomials(block.attn.softmax) for block in self.model.blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +117,6 @@ class AttentionPart:
         """See :class:`Part`."""
         return AttentionPart(replace(self.attention, softmax=AnySoftmax(ranges[0]["scores"], keys)))
 
-    def polynomials(self) -> int:
-        """See :class:`Part`."""
-        return _softmax_polynomials(self.attention.softmax)
-
 
 @dataclass(frozen=True, eq=False)
 class MLPPart:
@@ -155,10 +144,6 @@ class MLPPart:
         """See :class:`Part`."""
         return MLPPart(replace(self.mlp, gelu=Gelu.fit(ranges[0]["gelu"])))
 
-    def polynomials(self) -> int:
-        """See :class:`Part`."""
-        return 1
-
 
 def part_of(target: Any, config: Any) -> Part:
     """Return the exact arithmetic of a module of a ``GPT2LMHeadModel`` with this configuration.
@@ -184,17 +169,6 @@ def function_names(target: Any) -> list[tuple[str, ...]]:
     if isinstance(target, GPT2MLP):
         return [("gelu",)]
     return [("ln_1", "scores", "ln_2", "gelu")] * (1 if isinstance(target, GPT2Block) else len(target))
-
-
-def _softmax_polynomials(softmax: Any) -> int:
-    """Return how many polynomials softmax has, for all numbers of keys together."""
-    count, keys = 0, LEAST_KEYS
-    while True:
-        fitted = softmax.of(min(keys, softmax.most))
-        count += 2 + len(fitted.inverses)
-        if keys >= softmax.most:
-            return count
-        keys *= 2
 
 
 class Simulated:

@@ -162,8 +162,9 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     ) -> AttentionCircuit | dict[str, AttentionCircuit] | None:
         """Make ready to run: compile one circuit an encrypted module, for up to ``tokens`` tokens.
 
-        With CKKS there are no circuits: all polynomials are fitted, for the configuration's ``context``,
-        which ``tokens`` may not exceed. Prints how many, and returns None.
+        With CKKS there are no circuits: what calibration finds is all that a run needs. ``tokens`` may not
+        exceed the configuration's ``context``. Prints how many functions have become polynomials, and
+        returns None.
 
         Calibrates on ``calibration_ids`` first, but only if that has not happened: parameters once frozen,
         or loaded with ``from_pretrained``, stay as they are until ``calibrate`` is called. ``tokens``
@@ -367,9 +368,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if not self.is_calibrated:
             assert calibration_ids is not None
             self.calibrate(calibration_ids)
-        with placement.progress("fitting polynomials"):
-            count = placement.fit()
-        print(f"Fitted {count} polynomials for contexts of up to {context} tokens")
+        count = sum(len(names) for module in self._remote.values() for names in module.functions)
+        print(f"Fitted {count} functions for contexts of up to {context} tokens")
 
     def _freeze(self, quantized: dict[str, QuantizedAttention]) -> None:
         encrypted = self._circuits

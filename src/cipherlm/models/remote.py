@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,19 +61,10 @@ class Placement:
         self._client: MeteredClient | None = None
         self._backends: dict[FheMode, Backend] = {}
 
-    @property
-    def parts(self) -> list[Part]:
-        """The arithmetic of each module."""
-        return [cast("Part", module.function) for module in self.modules.values()]
-
     def use(self, modules: Mapping[str, Module]) -> None:
         """Compute these from now on: what a server evaluates, by name."""
         self.modules = dict(modules)
         self._backends, self._client = {}, None
-
-    def fit(self) -> int:
-        """Fit all polynomials that are not fitted yet, and return how many there are."""
-        return sum(part.polynomials() for part in self.parts)
 
     def connect(self, backend: Backend | None) -> None:
         """Let ``backend`` compute in the mode ``"execute"``, or with None a server in this process."""
