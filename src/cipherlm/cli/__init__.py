@@ -17,6 +17,7 @@ VERBS = {
     "generate": "continue a prompt, chosen attention modules on encrypted data",
     "evaluate": "measure what quantisation costs: agreement with the clear model, perplexity",
     "inspect": "show circuits, table lookups, key and ciphertext sizes, and the cache",
+    "serve": "evaluate a model on ciphertexts, for clients that keep their secret keys",
     "proxy": "let OpenAI programs on this machine use an encrypted model on a server",
     "keygen": "make the keys that a model on a server needs, and keep them on this machine",
     "bench": "measure one encrypted step for real, as JSON",

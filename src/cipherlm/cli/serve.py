@@ -1,0 +1,184 @@
+"""Evaluate a model on ciphertexts, for clients that keep their text and their secret keys.
+
+The server has the model's weights and its clients' evaluation keys. It listens on the loopback, where it needs
+no token; anywhere else it needs one, and TLS or a proxy that does TLS. What it does is on stderr, as JSON.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cipherlm.cli import CommandError, UsageError
+from cipherlm.cli.common import existing_file, positive_integer
+from cipherlm.cli.proxy import listen, port_argument
+
+if TYPE_CHECKING:
+    from cipherlm.serving.auth import Tokens
+    from cipherlm.serving.computation import HostedModel
+    from cipherlm.serving.service import Limits
+
+EXAMPLES = """\
+examples:
+  cipherlm serve gpt2-bundle
+  cipherlm serve gpt2-bundle --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
+  CIPHERLM_TOKEN="$(openssl rand -hex 32)" cipherlm serve gpt2-bundle --host 10.0.0.5
+
+a file of tokens has one a line, each with the name of its owner; owners do not see each other's keys:
+  alice 6f1ed002ab5595859014ebf0951522d9
+  bob   a5e744d0164540d33b1d7ea616c28f2f
+
+environment:
+  CIPHERLM_TOKEN  the token, where neither --token nor --token-file is given
+  CIPHERLM_HOME   where clients' keys are kept, in "server", where --data-dir is not given
+"""
+
+DEFAULT_PORT = 8470
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory that `cipherlm export` has made")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port",
+        type=port_argument,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help=f"port to listen on, 0 for any that is free (default: {DEFAULT_PORT})",
+    )
+    access = parser.add_argument_group("access")
+    tokens = access.add_mutually_exclusive_group()
+    tokens.add_argument("--token", help="what clients must have; other users of this machine can see it here")
+    tokens.add_argument("--token-file", metavar="FILE", help="tokens, one a line, each with its owner's name")
+    access.add_argument("--certfile", metavar="FILE", help="certificate chain for TLS, as PEM")
+    access.add_argument("--keyfile", metavar="FILE", help="the certificate's key, as PEM")
+
+    limits = parser.add_argument_group("limits")
+    for option, default, text in (
+        ("--workers", 1, "evaluations that compute at once; one uses all cores"),
+        ("--queue", 32, "evaluations that may wait; more are refused"),
+        ("--max-sessions", 8, "sessions at once; each holds its keys in memory"),
+        ("--max-connections", 128, "connections at once"),
+        ("--idle-seconds", 900, "a session may do nothing for so long"),
+        ("--reply-seconds", 120, "a client may take so long to refresh"),
+        ("--evaluation-seconds", 3600, "an evaluation may take so long"),
+        ("--grace-seconds", 30, "what runs may take so long when the server is told to end"),
+    ):
+        limits.add_argument(
+            option, type=positive_integer, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    limits.add_argument(
+        "--max-sessions-per-owner", type=positive_integer, metavar="N", help="of one owner (default: all)"
+    )
+    limits.add_argument(
+        "--max-tokens", type=positive_integer, metavar="N", help="length of a text (default: the model's)"
+    )
+
+    disk = parser.add_argument_group("clients' keys")
+    disk.add_argument(
+        "--data-dir", metavar="DIR", help="where they are kept (default: the user's data directory)"
+    )
+    disk.add_argument(
+        "--disk-budget",
+        type=size_argument,
+        default="50GB",
+        metavar="SIZE",
+        help="room for them, such as 500MB or 50GB; the least recently used make room (default: 50GB)",
+    )
+
+
+def size_argument(text: str) -> int:
+    """Return a number of bytes."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(|kB|MB|GB|TB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 50GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    if (options.certfile is None) != (options.keyfile is None):
+        raise UsageError("--certfile and --keyfile belong together")
+    certfile, keyfile = existing_file(options.certfile), existing_file(options.keyfile)
+    try:
+        from cipherlm.serving.auth import is_loopback
+        from cipherlm.serving.keys import KeyStore
+        from cipherlm.serving.logs import log_to
+        from cipherlm.serving.run import create_server
+        from cipherlm.serving.service import Service
+    except ImportError as error:
+        raise CommandError(f'{error.name} is missing: pip install "cipherlm[serve]"') from None
+    tokens = read_tokens(options)
+    if not tokens and not is_loopback(options.host):
+        raise UsageError(
+            f"{options.host} can be reached from other machines, and a server there needs a token: "
+            "--token-file, or CIPHERLM_TOKEN"
+        )
+    if not certfile and not is_loopback(options.host):
+        print("cipherlm: without --certfile, tokens cross the network in the clear", file=sys.stderr)
+
+    # Before the model is loaded, which takes a while.
+    with closing(listen(options.host, options.port)) as listener:
+        log_to()
+        model = load_hosted_model(Path(options.bundle))
+        keys = KeyStore(data_directory(options.data_dir), model.description["keys"], options.disk_budget)
+        service = Service(model, keys, tokens, limits_of(options))
+        server = create_server(service, options.host, options.port, certfile=certfile, keyfile=keyfile)
+        # uvicorn ends gracefully and then sends itself the signal again.
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def load_hosted_model(bundle: Path) -> "HostedModel":
+    """Return the model in a server bundle."""
+    from cipherlm.serving.bundle import load_hosted_model
+
+    return load_hosted_model(bundle)
+
+
+def read_tokens(options: argparse.Namespace) -> "Tokens":
+    """Return the tokens that the options or the environment give, if any."""
+    from cipherlm.serving.auth import DEFAULT_OWNER, Tokens
+
+    if options.token_file is not None:
+        return Tokens.read(Path(options.token_file))
+    token = options.token if options.token is not None else os.environ.get("CIPHERLM_TOKEN")
+    if token is None or (options.token is None and not token):
+        return Tokens()
+    return Tokens([(DEFAULT_OWNER, token)])
+
+
+def data_directory(given: str | None) -> Path:
+    """Return where clients' keys are kept."""
+    if given is not None:
+        return Path(given)
+    import platformdirs
+
+    return Path(os.environ.get("CIPHERLM_HOME") or platformdirs.user_data_dir("cipherlm")) / "server"
+
+
+def limits_of(options: argparse.Namespace) -> "Limits":
+    """Return the limits that the options set."""
+    from cipherlm.serving.service import Limits
+
+    return Limits(
+        workers=options.workers,
+        queue=options.queue,
+        sessions=options.max_sessions,
+        sessions_per_owner=options.max_sessions_per_owner,
+        connections=options.max_connections,
+        max_tokens=options.max_tokens,
+        idle_seconds=options.idle_seconds,
+        reply_seconds=options.reply_seconds,
+        evaluation_seconds=options.evaluation_seconds,
+        grace_seconds=options.grace_seconds,
+    )
