@@ -113,6 +113,10 @@ class Arithmetic:
         """Apply a function in threads."""
         return list(self._pool.map(function, items))
 
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
+
     def scale_before(self, polynomial: Chebyshev) -> float:
         """Return the scale at which a polynomial's interval costs no level."""
         low, high = polynomial.interval

@@ -154,9 +154,9 @@ class Softmax:
         """Return the softmax of centred scores in an interval, over at most ``keys`` keys.
 
         There are as many squarings, two at least, as bring the scores' upper end below ``steepest``; a first
-        mean of exponentials lies between 1 and its exponential. A row has ``places`` for keys, as many as there
-        are keys by default; all that it does not see weigh at most :data:`HIDDEN` in its first sum. ``degree``
-        is that of the exponential, and ``tolerance`` the relative error of the last division.
+        mean of exponentials lies between 1 and its exponential. A row has ``places`` for keys, as many as
+        there are keys by default; all that it does not see weigh at most :data:`HIDDEN` in its first sum.
+        ``degree`` is that of the exponential, and ``tolerance`` the relative error of the last division.
         """
         low, high = min(scores[0], 0.0), max(scores[1], 1.0)
         squarings = max(2, math.ceil(math.log2(high / steepest)))

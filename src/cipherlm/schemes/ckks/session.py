@@ -91,7 +91,7 @@ class Client:
     """The party with the text: it alone holds the secret key."""
 
     def __init__(self, secret_key: SecretKey, geometry: Geometry) -> None:
-        self.geometry, self._secret_key = geometry, secret_key
+        self.geometry, self.secret_key = geometry, secret_key
         self._layout = geometry.layout
 
     @classmethod
@@ -102,11 +102,11 @@ class Client:
     def evaluation_keys(self) -> EvaluationKeys:
         """Make the keys that a server needs to compute."""
         rotations = self._layout.rotations(self.geometry.parameters.max_level)
-        return self._secret_key.evaluation_keys(rotations, conjugation=True)
+        return self.secret_key.evaluation_keys(rotations, conjugation=True)
 
     def public_key(self) -> PublicKey:
         """Make the key that a server needs to refresh and rerandomise."""
-        return self._secret_key.public_key()
+        return self.secret_key.public_key()
 
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
@@ -130,18 +130,18 @@ class Client:
             missing = max(0, self._layout.tokens - start - len(hidden))
             padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
             slots = self._layout.pack(padded, start)
-        return [self._secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
+        return [self.secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
 
     def decrypt(self, ciphertexts: Sequence[Ciphertext], count: int, start: int) -> Float64:
         """Decrypt hidden states (tokens, width) of one chunk."""
-        slots = [self._secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
+        slots = [self.secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
         if start > self.geometry.prefix:
             return self._layout.decoding.unpack(slots[0], self._layout.width)[None]
         return self._layout.unpack(slots, self._layout.width, count, start)
 
     def refresh(self, request: RefreshRequest) -> RefreshReply:
         """Answer a server that is out of levels: it shows uniformly random numbers only."""
-        return self._secret_key.refresh(request)
+        return self.secret_key.refresh(request)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +215,11 @@ class Session:
             self.arithmetic.evaluator.rerandomize(part, self._public_key, flood=FLOOD)
             for part in result.parts
         ]
+
+    def close(self) -> None:
+        """Let go of everything of this client."""
+        self._seen.clear()
+        self.arithmetic.close()
 
 
 class InProcess:

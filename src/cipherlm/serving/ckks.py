@@ -1,0 +1,332 @@
+"""CKKS between two parties: weights and evaluation keys at the server, the secret key at the client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from cipherlm.engine import (
+    Ciphertext,
+    EvaluationKeys,
+    PublicKey,
+    RefreshReply,
+    RefreshRequest,
+    SecretKey,
+)
+from cipherlm.engine.errors import EngineError, InternalError
+from cipherlm.models.ckks import (
+    AttentionPart,
+    BlockRanges,
+    BlocksPart,
+    MLPPart,
+    Part,
+    TextLost,
+)
+from cipherlm.models.gpt2 import GPT2, MLP, Attention, Block
+from cipherlm.schemes.ckks.calibration import ExactFunctions
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
+from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server, Session
+from cipherlm.schemes.ckks.tensor import KeyValue, Linear
+from cipherlm.serving.computation import Exchange, Report
+from cipherlm.serving.errors import SessionLost
+
+Float64 = NDArray[np.float64]
+
+WEIGHTS_NAME = "weights.safetensors"
+MODULES_NAME = "modules.json"
+EVALUATION, PUBLIC = "evaluation", "public"
+
+MESSAGE_BYTES = 32 << 20
+"""What the ciphertexts of one message may take: a refresh of a few at the highest level."""
+
+_SLACK = 1 << 20
+
+
+class CkksHostedModel:
+    """A server's modules with their weights, encoded once for all sessions; each brings its own keys."""
+
+    def __init__(
+        self, modules: Mapping[str, Module], geometry: Geometry, fingerprint: str, name: str
+    ) -> None:
+        self.geometry, self.name, self.fingerprint = geometry, name, fingerprint
+        self._server = Server(modules, geometry)
+
+    @classmethod
+    def load(cls, directory: Path, geometry: Geometry, fingerprint: str, name: str) -> CkksHostedModel:
+        """Load the modules that :func:`save_modules` wrote. Raises ``ValueError`` if they are damaged."""
+        return cls(load_modules(directory, geometry), geometry, fingerprint, name)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What clients may know, as JSON: see ``HostedModel.description``."""
+        return {
+            "scheme": "ckks",
+            "name": self.name,
+            "modules": list(self._server.modules),
+            "parameters": self.geometry.to_dict(),
+            "fingerprint": self.fingerprint,
+            "keys": {EVALUATION: _key_bytes(self.geometry), PUBLIC: _SLACK},
+            "max_tokens": self.geometry.context,
+            "message_bytes": MESSAGE_BYTES,
+        }
+
+    def open(self, keys: Mapping[str, Path]) -> CkksComputation:
+        """Start a session with a client's keys. Raises ``ValueError`` for any that are not for this model."""
+        if set(keys) != {EVALUATION, PUBLIC}:
+            raise ValueError(f"a CKKS session needs keys of the kinds {EVALUATION!r} and {PUBLIC!r}")
+        parameters = self.geometry.parameters
+        with keys[EVALUATION].open("rb") as file:
+            evaluation = _answer_for(lambda: EvaluationKeys.read_from(file, parameters))
+            if file.read(1):
+                raise ValueError("the evaluation keys are followed by something else")
+        public = _answer_for(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
+        if evaluation.fingerprint != public.fingerprint:
+            raise ValueError("the evaluation keys and the public key belong to different secret keys")
+        _check_complete(evaluation, self.geometry)
+        return CkksComputation(self._server, evaluation, public)
+
+
+class CkksComputation:
+    """One session: a client's keys, and the keys and values of its tokens, encrypted."""
+
+    def __init__(self, server: Server, keys: EvaluationKeys, public_key: PublicKey) -> None:
+        self._parameters = server.geometry.parameters
+        self._fingerprint = keys.fingerprint
+        self._exchange: Exchange | None = None
+        self._session: Session | None = server.open(keys, public_key, self._refresh)
+
+    def evaluate(
+        self, module: str, start: int, count: int, inputs: Sequence[bytes], exchange: Exchange, report: Report
+    ) -> list[bytes]:
+        """See ``Computation.evaluate``."""
+        session = self._session
+        if session is None:
+            raise ValueError("the session is closed")
+        ciphertexts = _answer_for(lambda: [self._input(data) for data in inputs])
+        if len(ciphertexts) != 1:
+            raise ValueError(f"tokens come in one ciphertext, not in {len(ciphertexts)}")
+        self._exchange = exchange
+        try:
+            results = _answer_for(lambda: session.evaluate(module, start, ciphertexts, count, report))
+        finally:
+            self._exchange = None
+        return [result.to_bytes() for result in results]
+
+    def close(self) -> None:
+        """Let go of the keys and of all ciphertexts."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _input(self, data: bytes) -> Ciphertext:
+        """Return a ciphertext as :meth:`Client.encrypt` makes it. Raises ``ValueError`` for any other."""
+        ciphertext = Ciphertext.from_bytes(data, self._parameters)
+        about = (ciphertext.level, ciphertext.degree, ciphertext.key_fingerprint)
+        if about != (ATTENTION_LEVEL, 1, self._fingerprint) or ciphertext.scale != self._parameters.scale:
+            raise ValueError("a ciphertext of another level or scale, or under another key")
+        return ciphertext
+
+    def _refresh(self, request: RefreshRequest) -> RefreshReply:
+        assert self._exchange is not None
+        return RefreshReply.from_bytes(self._exchange(request.to_bytes()), self._parameters)
+
+
+class Evaluator(Protocol):
+    """What the client needs of a connection to a server."""
+
+    def evaluate(
+        self,
+        module: str,
+        start: int,
+        count: int,
+        inputs: Sequence[bytes],
+        refresh: Callable[[bytes], bytes],
+        report: Report | None = None,
+    ) -> list[bytes]:
+        """Have the server evaluate a module; see ``Computation.evaluate``."""
+
+    def reopen(self) -> None:
+        """Open a new session with the same keys."""
+
+
+class CkksBackend:
+    """The client's side: the secret key, and a connection to where the weights are."""
+
+    def __init__(self, client: Client, connection: Evaluator) -> None:
+        self._client, self._connection = client, connection
+        self._parameters = client.geometry.parameters
+
+    def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
+        """Return a module's outputs (tokens, width) for hidden states (tokens, width) from ``start`` on.
+
+        Raises ``TextLost`` where the server no longer has the tokens before ``start``: a new session is open.
+        """
+        rows = []
+        for position, count in self._client.chunks(start, len(hidden)):
+            chunk = hidden[position - start : position - start + count]
+            inputs = [ciphertext.to_bytes() for ciphertext in self._client.encrypt(chunk, position)]
+            try:
+                results = self._connection.evaluate(name, position, count, inputs, self._refresh, report)
+            except SessionLost as error:
+                self._connection.reopen()
+                raise TextLost(str(error)) from error
+            outputs = [Ciphertext.from_bytes(result, self._parameters) for result in results]
+            rows.append(self._client.decrypt(outputs, count, position))
+        return np.concatenate(rows)
+
+    def _refresh(self, request: bytes) -> bytes:
+        return self._client.refresh(RefreshRequest.from_bytes(request, self._parameters)).to_bytes()
+
+
+def generate(geometry: Geometry) -> tuple[SecretKey, Mapping[str, Callable[[Any], object]]]:
+    """Make a secret key, and by kind what writes the keys for a server to a file."""
+    client = Client.generate(geometry)
+    public = {
+        EVALUATION: lambda file: client.evaluation_keys().write_to(file),
+        PUBLIC: lambda file: client.public_key().write_to(file),
+    }
+    return client.secret_key, public
+
+
+def save_modules(
+    directory: Path,
+    parts: Mapping[str, Part],
+    prefixes: Mapping[str, Sequence[KeyValue]],
+    ranges: Mapping[str, Sequence[BlockRanges]],
+) -> list[Path]:
+    """Write what a server evaluates: exact parts, keys and values of the prefix, and ranges for polynomials.
+
+    Returns the paths of :data:`WEIGHTS_NAME` and :data:`MODULES_NAME`. Weights are kept in single precision.
+    """
+    arrays: dict[str, Float64] = {}
+    about: dict[str, Any] = {}
+    for name, part in parts.items():
+        kind, layers, facts = _taken_apart(part)
+        about[name] = {"kind": kind, **facts, "ranges": [dict(own) for own in ranges[name]]}
+        for key, layer in layers.items():
+            arrays[f"{name}.{key}.weight"], arrays[f"{name}.{key}.bias"] = layer.weight, layer.bias
+        for index, pair in enumerate(prefixes[name]):
+            arrays[f"{name}.prefix.{index}.key"], arrays[f"{name}.prefix.{index}.value"] = pair
+    weights, text = directory / WEIGHTS_NAME, directory / MODULES_NAME
+    save_file({key: np.ascontiguousarray(value, np.float32) for key, value in arrays.items()}, weights)
+    text.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return [weights, text]
+
+
+def load_modules(directory: Path, geometry: Geometry) -> dict[str, Module]:
+    """Read what :func:`save_modules` wrote, with its polynomials fitted.
+
+    Raises ``ValueError``, naming the file, if it is damaged.
+    """
+    weights, text = directory / WEIGHTS_NAME, directory / MODULES_NAME
+    try:
+        arrays = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{weights} is missing or damaged: {error}") from error
+    try:
+        about = json.loads(text.read_text(encoding="utf-8"))
+        return {name: _module(name, facts, arrays, geometry) for name, facts in about.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{text} is missing, damaged or not of {weights.name}: {error}") from error
+
+
+def _module(
+    name: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]], geometry: Geometry
+) -> Module:
+    def array(key: str) -> Float64:
+        return np.asarray(arrays[f"{name}.{key}"], np.float64)
+
+    def layer(key: str) -> Linear:
+        return Linear(array(f"{key}.weight"), array(f"{key}.bias"))
+
+    exact = ExactFunctions(float(facts.get("epsilon", 0.0)))
+    part: Part
+    count = 1
+    if facts["kind"] == "attention":
+        part = AttentionPart(Attention(geometry.heads, layer("c_attn"), layer("c_proj"), exact.softmax))
+    elif facts["kind"] == "mlp":
+        part, count = MLPPart(MLP(layer("c_fc"), layer("c_proj"), exact.gelu)), 0
+    elif facts["kind"] == "blocks":
+        count = int(facts["blocks"])
+        blocks = [
+            Block(
+                exact.ln_1,
+                Attention(
+                    geometry.heads, layer(f"{i}.attn.c_attn"), layer(f"{i}.attn.c_proj"), exact.softmax
+                ),
+                exact.ln_2,
+                MLP(layer(f"{i}.mlp.c_fc"), layer(f"{i}.mlp.c_proj"), exact.gelu),
+            )
+            for i in range(count)
+        ]
+        part = BlocksPart(GPT2(tuple(blocks), exact.epsilon))
+    else:
+        raise ValueError(f"a module of the kind {facts['kind']!r}")
+    prefix = [(array(f"prefix.{i}.key"), array(f"prefix.{i}.value")) for i in range(count)]
+    ranges = [{key: (float(low), float(high)) for key, (low, high) in own.items()} for own in facts["ranges"]]
+    return Module(part.fitted(ranges, geometry.context), prefix)
+
+
+def _taken_apart(part: Part) -> tuple[str, dict[str, Linear], dict[str, Any]]:
+    """Return the kind of a part, its linear layers by name, and what else it consists of."""
+    if isinstance(part, AttentionPart):
+        return "attention", {"c_attn": part.attention.c_attn, "c_proj": part.attention.c_proj}, {}
+    if isinstance(part, MLPPart):
+        return "mlp", {"c_fc": part.mlp.c_fc, "c_proj": part.mlp.c_proj}, {}
+    if not isinstance(part, BlocksPart):
+        raise TypeError(f"{type(part).__name__} cannot be saved")
+    layers: dict[str, Linear] = {}
+    for i, block in enumerate(part.model.blocks):
+        layers[f"{i}.attn.c_attn"], layers[f"{i}.attn.c_proj"] = block.attn.c_attn, block.attn.c_proj
+        layers[f"{i}.mlp.c_fc"], layers[f"{i}.mlp.c_proj"] = block.mlp.c_fc, block.mlp.c_proj
+    return "blocks", layers, {"blocks": len(part.model.blocks), "epsilon": part.model.epsilon}
+
+
+def modules_fingerprint(directory: Path) -> str:
+    """Return the SHA-256 that names what a server evaluates."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS_NAME, MODULES_NAME):
+        digest.update(hashlib.sha256((directory / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _key_bytes(geometry: Geometry) -> int:
+    """Return how many bytes the evaluation keys of this geometry have, at most.
+
+    A key has a polynomial for each digit of two primes, modulo all primes up to its level and two more.
+    """
+    parameters = geometry.parameters
+    top = parameters.max_level
+    levels = [*geometry.layout.rotations(top).values(), top, top]
+    polynomials = sum((level + 2) // 2 * (level + 3) for level in levels)
+    return polynomials * parameters.degree * 8 + _SLACK
+
+
+def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
+    """Raise ``ValueError`` unless keys serve all that is computed in a geometry."""
+    parameters = geometry.parameters
+    held = keys.galois_levels
+    wanted = geometry.layout.rotations(parameters.max_level)
+    for rotation, level in wanted.items():
+        if held.get(pow(5, rotation, 2 * parameters.degree), -1) < level:
+            raise ValueError("the evaluation keys are for another model: make keys for this one")
+    if (keys.relinearization_level or -1) < parameters.max_level:
+        raise ValueError("the evaluation keys lack the one for products: make keys for this model")
+
+
+def _answer_for(call: Callable[[], Any]) -> Any:
+    """Call, and raise ``ValueError`` for whatever of the engine's errors a client's bytes can lead to."""
+    try:
+        return call()
+    except InternalError:
+        raise
+    except EngineError as error:
+        raise ValueError(str(error)) from error
