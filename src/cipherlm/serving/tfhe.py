@@ -236,7 +236,9 @@ def export_tfhe(model: EncryptedGPT2LMHeadModel, directory: Path) -> dict[str, A
     Raises ``NotCompiledError`` if a module has no circuit. Generates two pairs of keys a module and drops
     them (see ``AttentionCircuit.split``): seconds to minutes.
     """
-    modules = model.encrypted_modules
+    from cipherlm.models.attention import EncryptedAttention
+
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, EncryptedAttention)}
     for name, module in modules.items():
         if module.circuit is None:
             raise NotCompiledError(f"{name} has no circuit: call compile() before exporting")

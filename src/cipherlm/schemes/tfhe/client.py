@@ -60,7 +60,7 @@ class ClientCircuit:
         start = time.perf_counter()
         with self.progress("generating keys"):
             self._client.keygen(force=True)
-            self._fingerprint = hashlib.sha256(self._client.evaluation_keys.serialize()).digest()
+            self._fingerprint = _fingerprint(self._client)
         return time.perf_counter() - start
 
     def evaluation_keys(self) -> bytes:
@@ -88,6 +88,8 @@ class ClientCircuit:
             client.keys.load_from_bytes(body)
         except RuntimeError as error:
             raise ValueError("Concrete cannot read the secret keys") from error
+        if _fingerprint(client) != header.keys:
+            raise ValueError("the message holds other keys than its label says")
         self._client, self._fingerprint = client, header.keys
 
     def encrypt(self, hidden: NDArray[np.floating[Any]]) -> bytes:
@@ -178,6 +180,11 @@ class ClientCircuit:
         if self._fingerprint is None:
             raise RuntimeError("there are no keys yet: call keygen or load_secret_keys first")
         return self._fingerprint
+
+
+def _fingerprint(client: Any) -> bytes:
+    """Return the SHA-256 of a ``fhe.Client``'s evaluation keys, which names its keys."""
+    return hashlib.sha256(client.evaluation_keys.serialize()).digest()
 
 
 def _check_shapes(
