@@ -284,6 +284,21 @@ def test_drawing_is_from_the_whole_vocabulary(model, tokenizer):
     assert (heard["do_sample"], heard["temperature"], heard["top_p"], heard["top_k"]) == (True, 1, 1, 0)
 
 
+def test_equal_choices_are_generated_once(model, tokenizer):
+    runs = []
+
+    def generate(ids, **options):
+        runs.append(options["max_new_tokens"])
+        return model.generate(ids, **options)
+
+    spy = SimpleNamespace(config=model.config, generate=generate)
+    with served(spy, tokenizer) as url, openai_client(url) as client:
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, n=3, temperature=0)
+        assert runs == [2]
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, n=3)
+        assert runs == [2] * 4
+
+
 def test_a_seed_leaves_the_process_s_draws_alone(client):
     torch.manual_seed(0)
     expected = torch.rand(1)
