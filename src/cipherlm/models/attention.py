@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,17 @@ from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
 from cipherlm.schemes.tfhe.errors import NotCompiledError, TooManyTokensError
+
+
+class RemoteCircuit(Protocol):
+    """A circuit at a server."""
+
+    @property
+    def tokens(self) -> int:
+        """For how many tokens it is."""
+
+    def execute(self, x: Float64) -> Float64:
+        """Return the outputs (t, outputs) for hidden states (t, width), t at most ``tokens``."""
 
 
 class EncryptedAttention(EncryptedModule):
@@ -37,6 +48,7 @@ class EncryptedAttention(EncryptedModule):
         self.config = config
         self.quantized: QuantizedAttention | None = None
         self.circuit: AttentionCircuit | None = None
+        self._elsewhere: RemoteCircuit | None = None
         # The submodules themselves, so that parameters keep their names in the model's state dict.
         self.c_attn: Conv1D = attention.c_attn
         self.c_proj: Conv1D = attention.c_proj
@@ -50,7 +62,11 @@ class EncryptedAttention(EncryptedModule):
     @property
     def is_calibrated(self) -> bool:
         """Whether the quantisation parameters are there."""
-        return self.quantized is not None
+        return self.quantized is not None or self._elsewhere is not None
+
+    def use(self, circuit: RemoteCircuit) -> None:
+        """Let a server compute, in the mode ``"execute"``; there is no other then."""
+        self._elsewhere = circuit
 
     @property
     def heads(self) -> list[int]:
@@ -115,6 +131,12 @@ class EncryptedAttention(EncryptedModule):
         """
         if self._in_clear:
             return
+        if self._elsewhere is not None:
+            if self.mode != "execute":
+                raise NotCompiledError(f'the circuit of {self.name} is at a server: set_fhe_mode("execute")')
+            if tokens > self._elsewhere.tokens:
+                raise TooManyTokensError(tokens, self._elsewhere.tokens)
+            return
         if self.quantized is None:
             raise NotCompiledError(
                 f"{self.name} is not calibrated: call compile(calibration_ids) first, "
@@ -142,6 +164,8 @@ class EncryptedAttention(EncryptedModule):
         return torch.from_numpy(np.stack(rows)).to(hidden_states)
 
     def _runner(self) -> Callable[[Float64], Float64]:
+        if self._elsewhere is not None:
+            return self._elsewhere.execute
         assert self.quantized is not None  # check_ready
         if self.mode == "disable":
             return self.quantized

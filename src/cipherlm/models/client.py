@@ -1,10 +1,103 @@
 """What a client keeps of a model whose encrypted parts run at a server's."""
 
-import torch
-from transformers import GPT2LMHeadModel
+from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GPT2LMHeadModel, PretrainedConfig
+
+from cipherlm.models.attention import EncryptedAttention, RemoteCircuit
+from cipherlm.models.ckks import BlockRanges, Part
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+from cipherlm.models.modules import Float64
+from cipherlm.models.remote import Exact
 from cipherlm.models.targets import match
+from cipherlm.progress import Progress, silent
+from cipherlm.schemes.ckks.tensor import Cache, KeyValue, T
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a client has to know of a remote module with CKKS."""
+
+    outputs: Float64
+    """The module's outputs (tokens, width) at the public prefix."""
+    centred: bool
+    """Whether its inputs have to have a mean of zero."""
+    extra: int | None
+    """How many values the clear module returns beside hidden states; None if it returns no tuple."""
+
+
+def client_model(
+    config: PretrainedConfig,
+    encryption: EncryptionConfig,
+    state: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Constants],
+    circuits: Mapping[str, RemoteCircuit],
+    *,
+    progress: Progress = silent,
+) -> EncryptedGPT2LMHeadModel:
+    """Return a model from a client's weights, in the mode ``"execute"``, which others compute.
+
+    With CKKS, ``constants`` are of every remote module, and ``connect`` gives the model its backend; with
+    TFHE, ``circuits`` are. Raises ``ValueError`` if weights, constants or circuits are of another model.
+    """
+    clear = GPT2LMHeadModel(config)
+    missing, unexpected = clear.load_state_dict(dict(state), strict=False)
+    clear.tie_weights()
+    clear.train(False)
+    model = get_encrypted_model(clear, encryption, progress=progress)
+    inside = tuple(f"{name}." for name in model.encrypted_modules)
+    lacking = [name for name in missing if not name.startswith((*inside, "lm_head."))]
+    if lacking or unexpected:
+        raise ValueError(f"the weights are of another model: {', '.join([*lacking, *unexpected][:3])}")
+    model.set_fhe_mode("execute")
+    expected = constants if encryption.scheme == "ckks" else circuits
+    if set(expected) != set(model.encrypted_modules):
+        raise ValueError(f"{', '.join(model.encrypted_modules)} are remote, not {', '.join(expected)}")
+    for name, module in model.remote_modules.items():
+        own = constants[name]
+        prefix, width = len(model.prefix), config.n_embd
+        if own.outputs.shape != (prefix, width):
+            raise ValueError(f"{name} has outputs of {own.outputs.shape} at a prefix of {(prefix, width)}")
+        module.detach(Exact(_Elsewhere(own.centred), [], own.outputs, own.extra))
+    for name, attention in model.encrypted_modules.items():
+        if isinstance(attention, EncryptedAttention):
+            attention.use(circuits[name])
+    return model
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A part of which only the outside is known."""
+
+    centred: bool
+
+    def __call__(self, x: T, caches: Sequence[Cache], report: Any) -> T:
+        raise NotConnectedError
+
+    def keys_values(self, hidden: Float64) -> list[KeyValue]:
+        """See ``Part``."""
+        raise NotConnectedError
+
+    def calibrated(self, texts: Iterable[Float64], prefix: Sequence[KeyValue]) -> list[BlockRanges]:
+        """See ``Part``."""
+        raise NotConnectedError
+
+    def fitted(self, ranges: Sequence[BlockRanges], keys: int) -> Part:
+        """See ``Part``."""
+        raise NotConnectedError
+
+
+class NotConnectedError(RuntimeError):
+    """A client's model is asked to compute what only its server can."""
+
+    def __init__(self) -> None:
+        super().__init__("the weights of this module are with the server: the mode must be 'execute'")
 
 
 def client_state_dict(model: GPT2LMHeadModel, config: EncryptionConfig) -> dict[str, torch.Tensor]:

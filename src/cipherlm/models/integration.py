@@ -70,7 +70,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         return {name: m for name, m in self.named_modules() if isinstance(m, EncryptedAttention)}
 
     @property
-    def _remote(self) -> dict[str, RemoteModule]:
+    def remote_modules(self) -> dict[str, RemoteModule]:
+        """The modules that CKKS servers compute, by name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, RemoteModule)}
 
     @property
@@ -126,7 +127,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     @property
     def fingerprint(self) -> str:
         """A hash of the weights of the remote modules and of the prefix, with CKKS."""
-        return fingerprint(self._remote, self._ckks())
+        return fingerprint(self.remote_modules, self._ckks())
 
     def calibrate(self, calibration_ids: CalibrationIds) -> None:
         """Choose the parameters on text and freeze them, in place of any there are.
@@ -225,7 +226,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         # Of both kinds, so that none of an earlier model stays behind.
         save_quantization(save_directory, self._circuits)
         if self.placement is not None:
-            save_ranges(save_directory, self._remote, self.placement)
+            save_ranges(save_directory, self.remote_modules, self.placement)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -241,7 +242,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if model.placement is None:
             model._freeze(load_quantization(directory, model._circuits))
         else:
-            ranges = load_ranges(directory, model._remote, model.placement)
+            ranges = load_ranges(directory, model.remote_modules, model.placement)
             if ranges:
                 model._freeze_remote(model.placement, model._examined(model.placement), ranges)
         return model
@@ -324,7 +325,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         texts = [self._prefixed(ids) for ids in batches]
         if all(ids.shape[1] == len(placement.prefix) for ids in texts):
             raise ValueError("calibration_ids has nothing behind the prefix")
-        remote = self._remote
+        remote = self.remote_modules
         exact = self._examined(placement)
         with ExitStack() as stack, torch.no_grad():
             recorded = {name: stack.enter_context(module.recording()) for name, module in remote.items()}
@@ -353,13 +354,15 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     def _examined(self, placement: Placement) -> dict[str, Exact]:
         """Return the exact arithmetic of remote modules, with what the clear model makes of the prefix."""
         with ExitStack() as stack, torch.no_grad():
-            recorded = {n: stack.enter_context(module.recording()) for n, module in self._remote.items()}
+            recorded = {
+                n: stack.enter_context(module.recording()) for n, module in self.remote_modules.items()
+            }
             stack.enter_context(self.in_clear())
             self.transformer(torch.tensor([placement.prefix], device=self.device))
-        return {name: module.examine(*recorded[name][0]) for name, module in self._remote.items()}
+        return {name: module.examine(*recorded[name][0]) for name, module in self.remote_modules.items()}
 
     def _freeze_remote(self, placement: Placement, exact: dict[str, Exact], ranges: CalibratedRanges) -> None:
-        placement.use({n: module.freeze(exact[n], ranges[n]) for n, module in self._remote.items()})
+        placement.use({n: module.freeze(exact[n], ranges[n]) for n, module in self.remote_modules.items()})
 
     def _fit(self, placement: Placement, calibration_ids: CalibrationIds | None, tokens: int | None) -> None:
         context = placement.geometry.context
@@ -368,7 +371,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if not self.is_calibrated:
             assert calibration_ids is not None
             self.calibrate(calibration_ids)
-        count = sum(len(names) for module in self._remote.values() for names in module.functions)
+        count = sum(len(names) for module in self.remote_modules.values() for names in module.functions)
         print(f"Fitted {count} functions for contexts of up to {context} tokens")
 
     def _freeze(self, quantized: dict[str, QuantizedAttention]) -> None:

@@ -74,6 +74,8 @@ class Placement:
         """Return who computes in a mode. A server in this process, and its keys, are made here."""
         if mode == "execute" and self._connected is not None:
             return self._connected
+        if not self.modules:
+            raise RuntimeError("nothing is here to compute remote modules with: connect a backend")
         if mode not in self._backends:
             if mode == "execute":
                 with self.progress("making keys"):
@@ -232,6 +234,12 @@ class RemoteModule(EncryptedModule):
         fitted = exact.part.fitted(ranges, self.placement.geometry.context)
         self.exact, self.ranges, self._text = exact, list(ranges), None
         return Module(fitted, exact.prefix)
+
+    def detach(self, exact: Exact) -> None:
+        """Drop the weights: a backend that the model is connected to has them. ``exact`` has none either."""
+        for child in [name for name, _ in self.named_children()]:
+            delattr(self, child)
+        self.exact, self.ranges = exact, []
 
     def extra_repr(self) -> str:
         """Say in ``print(model)`` that this is encrypted."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from cipherlm.schemes.tfhe.errors import NotCompiledError
 from cipherlm.schemes.tfhe.files import private_file, sha256_of
 from cipherlm.schemes.tfhe.server import ServerCircuit, ServerKeys
 from cipherlm.serving.computation import Exchange, Report
+from cipherlm.serving.keystore import KeyMaterial
+from cipherlm.serving.errors import SessionLost
 
 if TYPE_CHECKING:
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
@@ -40,9 +43,12 @@ class Evaluator(Protocol):
         count: int,
         inputs: Sequence[bytes],
         refresh: Callable[[bytes], bytes],
-        report: Report,
+        report: Report | None,
     ) -> list[bytes]:
         """Have the server evaluate a module; see ``Computation.evaluate``."""
+
+    def reopen(self) -> None:
+        """Open a new session with the same keys."""
 
 
 class TfheHostedModel:
@@ -186,18 +192,33 @@ class TfheBackend:
         """Read what ``save_keys`` wrote. Raises ``ValueError``, naming the file, for anything else."""
         with path.open("rb") as file:
             try:
-                for module in sorted(self.circuits):
-                    self.circuits[module].load_secret_keys(file)
-                if file.read(1):
-                    raise ValueError("the keys are followed by something else")
+                self._load(file)
             except ValueError as error:
                 raise ValueError(f"{path} does not hold the keys of this model: {error}") from error
+
+    def _load(self, file: BinaryIO) -> None:
+        for module in sorted(self.circuits):
+            self.circuits[module].load_secret_keys(file)
+        if file.read(1):
+            raise ValueError("the keys are followed by something else")
+
+    def key_material(self) -> KeyMaterial:
+        """Return the keys for a key set; the evaluation keys are the only public ones."""
+        secret = b"".join(self.circuits[module].secret_keys() for module in sorted(self.circuits))
+        return KeyMaterial(secret, {KEY_KIND: self._write_evaluation_keys})
+
+    def load_secret(self, secret: bytes) -> None:
+        """Take the secret of :meth:`key_material`. Raises ``ValueError`` for that of other circuits."""
+        self._load(io.BytesIO(secret))
 
     def write_evaluation_keys(self, path: Path) -> None:
         """Write the keys to send to the server, as the kind ``"evaluation"``. No secret key is among them."""
         with private_file(path) as file:
-            for module in sorted(self.circuits):
-                file.write(self.circuits[module].evaluation_keys())
+            self._write_evaluation_keys(file)
+
+    def _write_evaluation_keys(self, file: BinaryIO) -> None:
+        for module in sorted(self.circuits):
+            file.write(self.circuits[module].evaluation_keys())
 
     def evaluate(
         self, module: str, hidden: NDArray[np.floating[Any]], start: int = 0, report: Report | None = None
@@ -217,9 +238,12 @@ class TfheBackend:
             raise RuntimeError("there is no connection to a server yet")
         ciphertext = circuit.encrypt(hidden)
         check_span(module, start, len(hidden), circuit.description.tokens)
-        results = self.connection.evaluate(
-            module, start, len(hidden), [ciphertext], _refuse_refresh, report or _unheard
-        )
+        arguments = (module, start, len(hidden), [ciphertext], _refuse_refresh, report)
+        try:
+            results = self.connection.evaluate(*arguments)
+        except SessionLost:  # it had nothing to remember
+            self.connection.reopen()
+            results = self.connection.evaluate(*arguments)
         if len(results) != 1:
             raise ValueError(f"the server returned {len(results)} results for {module}, not one")
         return circuit.decrypt(results[0])[: len(hidden)]
@@ -284,7 +308,3 @@ def _module_names(directory: Path) -> list[str]:
 
 def _refuse_refresh(_request: bytes) -> bytes:
     raise ValueError("the server asks to refresh a ciphertext, which TFHE never needs")
-
-
-def _unheard(_done: int, _total: int) -> None:
-    pass

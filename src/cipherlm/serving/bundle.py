@@ -1,0 +1,248 @@
+"""A model in two bundles: what the server computes with, and what clients get.
+
+::
+
+    OUT/server/bundle.json       scheme, parameters, modules, fingerprint, SHA-256 of every other file
+              weights.safetensors, modules.json    CKKS: weights and ranges of the remote modules
+              circuits/                            TFHE: compiled circuits
+    OUT/client/bundle.json       the same, and the server's description
+              config.json, model.safetensors       the model without the remote modules' weights
+              encryption_config.json, tokenizer files
+              remote.safetensors                   CKKS: what remote modules make of the public prefix
+              circuits/                            TFHE: scales and parameters
+
+There is no pickle in them. A client's bundle is for everybody who may use the model; a server's is what has
+to be kept from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cipherlm.serving.computation import HostedModel
+from cipherlm.serving.keystore import KeyMaterial, sha256
+
+if TYPE_CHECKING:
+    import torch
+
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.progress import Progress
+
+BUNDLE_NAME = "bundle.json"
+FORMAT = "cipherlm-bundle"
+VERSION = 1
+STATE_NAME = "model.safetensors"
+CONSTANTS_NAME = "remote.safetensors"
+_MOST_BYTES = 4 << 20
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, damaged, of another version or for the other party."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A directory that :func:`export` wrote, its files checked."""
+
+    directory: Path
+    about: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], party: str) -> Bundle:
+        """Read a bundle for ``"server"`` or ``"client"``. Raises :class:`BundleError`, naming the file."""
+        root = Path(directory)
+        path = root / BUNDLE_NAME
+        if not path.is_file():
+            hint = f": try {root / party}" if (root / party / BUNDLE_NAME).is_file() else ""
+            raise BundleError(f"{root} is no bundle{hint or ': `cipherlm export` makes one'}")
+        try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise ValueError("too long")
+            about = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(about, dict) or about.get("format") != FORMAT:
+                raise ValueError("not a bundle")
+            files = about["files"]
+            if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
+                raise ValueError("its list of files")
+        except (ValueError, KeyError) as error:
+            raise BundleError(f"{path} is damaged: {error}") from error
+        if about.get("version") != VERSION:
+            raise BundleError(
+                f"{path} has the version {about.get('version')!r}, and {VERSION} is known: "
+                "export the model again with this version of CipherLM"
+            )
+        if about.get("party") != party:
+            raise BundleError(f"{root} is for the {about.get('party')}, not for the {party}")
+        for name, expected in files.items():
+            file = root / name
+            if not file.is_file() or sha256(file) != expected:
+                raise BundleError(f"{file} is missing or damaged: export the model or copy the bundle again")
+        return cls(root, about)
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of the encryption."""
+        return str(self.about["scheme"])
+
+
+def export(
+    model: EncryptedGPT2LMHeadModel, directory: str | os.PathLike[str], tokenizer: Any, *, name: str
+) -> dict[str, Any]:
+    """Write a calibrated model (with TFHE, a compiled one) as ``server`` and ``client`` in a directory.
+
+    Returns the description that clients get from the server. Raises ``RuntimeError`` for a model that is not
+    ready, and ``ValueError`` for a directory that is not empty.
+    """
+    root = Path(directory)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is there already and not empty: export to a new directory")
+    if not model.is_calibrated:
+        raise RuntimeError("the model is not calibrated: call compile(calibration_ids) before exporting")
+    server, client = root / "server", root / "client"
+    server.mkdir(parents=True)
+    client.mkdir()
+    scheme = model.encryption_config.scheme
+    if scheme == "ckks":
+        about, constants = _export_ckks(model, server, client)
+    else:
+        about, constants = _export_tfhe(model, root)
+    model.config.save_pretrained(client)
+    model.encryption_config.save_pretrained(client)
+    tokenizer.save_pretrained(client)
+    _save_state(_client_state(model), client / STATE_NAME)
+    common = {"format": FORMAT, "version": VERSION, "scheme": scheme, "name": name, **about}
+    _write(server, {**common, "party": "server"})
+    description = load_hosted_model(server).description
+    _write(client, {**common, "party": "client", "description": description, **constants})
+    return description
+
+
+def load_hosted_model(directory: str | os.PathLike[str]) -> HostedModel:
+    """Load a server's bundle. Raises :class:`BundleError`, naming the file, if that cannot be."""
+    bundle = Bundle.load(directory, "server")
+    about = bundle.about
+    try:
+        if bundle.scheme == "ckks":
+            from cipherlm.schemes.ckks.session import Geometry
+            from cipherlm.serving.ckks import CkksHostedModel
+
+            geometry = Geometry.from_dict(about["parameters"])
+            return CkksHostedModel.load(bundle.directory, geometry, about["fingerprint"], about["name"])
+        if bundle.scheme == "tfhe":
+            from cipherlm.serving.tfhe import TfheHostedModel
+
+            return TfheHostedModel.load(bundle.directory, about["name"])
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"{bundle.directory} cannot be served: {error}") from error
+    raise BundleError(f"{bundle.directory} has the scheme {bundle.scheme!r}, which is not known")
+
+
+def client_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a server of this model says of it, from the client's bundle, and where the bundle lies."""
+    bundle = Bundle.load(directory, "client")
+    return {**bundle.about["description"], "bundle": str(bundle.directory.resolve())}
+
+
+def generate_keys(description: Mapping[str, Any], progress: Progress) -> KeyMaterial:
+    """Make keys for a described model.
+
+    Raises ``ValueError`` for a description that makes no sense, and for TFHE's without its bundle: its
+    parameters are there.
+    """
+    if description.get("scheme") == "ckks":
+        from cipherlm.schemes.ckks.session import Geometry
+        from cipherlm.serving.ckks import generate
+
+        secret_key, public = generate(Geometry.from_dict(description.get("parameters")))
+        return KeyMaterial(secret_key.to_bytes(), public)
+    if description.get("scheme") == "tfhe":
+        from cipherlm.serving.tfhe import TfheBackend
+
+        if "bundle" not in description:
+            raise ValueError("keys for TFHE are made from the client's bundle: give it with --bundle")
+        backend = TfheBackend.load(Path(description["bundle"]), progress=progress)
+        backend.keygen()
+        return backend.key_material()
+    raise ValueError(f"the scheme {description.get('scheme')!r} is not known")
+
+
+def _export_ckks(
+    model: EncryptedGPT2LMHeadModel, server: Path, client: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from cipherlm.serving.ckks import modules_fingerprint, save_modules
+
+    placement, remote = model.placement, model.remote_modules
+    assert placement is not None
+    exact = {name: module.exact for name, module in remote.items()}
+    parts = {name: own.part for name, own in exact.items() if own is not None}
+    save_modules(
+        server,
+        parts,
+        {name: own.prefix for name, own in exact.items() if own is not None},
+        {name: module.ranges for name, module in remote.items() if module.ranges is not None},
+    )
+    outputs = {
+        name: np.ascontiguousarray(own.outputs, np.float32) for name, own in exact.items() if own is not None
+    }
+    save_file(outputs, client / CONSTANTS_NAME)
+    about = {
+        "fingerprint": modules_fingerprint(server),
+        "parameters": placement.geometry.to_dict(),
+        "modules": list(remote),
+    }
+    constants = {
+        "remote": {
+            name: {"centred": own.part.centred, "extra": own.extra}
+            for name, own in exact.items()
+            if own is not None
+        }
+    }
+    return about, constants
+
+
+def _export_tfhe(model: EncryptedGPT2LMHeadModel, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from cipherlm.serving.tfhe import export_tfhe
+
+    said = export_tfhe(model, root)
+    return {"fingerprint": said["fingerprint"], "modules": said["modules"]}, {}
+
+
+def _client_state(model: EncryptedGPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """Return the weights that a client gets: all but those of remote modules."""
+    from cipherlm.models.client import client_state_dict
+
+    if model.encryption_config.scheme == "tfhe":
+        return client_state_dict(model, model.encryption_config)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    inside = tuple(f"{name}." for name in model.encrypted_modules)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+
+
+def _save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _write(directory: Path, about: dict[str, Any]) -> None:
+    files = {path.relative_to(directory).as_posix(): sha256(path) for path in _files(directory)}
+    text = json.dumps({**about, "files": files}, indent=1, allow_nan=False)
+    (directory / BUNDLE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _files(directory: Path) -> Iterable[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != BUNDLE_NAME)
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
