@@ -217,7 +217,7 @@ def test_pieces_that_are_always_damaged_end(url, monkeypatch):
     with connected(url) as connection, pytest.raises(ServerError, match="checksum") as caught:
         connection.upload("evaluation", EVALUATION)
     assert caught.value.status == 422
-    assert len(damages) == client._MAX_REFUSED_CHUNKS + 1
+    assert len(damages) == client._MAX_SETBACKS + 1
 
 
 @pytest.mark.parametrize("arrives", [True, False])
@@ -727,6 +727,43 @@ def test_what_is_not_a_cipherlm_server(status, body):
         with pytest.raises(RemoteError, match=r"not (answer )?as a CipherLM server does"):
             connected(f"http://127.0.0.1:{server.server_address[1]}", patience=0).describe()
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        ((200, {"received": 0, "complete": False}), "not answer as a CipherLM server"),
+        ((200, {"received": 7, "complete": False}), "not answer as a CipherLM server"),
+        ((200, {"received": -1, "complete": False}), "not answer as a CipherLM server"),
+        ((200, {"received": "6", "complete": True}), "not answer as a CipherLM server"),
+        # A server that loses everything, again and again.
+        ((404, {"error": {"code": "unknown_keys", "message": "no such keys"}}), "no such keys"),
+    ],
+)
+def test_an_upload_that_never_gets_anywhere_ends(monkeypatch, pieces, words):
+    monkeypatch.setattr(client, "UPLOAD_BYTES", 2)
+    received = iter([2, 4, *[0] * 1000])
+    asked = []
+
+    class Losing(Handler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            state = {"received": next(received), "complete": False}
+            asked.append(state)
+            Losing.answers = 200, json.dumps(state).encode()
+            self.do_GET()
+
+        def do_PATCH(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            Losing.answers = pieces[0], json.dumps(pieces[1]).encode()
+            self.do_GET()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Losing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(ServerError, match=words):
+            connected(f"http://127.0.0.1:{server.server_address[1]}", patience=2).upload("public", PUBLIC)
+        server.shutdown()
+    assert len(asked) < 100
 
 
 def test_a_stranger_s_text_becomes_one_printable_line():

@@ -318,6 +318,16 @@ def test_keys_fit_models_of_their_parameters(tmp_path):
     assert parameters_fingerprint(reordered) == keys.parameters_fingerprint
 
 
+def test_descriptions_are_what_json_makes_of_them(tmp_path):
+    parameters = {"levels": {2: 1, 10: 2}, "shape": (1, 2), "scale": 0.1}
+    keys = create(tmp_path, description={"scheme": "tfhe", "parameters": parameters})
+    assert KeySet.load(tmp_path, "mine").parameters_fingerprint == keys.parameters_fingerprint
+    assert keys.fits({"scheme": "tfhe", "parameters": parameters})
+    with pytest.raises(ValueError, match="JSON"):
+        create(tmp_path, "other", description={"scheme": "tfhe", "parameters": float("nan")})
+    assert names(tmp_path) == ["mine"]
+
+
 def test_where_keys_are(tmp_path, monkeypatch):
     monkeypatch.delenv("CIPHERLM_HOME", raising=False)
     monkeypatch.setattr(keystore.platformdirs, "user_data_dir", lambda name: f"/data/{name}")

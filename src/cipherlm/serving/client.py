@@ -65,7 +65,7 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 UPLOAD_BYTES = 4 << 20
 """What is sent again at most when an upload breaks; not above ``protocol.CHUNK_BYTES``."""
 _MAX_MESSAGE_BYTES = 1 << 31
-_MAX_REFUSED_CHUNKS = 3
+_MAX_SETBACKS = 3
 _PIECE = 1 << 20
 _CLOSE_SECONDS = 2.0
 # Where the session has ended but nothing was wrong with what was asked of it.
@@ -201,25 +201,28 @@ class Connection:
         Raises :class:`SessionLost` when the session has ended and had something to remember; without that,
         a broken connection is mended quietly. A server with a full queue is asked again.
         """
-        backoff, sent_again = Backoff(self._patience), False
-        while True:
-            session = self._current()
-            try:
-                with detailed(self.progress, f"evaluating {module}") as show:
+        with detailed(self.progress, f"evaluating {module}") as show:
+            backoff, sent_again = Backoff(self._patience), False
+            while True:
+                session = self._current()
+                try:
                     return session.evaluate(module, start, count, inputs, refresh, report, show)
-            except SessionLost:
-                # Safe: the session had nothing to remember. Once only, for this may be what ends it.
-                if session.begun or sent_again or not backoff.wait():
-                    raise
-                sent_again = True
-                self.reopen()
-            except ServerError as failure:
-                full = failure.code == protocol.BUSY and failure.retry and not session.over
-                if not (full and backoff.wait()):
-                    raise
-            finally:
-                if session.over and self._session is session:
-                    self._end()
+                except SessionLost:
+                    # Safe: the session had nothing to remember. Once only, for this may be what ends it.
+                    if session.begun or sent_again or not backoff.wait():
+                        raise
+                    sent_again = True
+                    show("connecting again")
+                    self.reopen()
+                except ServerError as failure:
+                    full = failure.code == protocol.BUSY and failure.retry and not session.over
+                    if full:
+                        show("the server is busy")
+                    if not (full and backoff.wait()):
+                        raise
+                finally:
+                    if session.over and self._session is session:
+                        self._end()
 
     def close(self) -> None:
         """End the session and close everything."""
@@ -241,24 +244,25 @@ class Connection:
         self, file: BinaryIO, size: int, announced: Mapping[str, Any], doing: str, show: Detail
     ) -> None:
         received, complete = self._announce(announced, doing)
-        backoff, refused = Backoff(self._patience), 0
+        backoff, setbacks = Backoff(self._patience), 0
         while not complete:
             show(f"{received / 1e6:.1f} of {size / 1e6:.1f} MB")
+            before = received
             try:
-                before = received
                 received, complete = self._send_piece(file, received, announced["sha256"], doing)
-                if received > before:
-                    backoff = Backoff(self._patience)
+                if received <= before and not complete:
+                    raise nonsense(self._address, doing)
+                backoff = Backoff(self._patience)
             except (ConnectionFailed, ServerError) as failure:
                 # What the server has forgotten, has more of, or got damaged can be sent again.
                 status = failure.status if isinstance(failure, ServerError) else None
-                refused += status == 422
                 if status == 422 and _digest(file) != announced["sha256"]:
                     raise RemoteError(f"{doing}: they are not what they were: generate new keys") from failure
                 again = may_pass(failure) or status in (404, 409, 422)
-                if not again or refused > _MAX_REFUSED_CHUNKS or not backoff.wait():
+                if not again or setbacks == _MAX_SETBACKS or not backoff.wait():
                     raise
                 received, complete = self._announce(announced, doing)
+                setbacks += status == 422 or received < before
 
     def _announce(self, announced: Mapping[str, Any], doing: str) -> tuple[int, bool]:
         answer = self._requests.send("POST", "/v1/keys", doing, json=announced)

@@ -82,7 +82,8 @@ def keys_directory(root: str | os.PathLike[str] | None = None) -> Path:
 
 def parameters_fingerprint(description: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a description's scheme and parameters: equal for all models that keys fit."""
-    relevant = {name: description.get(name) for name in ("scheme", "parameters")}
+    # Through JSON and back, so that a description and what a file says of it are equal.
+    relevant = json.loads(json.dumps({name: description.get(name) for name in ("scheme", "parameters")}))
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
