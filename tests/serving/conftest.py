@@ -182,7 +182,7 @@ class Harness:
 
     def http(self, token=None, **options):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20, verify=False, **options)
 
     def put(self, content, kind="evaluation", token=None):
         """Upload a key and return its fingerprint."""

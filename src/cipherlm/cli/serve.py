@@ -1,7 +1,8 @@
 """Evaluate a model on ciphertexts, for clients that keep their text and their secret keys.
 
-The server has the model's weights and its clients' evaluation keys. It listens on the loopback, where it needs
-no token; anywhere else it needs one, and TLS or a proxy that does TLS. What it does is on stderr, as JSON.
+The server has the model's weights and its clients' evaluation keys. It listens on the loopback, where it
+needs no token; anywhere else it needs one, and TLS or a proxy that does TLS. What it does is on stderr, as
+JSON.
 """
 
 import argparse
