@@ -230,7 +230,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 def _ssl_context(verify: str | os.PathLike[str] | bool) -> ssl.SSLContext:
     if isinstance(verify, bool):
-        return httpx.create_ssl_context(verify)
+        return httpx.create_ssl_context(verify=verify)
     try:
         if os.path.isdir(verify):
             return ssl.create_default_context(capath=verify)
