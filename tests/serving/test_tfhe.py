@@ -14,7 +14,12 @@ from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.models.client import client_state_dict
 from cipherlm.schemes.tfhe.errors import NotCompiledError, TooManyTokensError
 from cipherlm.schemes.tfhe.files import sha256_of
+from cipherlm.serving.client import Connection
 from cipherlm.serving.computation import Cancelled, Computation, HostedModel
+from cipherlm.serving.errors import ServerError, SessionLost
+from cipherlm.serving.keys import KeyStore
+from cipherlm.serving.run import create_server, running
+from cipherlm.serving.service import Service
 from cipherlm.serving.tfhe import TfheBackend, TfheHostedModel, export_tfhe
 
 MODULES = ["transformer.h.0.attn", "transformer.h.1.attn"]
@@ -47,7 +52,8 @@ class Direct:
 
         def both(done, total):
             self.reported.append((done, total))
-            report(done, total)
+            if report is not None:
+                report(done, total)
 
         results = self.computation.evaluate(module, start, count, inputs, refresh, both)
         self.seen += results
@@ -253,6 +259,53 @@ def test_the_backend_refuses_what_cannot_run(backend, connected):
     backend.connection = None
     with pytest.raises(RuntimeError, match="no connection"):
         backend.evaluate(MODULES[0], hidden(1))
+
+
+def test_a_lost_session_is_opened_again(backend, connected):
+    """It had nothing to remember, so nothing has to be sent again but the ciphertext."""
+    direct = connected.connection
+
+    class Lossy:
+        losses = reopened = 0
+
+        def evaluate(self, *arguments):
+            if self.losses > self.reopened - 1:
+                raise SessionLost("gone")
+            return direct.evaluate(*arguments)
+
+        def reopen(self):
+            self.reopened += 1
+
+    backend.connection = lossy = Lossy()
+    assert backend.evaluate(MODULES[0], hidden(1)).shape == (1, HEAD_DIM)
+    assert lossy.reopened == 1
+    lossy.losses = 9
+    with pytest.raises(SessionLost):
+        backend.evaluate(MODULES[0], hidden(1))
+
+
+def test_over_the_network(hosted, backend, connected, key_file, tmp_path):
+    """A real server and a real client: the same numbers as without, for the same ciphertext."""
+    store = KeyStore(tmp_path, hosted.description["keys"], 1 << 30)
+    direct = connected.connection
+    with running(create_server(Service(hosted, store), port=0)) as url:
+        remote = Connection(url, model=backend.fingerprint)
+        try:
+            remote.open({"evaluation": remote.upload("evaluation", key_file)})
+            ciphertext = backend.circuits[MODULES[1]].encrypt(hidden(TOKENS))
+            arguments = (MODULES[1], 0, TOKENS, [ciphertext], no_exchange, None)
+            results = [connection.evaluate(*arguments)[0] for connection in (remote, direct)]
+            decrypted = [backend.circuits[MODULES[1]].decrypt(result) for result in results]
+            assert np.array_equal(*decrypted)
+            backend.connection = remote
+            assert backend.evaluate(MODULES[0], hidden(1)).shape == (1, HEAD_DIM)
+            with pytest.raises(ServerError, match="checksum"):
+                remote.evaluate(MODULES[0], 0, 1, [ciphertext[:-1] + b"?"], no_exchange)
+            damaged = key_file.read_bytes()[:-1]
+            with pytest.raises(ServerError, match="cut off"):
+                remote.open({"evaluation": remote.upload("evaluation", damaged)})
+        finally:
+            remote.close()
 
 
 @pytest.mark.parametrize(

@@ -203,29 +203,42 @@ class AttentionCircuit:
             raise TooManyTokensError(len(x), self.tokens)
         return self.attention.simulate(x, self.statistics.p_error, self._rng)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the layer's parameters, the length and the cryptographic parameters.
+
+        Circuits with the same one take each other's keys.
+        """
+        parts = [
+            _FORMAT,
+            self.attention.fingerprint(),
+            self.tokens,
+            self.statistics.p_error,
+            json.loads(self._client.specs.serialize()),
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def split(self) -> tuple[ServerCircuit, ClientCircuit]:
         """Return the server's part, which has the weights, and the client's, which has none of them.
 
         Neither has keys: the client generates its own. Two pairs of keys are generated here and dropped, to
         learn which bytes of a valid message are always the same.
         """
-        statistics = self.statistics
         specs = json.loads(self._client.specs.serialize())
         with self.progress("preparing the client and the server"):
-            keys, inputs, outputs = find_layouts(specs)
-        parts = [_FORMAT, self.attention.fingerprint(), self.tokens, statistics.p_error, specs]
+            keys, inputs, results = find_layouts(specs)
         dequantizer = self.attention.dequantizer
         description = CircuitDescription(
-            fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+            fingerprint=self.fingerprint,
             tokens=self.tokens,
             width=self.attention.width,
             outputs=len(dequantizer.scale),
-            concrete_version=statistics.concrete_version,
+            concrete_version=self.statistics.concrete_version,
             machine=machine(),
-            memory=statistics.evaluation_key_bytes_in_memory,
+            memory=self.statistics.evaluation_key_bytes_in_memory,
             keys=keys,
             inputs=inputs,
-            results=outputs,
+            results=results,
         )
         client = ClientCircuit(description, specs, self.attention.quantizer, dequantizer, self.progress)
         return ServerCircuit(description, self._server), client
