@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.published import MultiHeadsQGPT2Model, SingleHeadQGPT2Model
+    from cipherlm.serving.remote import RemoteModel
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ _EXPORTS = {
     "EncryptionConfig": "cipherlm.models.config",
     "MultiHeadsQGPT2Model": "cipherlm.models.published",
     "SingleHeadQGPT2Model": "cipherlm.models.published",
+    "RemoteModel": "cipherlm.serving.remote",
     "get_encrypted_model": "cipherlm.models.integration",
     "load_model": "cipherlm.models.loading",
     "load_tokenizer": "cipherlm.models.loading",
@@ -29,6 +31,7 @@ __all__ = [
     "EncryptedGPT2LMHeadModel",
     "EncryptionConfig",
     "MultiHeadsQGPT2Model",
+    "RemoteModel",
     "SingleHeadQGPT2Model",
     "get_encrypted_model",
     "load_model",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel, PretrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cipherlm.models.attention import EncryptedAttention, RemoteCircuit
 from cipherlm.models.ckks import BlockRanges, Part
@@ -33,7 +33,7 @@ class Constants:
 
 
 def client_model(
-    config: PretrainedConfig,
+    config: GPT2Config,
     encryption: EncryptionConfig,
     state: Mapping[str, torch.Tensor],
     constants: Mapping[str, Constants],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ class RemoteModel:
         if options.get("max_length") is not None:
             options["max_length"] += added
         with torch.inference_mode():
-            generate: Any = self.model.generate
+            generate = cast("Any", self.model).generate
             generated = generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
         result: torch.Tensor = generated[:, added:]
         return result
