@@ -13,12 +13,13 @@ from importlib import import_module
 from cipherlm import __version__
 
 VERBS = {
-    "demo": "generate text with the embedded model, one attention head on real ciphertexts",
-    "generate": "continue a prompt, chosen attention modules on encrypted data",
-    "evaluate": "measure what quantisation costs: agreement with the clear model, perplexity",
-    "inspect": "show circuits, table lookups, key and ciphertext sizes, and the cache",
+    "demo": "generate text with the embedded model, all its blocks on real ciphertexts",
+    "generate": "continue a prompt, chosen modules on encrypted data",
+    "evaluate": "measure what encryption costs: agreement with the clear model, perplexity",
+    "inspect": "show circuits, parameters, key and ciphertext sizes, and the cache",
     "serve": "evaluate a model on ciphertexts, for clients that keep their secret keys",
     "proxy": "let OpenAI programs on this machine use an encrypted model on a server",
+    "export": "write a model as a bundle for a server and one for its clients",
     "keygen": "make the keys that a model on a server needs, and keep them on this machine",
     "bench": "measure one encrypted step for real, as JSON",
 }

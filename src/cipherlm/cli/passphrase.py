@@ -8,7 +8,7 @@ from pathlib import Path
 from cipherlm.cli import CommandError
 
 
-def add_passphrase_options(parser: argparse.ArgumentParser) -> None:
+def add_passphrase_options(parser: argparse._ActionsContainer) -> None:
     """Add ``--passphrase-file`` and ``--ask-passphrase``."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(

@@ -15,6 +15,9 @@ from typing import Any
 
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import positive_integer, quiet_libraries
+from cipherlm.cli.server_options import add_server_options
+from cipherlm.cli.server_options import connect as open_remote
+from cipherlm.progress import TerminalProgress
 
 EXAMPLES = """\
 examples:
@@ -38,9 +41,7 @@ STOP_SECONDS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--server", required=True, metavar="URL", help="the server with the encrypted model")
-    parser.add_argument("--token", metavar="TOKEN", help="the server's token")
-    parser.add_argument("--keys", metavar="NAME", help="the keys to use, of those on this machine")
+    add_server_options(parser, required=True)
     parser.add_argument(
         "--name", metavar="NAME", help="name under which programs ask for the model (default: the server's)"
     )
@@ -109,10 +110,7 @@ def run(options: argparse.Namespace) -> None:
 
 def connect(options: argparse.Namespace) -> tuple[Any, Any, str]:
     """Return the remote model, its tokeniser, and the name under which it is served."""
-    from cipherlm import RemoteModel
-
-    token = options.token or os.environ.get("CIPHERLM_TOKEN") or None
-    model = RemoteModel.connect(options.server, token=token, keys=options.keys)
+    model = open_remote(options, TerminalProgress())
     return model, model.tokenizer, options.name or model.name
 
 

@@ -68,7 +68,7 @@ class RemoteModel:
         bundle: str | os.PathLike[str] | None = None,
         keys: str | None = None,
         token: str | None = None,
-        passphrase: Callable[[], str] | str | None = None,
+        passphrase: Callable[[], str | None] | str | None = None,
         verify: str | os.PathLike[str] | bool = True,
         progress: Progress = silent,
     ) -> RemoteModel:
@@ -167,14 +167,14 @@ class _Circuit:
         return self.backend.evaluate(self.name, x)
 
 
-def _asked(passphrase: Callable[[], str] | str | None) -> str | None:
+def _asked(passphrase: Callable[[], str | None] | str | None) -> str | None:
     return passphrase() if callable(passphrase) else passphrase
 
 
 def _key_set(
     name: str,
     bundle: str | os.PathLike[str] | None,
-    passphrase: Callable[[], str] | str | None,
+    passphrase: Callable[[], str | None] | str | None,
     progress: Progress,
 ) -> KeySet:
     """Return the keys of a name, made from the bundle if there are none."""

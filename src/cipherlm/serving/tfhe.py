@@ -19,8 +19,8 @@ from cipherlm.schemes.tfhe.errors import NotCompiledError
 from cipherlm.schemes.tfhe.files import private_file, sha256_of
 from cipherlm.schemes.tfhe.server import ServerCircuit, ServerKeys
 from cipherlm.serving.computation import Exchange, Report
-from cipherlm.serving.keystore import KeyMaterial
 from cipherlm.serving.errors import SessionLost
+from cipherlm.serving.keystore import KeyMaterial
 
 if TYPE_CHECKING:
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel

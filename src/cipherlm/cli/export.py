@@ -1,0 +1,114 @@
+"""Write a model as two bundles: what a server computes with, and what its clients get.
+
+Nothing of the weights that the server keeps is in the client's bundle. Value ranges are found on text first,
+unless the model was saved encrypted and has them.
+"""
+
+import argparse
+from typing import Any
+
+from cipherlm.cli import CommandError
+from cipherlm.cli.circuits import compile_circuits
+from cipherlm.cli.common import (
+    add_calibration_option,
+    add_encryption_options,
+    add_json_option,
+    calibration_ids,
+    existing_file,
+    human_bytes,
+    load_encrypted,
+    positive_integer,
+    print_pairs,
+    quiet_libraries,
+    write_json,
+)
+from cipherlm.progress import TerminalProgress
+
+EXAMPLES = """\
+examples:
+  cipherlm export tiny --scheme ckks --target-modules all tiny-bundle
+  cipherlm export gpt2 --scheme tfhe --heads 0 --n-bits 4 --tokens 8 head-bundle
+
+then:
+  cipherlm serve tiny-bundle/server
+  cipherlm generate --server http://127.0.0.1:8470 --bundle tiny-bundle/client "The old man"
+"""
+
+DEFAULT_TOKENS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help='"tiny" (embedded), a directory, or a GPT-2 on the Hugging Face hub such as "gpt2"',
+    )
+    parser.add_argument("directory", metavar="OUT", help="new directory for the bundles, server and client")
+    add_encryption_options(parser)
+    parser.add_argument(
+        "--tokens",
+        type=positive_integer,
+        metavar="N",
+        help=f"TFHE: length to compile circuits for (default: {DEFAULT_TOKENS})",
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the model for clients (default: MODEL)")
+    add_calibration_option(parser)
+    add_json_option(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and say what there is."""
+    existing_file(options.calibration)
+    with quiet_libraries():
+        result = _export(options)
+    if options.json:
+        write_json(result)
+        return
+    print_pairs(
+        [
+            ("model", f"{result['name']}, {result['scheme'].upper()}"),
+            ("at the server", ", ".join(result["modules"])),
+            ("server's bundle", f"{result['server']}, {human_bytes(result['server_bytes'])}"),
+            ("clients' bundle", f"{result['client']}, {human_bytes(result['client_bytes'])}"),
+            ("fingerprint", result["fingerprint"]),
+        ]
+    )
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from pathlib import Path
+
+    from cipherlm.models.loading import load_tokenizer
+    from cipherlm.serving.bundle import export
+
+    root = Path(options.directory)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):  # before what takes minutes
+        raise CommandError(f"{root} is there already and not empty: export to a new directory")
+    progress = TerminalProgress()
+    model = load_encrypted(options, progress)
+    tokenizer = load_tokenizer(options.model)
+    ckks = model.encryption_config.scheme == "ckks"
+    tokens = options.tokens or DEFAULT_TOKENS
+    if not model.is_calibrated:
+        with progress("calibrating"):
+            model.calibrate(calibration_ids(options, tokenizer, None if ckks else tokens))
+    if not ckks:
+        compile_circuits(model, tokens)
+    name = options.name or Path(options.model).name
+    with progress("writing bundles"):
+        description = export(model, root, tokenizer, name=name)
+    return {
+        "name": name,
+        "scheme": description["scheme"],
+        "modules": description["modules"],
+        "fingerprint": description["fingerprint"],
+        "server": str(root / "server"),
+        "client": str(root / "client"),
+        "server_bytes": _size(root / "server"),
+        "client_bytes": _size(root / "client"),
+    }
+
+
+def _size(directory: Any) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

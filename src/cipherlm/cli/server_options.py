@@ -1,0 +1,55 @@
+"""How a command finds a server, proves who it is, and which keys it uses."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from cipherlm.cli.passphrase import add_passphrase_options, read_passphrase
+
+if TYPE_CHECKING:
+    from cipherlm.progress import Progress
+    from cipherlm.serving.remote import RemoteModel
+
+
+def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add ``--server`` and what goes with it."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server", required=required, metavar="URL", help="the server with the encrypted model"
+    )
+    group.add_argument(
+        "--bundle",
+        metavar="CLIENT_BUNDLE",
+        help="the client's bundle of its model (default: the one that the keys were made from)",
+    )
+    group.add_argument(
+        "--keys",
+        metavar="NAME",
+        help="the keys to use, of those on this machine; made where there are none (default: default)",
+    )
+    group.add_argument(
+        "--token", metavar="TOKEN", help="the server's token (default: CIPHERLM_TOKEN in the environment)"
+    )
+    group.add_argument("--ca", metavar="FILE", help="certificates to trust the server by, in PEM format")
+    add_passphrase_options(group)
+
+
+def server_options_given(options: argparse.Namespace) -> list[str]:
+    """Return the options that only make sense with ``--server``."""
+    names = ("bundle", "keys", "token", "ca", "passphrase_file", "ask_passphrase")
+    return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
+
+
+def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
+    """Return the model at the server that the options name."""
+    from cipherlm.serving.remote import RemoteModel
+
+    return RemoteModel.connect(
+        options.server,
+        bundle=options.bundle,
+        keys=options.keys,
+        token=options.token or os.environ.get("CIPHERLM_TOKEN") or None,
+        passphrase=lambda: read_passphrase(options),
+        verify=options.ca or True,
+        progress=progress,
+    )
