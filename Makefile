@@ -20,7 +20,7 @@ PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 .PHONY: help setup demo test test-all lint bench clean
 
 help:
-	@echo "make demo      generate text with one attention head on real ciphertexts"
+	@echo "make demo      generate text with a whole small model on real ciphertexts"
 	@echo "make test      style, types and the tests that take minutes"
 	@echo "make test-all  the long encrypted tests and the oldest transformers too"
 	@echo "make bench     measure what the README's table says"

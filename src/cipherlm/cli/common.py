@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.progress import Progress
 
-_CONFIG_OPTIONS = ("n_bits", "heads", "p_error")
+_CONFIG_OPTIONS = ("scheme", "n_bits", "heads", "p_error", "context")
+_OPTIONS_OF = {"tfhe": ("n_bits", "heads", "p_error"), "ckks": ("context",)}
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +38,8 @@ def add_encryption_options(parser: argparse.ArgumentParser) -> None:
 
     Without defaults, so that what was given can be told from what was not: see ``encryption_config``.
     """
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--block", type=int, metavar="I", help="encrypt the attention of block I (default: 0)")
-    group.add_argument(
-        "--target-modules",
-        type=modules_argument,
-        metavar="NAMES",
-        help="attention modules separated by commas, such as transformer.h.0.attn,transformer.h.1.attn",
-    )
+    add_scheme_option(parser)
+    add_module_options(parser, "encrypt")
     parser.add_argument(
         "--heads",
         type=heads_argument,
@@ -60,6 +55,41 @@ def add_encryption_options(parser: argparse.ArgumentParser) -> None:
         help="bits of weights and activations, 2 to 8 (default: 4)",
     )
     add_noise_option(parser)
+
+
+def add_scheme_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--scheme`` and ``--context``."""
+    parser.add_argument(
+        "--scheme",
+        choices=tuple(_OPTIONS_OF),
+        default=argparse.SUPPRESS,
+        help="tfhe: heads of attention, quantised (default); ckks: whole modules, blocks or all of them",
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_integer,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="tokens of a text at most, with --scheme ckks (default: 64)",
+    )
+
+
+def add_module_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add ``--block`` and ``--target-modules``, which say what to ``verb``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--block",
+        type=int,
+        metavar="I",
+        help=f"{verb} the attention of block I (default: 0); with --scheme ckks all of block I",
+    )
+    group.add_argument(
+        "--target-modules",
+        type=modules_argument,
+        metavar="NAMES",
+        help="modules separated by commas, such as transformer.h.0.attn,transformer.h.1.attn; "
+        'with --scheme ckks also transformer.h.0.mlp, transformer.h.0, or "all" (the default there)',
+    )
 
 
 def add_noise_option(parser: argparse.ArgumentParser) -> None:
@@ -123,12 +153,28 @@ def modules_argument(text: str) -> list[str]:
 
 
 def encryption_config(options: argparse.Namespace, **changes: Any) -> "EncryptionConfig":
-    """Return the configuration that the options describe; head 0 of block 0 where they say nothing."""
-    from cipherlm.models.config import EncryptionConfig
+    """Return the configuration that the options describe.
+
+    Where they say nothing, head 0 of block 0 with TFHE, and all blocks with CKKS. Raises ``UsageError`` for
+    an option of the other scheme.
+    """
+    from cipherlm.models.config import ALL, EncryptionConfig
 
     given = {name: getattr(options, name) for name in _CONFIG_OPTIONS if hasattr(options, name)}
-    modules = options.target_modules or [f"transformer.h.{options.block or 0}.attn"]
-    return EncryptionConfig(**{"heads": [0], **given, "target_modules": modules, **changes})
+    scheme = given.setdefault("scheme", "tfhe")
+    for other, names in _OPTIONS_OF.items():
+        # None is what verbs with options of their own have where nothing was given.
+        wrong = [name for name in names if other != scheme and given.get(name) is not None]
+        if wrong:
+            raise UsageError(f"--{wrong[0].replace('_', '-')} belongs to --scheme {other}")
+    modules = options.target_modules
+    if scheme == "ckks":
+        given = {name: value for name, value in given.items() if name not in _OPTIONS_OF["tfhe"]}
+        modules = modules or (ALL if options.block is None else [f"transformer.h.{options.block}"])
+    else:
+        given = {"heads": [0], **given}
+        modules = modules or [f"transformer.h.{options.block or 0}.attn"]
+    return EncryptionConfig(**{**given, "target_modules": modules, **changes})
 
 
 def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":

@@ -1,13 +1,15 @@
-"""Generate text with the embedded model while one of its attention heads runs on real ciphertexts.
+"""Generate text with the embedded model while all its blocks run on real ciphertexts (CKKS).
 
-Keys are generated, and every token encrypts the head's input, runs the circuit and decrypts the result. The
-clear model's text stands beside it, and then what it took.
+Keys are generated, and every token is encrypted, goes through all blocks as a ciphertext, and is decrypted.
+The clear model's text stands beside it, and then what it took. With --scheme tfhe, one attention head runs
+on ciphertexts, quantised.
 """
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cipherlm.cli import UsageError
 from cipherlm.cli.circuits import circuit_figures, compile_circuits, compiled_length, keys_cached, make_keys
 from cipherlm.cli.common import (
     add_json_option,
@@ -25,10 +27,14 @@ from cipherlm.cli.common import (
 )
 from cipherlm.progress import TerminalProgress
 
+if TYPE_CHECKING:
+    from cipherlm.models.config import EncryptionConfig
+
 EXAMPLES = """\
 examples:
   cipherlm demo
-  cipherlm demo --prompt "She opened the" --block 1 --heads 2 --max-new-tokens 3
+  cipherlm demo --prompt "She opened the" --max-new-tokens 8
+  cipherlm demo --scheme tfhe --block 1 --heads 2 --max-new-tokens 3
 """
 
 PROMPT = "The old man"
@@ -44,20 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default=PROMPT, metavar="TEXT", help=f'text to continue (default: "{PROMPT}")'
     )
-    parser.add_argument("--block", type=int, default=0, metavar="I", help="block of the head (default: 0)")
+    parser.add_argument(
+        "--scheme",
+        choices=("ckks", "tfhe"),
+        default="ckks",
+        help="ckks: the whole model (default); tfhe: one attention head",
+    )
+    parser.add_argument("--block", type=int, metavar="I", help="with TFHE, block of the head (default: 0)")
     parser.add_argument(
         "--heads",
         type=heads_argument,
-        default=[0],
+        default=argparse.SUPPRESS,
         metavar="HEADS",
-        help='heads to encrypt, "0" or "0,2", or "all" with the projection, which takes longer (default: 0)',
+        help='with TFHE, heads to encrypt, "0" or "0,2", or "all" with the projection, which takes longer '
+        "(default: 0)",
     )
     parser.add_argument(
         "--n-bits",
         type=int,
-        default=4,
+        default=argparse.SUPPRESS,
         metavar="B",
-        help="bits of weights and activations, 2 to 8 (default: 4)",
+        help="with TFHE, bits of weights and activations, 2 to 8 (default: 4)",
     )
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, default=4, metavar="N", help="tokens to add (default: 4)"
@@ -67,18 +80,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generate, and tell what was encrypted."""
+    options.target_modules, options.calibration = None, None
+    if options.scheme == "ckks" and options.block is not None:
+        raise UsageError("--block belongs to --scheme tfhe")
     with quiet_libraries():
-        figures = _demo(options)
+        config = encryption_config(options)
+        figures = _demo(options, config) if options.scheme == "tfhe" else _demo_remote(options, config)
     if options.json:
         write_json(figures)
-    else:
+    elif options.scheme == "tfhe":
         _print_figures(figures)
+    else:
+        _print_remote(figures)
 
 
-def _demo(options: argparse.Namespace) -> dict[str, Any]:
-    options.target_modules, options.calibration = None, None
-    config = encryption_config(options)
+def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
+    from cipherlm.cli.remote import calibrate, check_length, remote_figures, traffic_figures
+    from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
+    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.loading import load_model, load_tokenizer
 
+    def say(text: str = "") -> None:
+        if not options.json:
+            print(text, flush=True)
+
+    tokenizer = load_tokenizer("tiny")
+    model = get_encrypted_model(load_model("tiny"), config, progress=TerminalProgress())
+    ids = prompt_ids(tokenizer, options.prompt)
+    check_length(model, ids.shape[1], options.max_new_tokens)
+    ids = model.with_prefix(ids)
+    about = remote_figures(model, tokenizer)
+    say(f"The embedded model, whole, on encrypted text: {model.config.n_layer} blocks, CKKS")
+    say(f"  The client keeps the text and the secret key (ring degree {about['ring_degree']}, 128 bits).")
+    say("  The server has the weights. It gets keys to compute with, ciphertexts, and one public token,")
+    say(f"  {about['prefix_text']}. When a ciphertext runs out of levels, the client encrypts it anew; the")
+    say("  server has hidden it behind random numbers before.")
+    with model.in_clear():
+        clear = generate(model, ids, options.max_new_tokens, stream=TokenStream(tokenizer))
+    calibrate(model, options, tokenizer)
+    start = time.perf_counter()
+    keygen_seconds = model.make_keys()
+    model.set_fhe_mode("execute")
+
+    def show(token: GeneratedToken) -> None:
+        say(f"  {token.text!r:12}  {human_seconds(token.seconds):>7}")
+
+    say(f"\n{options.prompt!r}, token by token on ciphertexts:")
+    stream = TokenStream(tokenizer, show)
+    generated = generate(model, ids, options.max_new_tokens, stream=stream)
+    skipped = len(model.prefix)
+    return {
+        "scheme": "ckks",
+        "prompt": options.prompt,
+        "encrypted_text": tokenizer.decode(generated[0][skipped:], skip_special_tokens=True),
+        "clear_text": tokenizer.decode(clear[0][skipped:], skip_special_tokens=True),
+        "tokens": [token.text for token in stream.tokens],
+        "keygen_seconds": keygen_seconds,
+        "token_seconds": [token.seconds for token in stream.tokens],
+        "encrypted_seconds": time.perf_counter() - start,
+        "traffic": traffic_figures(model),
+        **about,
+    }
+
+
+def _print_remote(figures: dict[str, Any]) -> None:
+    from cipherlm.cli.remote import who_learns_what
+
+    traffic, seconds = figures["traffic"], figures["token_seconds"]
+    print()
+    print_pairs([("encrypted", figures["encrypted_text"]), ("clear", figures["clear_text"])])
+    print()
+    count = len(seconds)
+    sent, back = (human_bytes(traffic[way] / count) for way in ("to_server", "to_client"))
+    pairs = [
+        ("keys", f"{human_seconds(figures['keygen_seconds'])}, {human_bytes(traffic['keys'])} sent once"),
+        ("the prompt", human_seconds(seconds[0])),
+    ]
+    if count > 1:
+        pairs.append(("each token more", human_seconds(sum(seconds[1:]) / (count - 1))))
+    pairs += [
+        ("in all", human_seconds(figures["encrypted_seconds"])),
+        ("sent, a token", f"{sent} to the server, {back} back, {traffic['refreshes'] // count} refreshes"),
+        *who_learns_what(figures["modules"]),
+    ]
+    print_pairs(pairs)
+    print("\nBoth parties ran in this process.")
+
+
+def _demo(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
     from cipherlm.models.integration import get_encrypted_model
     from cipherlm.models.loading import load_model, load_tokenizer
@@ -92,7 +181,8 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
     ids = prompt_ids(tokenizer, options.prompt)
     length = compiled_length(model, ids.shape[1], options.max_new_tokens, step=1)
 
-    say(f"Embedded model, block {options.block}: {heads_label(config.heads)} encrypted, {config.n_bits} bits")
+    block = options.block or 0
+    say(f"Embedded model, block {block}: {heads_label(config.heads)} encrypted, {config.n_bits} bits")
     with model.in_clear():
         clear = generate(model, ids, options.max_new_tokens, stream=TokenStream(tokenizer))
 
@@ -116,7 +206,8 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
         "prompt": options.prompt,
         "encrypted_text": tokenizer.decode(generated[0], skip_special_tokens=True),
         "clear_text": tokenizer.decode(clear[0], skip_special_tokens=True),
-        "block": options.block,
+        "scheme": "tfhe",
+        "block": block,
         "heads": config.heads,
         "n_bits": config.n_bits,
         "tokens": [token.text for token in stream.tokens],

@@ -1,7 +1,7 @@
-"""Measure what quantisation costs, against the clear model.
+"""Measure what quantisation, or polynomials in place of functions, cost against the clear model.
 
 Agreement: at every position of 80 sentences, is the clear model's next token the first guess (top-1), or
-among the first 5 or 10, of the quantised one? Value ranges come from other text, never from the sentences
+among the first 5 or 10, of the encrypted one? Value ranges come from other text, never from the sentences
 that are measured.
 """
 
@@ -19,14 +19,17 @@ from cipherlm.cli.common import (
     add_calibration_option,
     add_json_option,
     add_model_option,
+    add_module_options,
     add_noise_option,
+    add_scheme_option,
     calibration_ids,
     encryption_config,
     existing_file,
     heads_argument,
     heads_label,
-    modules_argument,
+    load_encrypted,
     positive_integer,
+    print_pairs,
     prompt_ids,
     quiet_libraries,
     write_json,
@@ -42,6 +45,7 @@ examples:
   cipherlm evaluate --heads 0 --heads all --n-bits 2..8 --plot agreement.png
   cipherlm evaluate --model gpt2 --heads all --n-bits 7 --perplexity book.txt --json
   cipherlm evaluate --illustration
+  cipherlm evaluate --scheme ckks
 """
 
 ILLUSTRATION_PROMPT = "Cryptography is a"
@@ -54,16 +58,8 @@ PERPLEXITY_TOKENS = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_model_option(parser)
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--block", type=int, metavar="I", help="quantise the attention of block I (default: 0)"
-    )
-    group.add_argument(
-        "--target-modules",
-        type=modules_argument,
-        metavar="NAMES",
-        help="attention modules, separated by commas",
-    )
+    add_scheme_option(parser)
+    add_module_options(parser, "quantise")
     parser.add_argument(
         "--heads",
         type=heads_argument,
@@ -78,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("disable", "simulate"),
-        default="disable",
-        help="disable: the quantised arithmetic (default); simulate: with ciphertext noise, compiles first",
+        help="disable: the arithmetic of ciphertexts, in the clear (default with TFHE); simulate: with their "
+        "noise, which compiles first with TFHE (default with --scheme ckks)",
     )
     parser.add_argument(
         "--sentences",
@@ -143,21 +139,96 @@ def bits_argument(text: str) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Print a table or JSON, and draw the plot."""
+    from cipherlm.cli.remote import is_ckks
+
     for path in (options.sentences, options.calibration, options.perplexity):
         existing_file(path)
     with quiet_libraries():
-        if options.illustration:
+        if is_ckks(options):
+            _evaluate_remote(options)
+        elif options.illustration:
             _illustrate(options)
         else:
             _evaluate(options)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     if options.prompt is not None or options.max_new_tokens is not None:
         raise UsageError("--prompt and --max-new-tokens belong to --illustration")
     for name in ("window", "perplexity_tokens"):
         if getattr(options, name) is not None and options.perplexity is None:
             raise UsageError(f"--{name.replace('_', '-')} belongs to --perplexity")
+
+
+def _evaluate_remote(options: argparse.Namespace) -> None:
+    """Compare a model with CKKS to the clear one, both behind the public prefix."""
+    if options.illustration or options.plot:
+        raise UsageError("--illustration and --plot are about bits of quantisation, which CKKS has not")
+    _check_options(options)
+    options.mode = options.mode or "simulate"
+
+    from cipherlm.cli.remote import BehindPrefix, calibrate
+    from cipherlm.evaluation.agreement import next_tokens, top_k_agreement
+    from cipherlm.evaluation.perplexity import perplexity
+    from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
+    from cipherlm.models.loading import load_tokenizer
+
+    for name in ("heads", "n_bits"):  # lists here, of which there is none where nothing was given
+        if getattr(options, name) is None:
+            delattr(options, name)
+    progress = TerminalProgress()
+    model = load_encrypted(options, progress)
+    tokenizer = load_tokenizer(options.model)
+    room = model.encryption_config.context - len(model.prefix)
+    texts = read_sentences(options.sentences) if options.sentences else evaluation_sentences()
+    length = min(options.tokens or room, room)
+    sentences = encode(tokenizer, texts[: options.limit], max_tokens=length)
+    calibrate(model, options, tokenizer)
+    model.set_fhe_mode(options.mode)
+    behind = BehindPrefix(model, model.prefix)
+    start = time.perf_counter()
+    with model.in_clear():
+        reference = next_tokens(behind, sentences)
+    with progress("comparing"):
+        # One by one: no padding, which would be evaluated too.
+        agreement = top_k_agreement(behind, sentences, reference, batch_size=1)
+    result: dict[str, Any] = {
+        "model": options.model,
+        "scheme": "ckks",
+        "modules": list(model.encrypted_modules),
+        "mode": options.mode,
+        "sentences": len(sentences),
+        "positions": agreement.positions,
+        **{f"top{rank}": share for rank, share in agreement.top.items()},
+        "seconds": time.perf_counter() - start,
+    }
+    if options.perplexity:
+        text = Path(options.perplexity).read_text(encoding="utf-8")
+        ids = encode(tokenizer, [text], max_tokens=options.perplexity_tokens or PERPLEXITY_TOKENS)[0]
+        window = min(options.window or room, room)
+        with model.in_clear():
+            clear = perplexity(behind, ids, window=window, batch_size=1)
+        result["perplexity"] = _finite(perplexity(behind, ids, window=window, batch_size=1).value)
+        result["clear_perplexity"] = _finite(clear.value)
+        result["perplexity_tokens"], result["perplexity_window"] = clear.tokens, window
+    if options.json:
+        write_json(result)
+        return
+    noise = "with the noise of ciphertexts" if options.mode == "simulate" else "without noise"
+    print(
+        f"{options.model}, {', '.join(result['modules'])}, CKKS {noise}: agreement with the clear model at "
+        f"{result['positions']} positions of {result['sentences']} sentences\n"
+    )
+    pairs = [(f"top-{rank}", f"{share:.1%}") for rank, share in agreement.top.items()]
+    if options.perplexity:
+        pairs.append(("perplexity", _perplexity(result["perplexity"])))
+        pairs.append(("clear", _perplexity(result["clear_perplexity"])))
+    print_pairs(pairs)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_options(options)
+    options.mode = options.mode or "disable"
     if options.mode == "simulate" and options.perplexity:
         raise UsageError("--perplexity is measured with --mode disable")
     all_heads = options.heads or [[0], None]
@@ -285,6 +356,7 @@ def _illustrate(options: argparse.Namespace) -> None:
     if options.heads and len(options.heads) > 1:
         raise UsageError("--illustration takes one set of heads")
     all_bits = options.n_bits or ILLUSTRATION_BITS
+    options.mode = options.mode or "disable"
     configs = [encryption_config(options, heads=heads, n_bits=bits) for bits in all_bits]
     new_tokens = options.max_new_tokens or ILLUSTRATION_TOKENS
 

@@ -1,7 +1,8 @@
-"""Continue a prompt. Chosen attention modules run on encrypted data, the rest of the model in the clear."""
+"""Continue a prompt. Chosen modules run on encrypted data, the rest of the model in the clear."""
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from cipherlm.cli import UsageError
@@ -25,6 +26,7 @@ from cipherlm.progress import TerminalProgress
 EXAMPLES = """\
 examples:
   cipherlm generate "The old man looked" --max-new-tokens 4
+  cipherlm generate "The old man looked" --scheme ckks --target-modules all
   cipherlm generate "Cryptography is a" --model gpt2 --heads all --n-bits 7 --mode disable
   cipherlm generate "Once upon a time" --mode clear --max-new-tokens 40 --sample --seed 7
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=positive_integer,
         metavar="N",
-        help="length to compile for (default: what the prompt and the new tokens need, in steps of 4)",
+        help="length to compile for, with TFHE (default: what prompt and new tokens need, in steps of 4)",
     )
     parser.add_argument("--sample", action="store_true", help="draw the next token instead of the likeliest")
     parser.add_argument("--temperature", type=float, metavar="T", help="of drawing (default: 1.0)")
@@ -82,7 +84,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from cipherlm.cli.streaming import GeneratedToken, Sampling, TokenStream, generate
+    from cipherlm.cli.remote import is_ckks
+
+    if is_ckks(options):
+        return _generate_remotely(options)
+
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -101,6 +107,42 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         if options.mode == "execute":
             make_keys(circuits)
         model.set_fhe_mode(options.mode)
+    result = _continued(options, model, tokenizer, ids)
+    return {**result, "circuits": {name: circuit_figures(circuit) for name, circuit in circuits.items()}}
+
+
+def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
+    from cipherlm.cli.remote import calibrate, check_length, traffic_figures
+    from cipherlm.models.loading import load_tokenizer
+
+    if options.tokens is not None:
+        raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
+    model = load_encrypted(options, TerminalProgress())
+    tokenizer = load_tokenizer(options.model)
+    ids = prompt_ids(tokenizer, options.prompt)
+    check_length(model, ids.shape[1], options.max_new_tokens)
+    clear = options.mode == "clear"
+    keygen_seconds = None
+    if not clear:
+        calibrate(model, options, tokenizer)
+        model.set_fhe_mode(options.mode)
+        if options.mode == "execute":
+            keygen_seconds = model.make_keys()
+    with model.in_clear() if clear else nullcontext():
+        result = _continued(options, model, tokenizer, model.with_prefix(ids), len(model.prefix))
+    return {
+        **result,
+        "prefix": model.prefix,
+        "keygen_seconds": keygen_seconds,
+        "traffic": traffic_figures(model),
+    }
+
+
+def _continued(
+    options: argparse.Namespace, model: Any, tokenizer: Any, ids: Any, prefix: int = 0
+) -> dict[str, Any]:
+    """Continue token ids, the first ``prefix`` of which are not shown, and return what came of it."""
+    from cipherlm.cli.streaming import GeneratedToken, Sampling, TokenStream, generate
 
     def show(token: GeneratedToken) -> None:
         # On a terminal only: an encrypted token takes seconds, and whoever waits wants to see it.
@@ -119,8 +161,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "mode": options.mode,
         "prompt": options.prompt,
-        "text": tokenizer.decode(generated[0], skip_special_tokens=True),
+        "text": tokenizer.decode(generated[0][prefix:], skip_special_tokens=True),
         "tokens": [token.text for token in stream.tokens],
         "token_seconds": [token.seconds for token in stream.tokens],
-        "circuits": {name: circuit_figures(circuit) for name, circuit in circuits.items()},
     }

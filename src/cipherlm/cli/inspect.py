@@ -1,6 +1,7 @@
 """Show what the encrypted modules of a model cost: circuits, table lookups, keys and ciphertexts.
 
-Compiles them, or reads them from the cache. With --cache, lists the cache instead.
+Compiles them, or reads them from the cache. With --cache, lists the cache instead. With --scheme ckks there
+is no circuit: shows what is remote, the parameters of the encryption, and what each party learns.
 """
 
 import argparse
@@ -33,6 +34,7 @@ EXAMPLES = """\
 examples:
   cipherlm inspect --block 0 --heads 0 --n-bits 4 --tokens 8
   cipherlm inspect --model gpt2 --heads 0 --keys --json
+  cipherlm inspect --scheme ckks --keys
   cipherlm inspect --cache
   cipherlm inspect --clear-cache
 """
@@ -47,9 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=positive_integer,
-        default=DEFAULT_TOKENS,
         metavar="N",
-        help=f"length to compile for (default: {DEFAULT_TOKENS})",
+        help=f"length to compile for, with TFHE (default: {DEFAULT_TOKENS})",
     )
     parser.add_argument(
         "--keys",
@@ -64,20 +65,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the figures of a model's circuits, or of the cache."""
+    """Print the figures of a model's circuits or of its encryption, or of the cache."""
+    from cipherlm.cli.remote import is_ckks
+
     if options.keys and (options.cache or options.clear_cache):
         raise UsageError("--keys does not go with --cache or --clear-cache")
     existing_file(options.calibration)
     with quiet_libraries():
         if options.cache or options.clear_cache:
             _show_cache(options)
+        elif is_ckks(options):
+            _show_remote(options)
         else:
             _show_circuits(options)
+
+
+def _show_remote(options: argparse.Namespace) -> None:
+    if options.tokens is not None:
+        raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
+
+    from cipherlm.cli.remote import calibrate, described, remote_figures, traffic_figures, who_learns_what
+    from cipherlm.models.loading import load_tokenizer
+
+    model = load_encrypted(options, TerminalProgress())
+    tokenizer = load_tokenizer(options.model)
+    calibrate(model, options, tokenizer)
+    result: dict[str, Any] = {"model": options.model, **remote_figures(model, tokenizer)}
+    result["keygen_seconds"] = model.make_keys() if options.keys else None
+    result["evaluation_key_bytes"] = traffic_figures(model)["keys"] if options.keys else None
+    if options.json:
+        write_json(result)
+        return
+    sent = result["evaluation_key_bytes"]
+    keys = "known once they are made: add --keys" if sent is None else f"{human_bytes(sent)}, sent once"
+    print(f"{options.model}, CKKS")
+    print_pairs(
+        [*described(result), ("keys, as sent", keys), *who_learns_what(result["modules"])], indent="  "
+    )
 
 
 def _show_circuits(options: argparse.Namespace) -> None:
     from cipherlm.models.loading import load_tokenizer
 
+    options.tokens = options.tokens or DEFAULT_TOKENS
     model = load_encrypted(options, TerminalProgress())
     if not model.is_calibrated:
         model.calibrate(calibration_ids(options, load_tokenizer(options.model), options.tokens))

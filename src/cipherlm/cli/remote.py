@@ -1,0 +1,169 @@
+"""What the verbs do with CKKS."""
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from cipherlm.cli import CommandError
+from cipherlm.cli.common import calibration_ids, human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.remote import Placement
+
+WHOLE = "transformer.h"
+
+
+def is_ckks(options: argparse.Namespace) -> bool:
+    """Say whether the options, or the saved model that they name, are about CKKS."""
+    import json
+    from pathlib import Path
+
+    from cipherlm.models.config import CONFIG_NAME
+
+    try:
+        saved = json.loads(Path(options.model, CONFIG_NAME).read_text(encoding="utf-8"))
+        return isinstance(saved, dict) and saved.get("scheme") == "ckks"
+    except (OSError, ValueError):  # not saved encrypted, or damaged, which loading it will say
+        return getattr(options, "scheme", "tfhe") == "ckks"
+
+
+def placement(model: "EncryptedGPT2LMHeadModel") -> "Placement":
+    """Return what is remote in a model that is encrypted with CKKS."""
+    assert model.placement is not None
+    return model.placement
+
+
+def calibrate(model: "EncryptedGPT2LMHeadModel", options: argparse.Namespace, tokenizer: Any) -> None:
+    """Calibrate a model unless it is: on sentences, and on texts of them as long as the context."""
+    if model.is_calibrated:
+        return
+    length = placement(model).geometry.context - len(model.prefix)
+    sentences = calibration_ids(options, tokenizer, length)
+    with placement(model).progress("calibrating"):
+        model.calibrate([*sentences, *joined(sentences, length)])
+
+
+def joined(sentences: "list[torch.Tensor]", length: int) -> "list[torch.Tensor]":
+    """Return the sentences (1, tokens) one after the other, cut into texts of ``length`` tokens."""
+    import torch
+
+    ids = torch.cat(sentences, dim=1)
+    return [ids[:, start : start + length] for start in range(0, ids.shape[1], length)]
+
+
+def check_length(model: "EncryptedGPT2LMHeadModel", prompt_tokens: int, new_tokens: int) -> None:
+    """Raise unless the context has room for the prefix, a prompt and new tokens."""
+    context, prefix = placement(model).geometry.context, len(model.prefix)
+    needed = prefix + prompt_tokens + new_tokens - 1  # the last token is generated, but never read
+    longest = int(model.config.n_positions)
+    if needed >= longest:
+        raise CommandError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones are too long for this model, "
+            f"which takes {longest}"
+        )
+    if needed > context:
+        raise CommandError(
+            f"a public prefix of {prefix}, a prompt of {prompt_tokens} tokens and {new_tokens} new ones need "
+            f"--context {needed} or more, not {context}"
+        )
+
+
+class BehindPrefix:
+    """A model that is called with texts without the public prefix, and returns nothing for it.
+
+    What a model makes of the prefix is exact, and so is no part of what is measured.
+    """
+
+    def __init__(self, model: Any, prefix: list[int]) -> None:
+        self._model, self._prefix = model, prefix
+
+    def __call__(self, input_ids: "torch.Tensor", **options: Any) -> Any:
+        """Return the model's outputs, of whose logits (batch, tokens, vocabulary) the prefix is cut off."""
+        import torch
+
+        rows = input_ids.new_tensor(self._prefix).expand(len(input_ids), -1)
+        output = self._model(input_ids=torch.cat([rows, input_ids], dim=1), **options)
+        output.logits = output.logits[:, len(self._prefix) :]
+        return output
+
+
+def remote_figures(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> dict[str, Any]:
+    """Return what can be told of a placement without keys, ready for JSON."""
+    import numpy as np
+
+    from cipherlm.engine import SecretKey
+    from cipherlm.models.ckks import MeteredClient
+
+    place = placement(model)
+    geometry, parameters = place.geometry, place.geometry.parameters
+    client = MeteredClient(SecretKey.generate(parameters), geometry)
+    sizes = []
+    for position in (geometry.prefix, geometry.prefix + 1):  # a prompt, and one token behind it
+        before = client.traffic.to_server
+        client.encrypt(np.zeros((1, geometry.layout.width)), position)
+        sizes.append(client.traffic.to_server - before)
+    return {
+        "modules": list(model.encrypted_modules),
+        "prefix": model.prefix,
+        "prefix_text": tokenizer.decode(model.prefix),
+        "tokens": geometry.tokens,
+        "context": geometry.context,
+        "ring_degree": parameters.degree,
+        "levels": parameters.max_level,
+        "modulus_bits": round(parameters.log_qp, 1),
+        "security_bits": 128,
+        "scale_bits": round(float(np.log2(parameters.scale))),
+        "rotation_keys": len(geometry.layout.rotations(parameters.max_level)),
+        "ciphertext_bytes_prompt": sizes[0],
+        "ciphertext_bytes_token": sizes[1],
+        "ranges": {
+            name: [{key: list(ends) for key, ends in block.items()} for block in module.ranges or []]
+            for name, module in model.remote_modules.items()
+        },
+    }
+
+
+def traffic_figures(model: "EncryptedGPT2LMHeadModel") -> dict[str, int]:
+    """Return the bytes that have gone between the parties, and the number of refreshes."""
+    return asdict(placement(model).traffic)
+
+
+def described(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what ``remote_figures`` gave as names and words."""
+    return [
+        ("on the server", _remote_words(figures["modules"])),
+        ("public prefix", f"{figures['prefix_text']!r}, not encrypted"),
+        ("context", f"up to {figures['context']} tokens, {figures['tokens']} of a prompt side by side"),
+        ("ring degree", f"{figures['ring_degree']}, {figures['levels']} levels"),
+        (
+            "security",
+            f"{figures['security_bits']} bits: a modulus of {figures['modulus_bits']:g} bits, a scale of "
+            f"{figures['scale_bits']}",
+        ),
+        ("rotation keys", str(figures["rotation_keys"])),
+        (
+            "ciphertexts in",
+            f"{human_bytes(figures['ciphertext_bytes_prompt'])} for a prompt, "
+            f"{human_bytes(figures['ciphertext_bytes_token'])} for each token behind it",
+        ),
+    ]
+
+
+def who_learns_what(modules: list[str]) -> list[tuple[str, str]]:
+    """Return what each party learns, in words."""
+    client = (
+        "the last hidden states, and no weight of the blocks but through them"
+        if modules == [WHOLE]
+        else "what each remote module takes and gives; with patience it could fit that module"
+    )
+    return [
+        ("the server learns", "the prefix, sizes and times, and how many tokens come after a prompt"),
+        ("the client learns", client),
+    ]
+
+
+def _remote_words(modules: list[str]) -> str:
+    return "all blocks, as one" if modules == [WHOLE] else ", ".join(modules)
