@@ -140,6 +140,13 @@ def test_keys_that_arrive_wrong_are_thrown_away(store, tmp_path):
     put(store, b"right")
 
 
+def test_a_file_that_somebody_removed(store, tmp_path):
+    fingerprint = put(store, b"complete")
+    next((tmp_path / "keys").rglob("*.evaluation")).unlink()
+    assert code(store.lease, "a", {"evaluation": fingerprint}) == "unknown_keys"
+    put(store, b"complete")
+
+
 def test_owners_do_not_see_each_other(store):
     fingerprint = put(store, b"mine", "a")
     assert code(store.status, "b", fingerprint) == "unknown_keys"

@@ -118,7 +118,7 @@ class Evaluation:
 
     def _report(self, done: int, total: int) -> None:
         self._look_up()
-        self._in_loop(self._listener.progressed, self, done, total)
+        self._in_loop(self._listener.progressed, self, int(done), int(total))
 
     def _moved(self, position: int) -> None:
         self._in_loop(self._listener.moved, self, position)

@@ -159,6 +159,9 @@ class KeyStore:
             entries = {}
             for kind, fingerprint in fingerprints.items():
                 entry = self._entries.get((_place(owner), fingerprint))
+                if entry is not None and not entry.path.exists():  # somebody has tidied up
+                    self._forget(entry)
+                    entry = None
                 if entry is None or not entry.complete or entry.kind != kind:
                     raise Failure(UNKNOWN_KEYS, f"upload the {kind} keys first")
                 entries[kind] = entry
