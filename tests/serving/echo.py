@@ -59,6 +59,8 @@ class Echo:
             while module == "stall":
                 report(1, 2)
                 time.sleep(0.01)
+            if module == "dawdle":
+                report(0, 1)
             while module == "dawdle" and not self._model.release.is_set():
                 time.sleep(0.01)
             replies = []

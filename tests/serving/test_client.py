@@ -520,38 +520,30 @@ def test_a_full_server_is_asked_again(tmp_path, model):
 
 def test_a_full_queue_is_asked_again(tmp_path, model):
     limits = Limits(workers=1, queue=1)
-    with echo_server(tmp_path, model=model, limits=limits) as url:
-        began = threading.Semaphore(0)
+    with echo_server(tmp_path, model=model, limits=limits) as url, session(url, patience=0.1) as connection:
+        threads, details = [], []
+        for _ in range(2):  # one evaluation runs, one waits
+            begun = threading.Event()
 
-        def dawdle():
-            with session(url, progress=Watched(lambda details: began.release())) as connection:
-                connection.evaluate("dawdle", 0, 1, [], upper)
+            def dawdle(begun=begun):
+                with session(url) as other:
+                    other.progress = Watched(lambda _details: begun.set())
+                    other.evaluate("dawdle", 0, 1, [], upper)
+                    details.append(other.progress.details[0])
 
-        threads = [threading.Thread(target=dawdle) for _ in range(2)]
-        with session(url, patience=0.1) as connection:
-            for thread in threads:
-                thread.start()
-            failure = refused(connection)
-            assert failure.code == protocol.BUSY
-            assert failure.retry
-        with session(url) as connection:
-            threading.Timer(0.2, model.release.set).start()
-            assert connection.evaluate("echo", 0, 1, [b"ab"], upper) == [b"ba", b"ROUND 0"]
-        for thread in threads:
+            threads.append(threading.Thread(target=dawdle))
+            threads[-1].start()
+            assert begun.wait(20)
+        with pytest.raises(ServerError, match="queue is full") as caught:
+            connection.evaluate("echo", 0, 1, [], nothing)
+        assert (caught.value.code, caught.value.retry) == (protocol.BUSY, True)
+        with session(url) as patient:
+            timer = threading.Timer(0.2, model.release.set)
+            timer.start()
+            assert patient.evaluate("echo", 0, 1, [b"ab"], upper) == [b"ba", b"ROUND 0"]
+        for thread in (timer, *threads):
             thread.join()
-
-
-def refused(connection: Connection) -> ServerError:
-    """Ask until the queue is full, which takes the others a while."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            connection.evaluate("refuse", 0, 1, [], nothing)
-        except ServerError as error:
-            if error.code != protocol.BAD_REQUEST:
-                return error
-        time.sleep(0.02)
-    raise AssertionError("the queue was never full")
+        assert details == ["block 0 of 1", "0 before in the queue"]
 
 
 # Whom to trust
