@@ -495,3 +495,21 @@ def test_quantisers_need_no_circuit():
     rotations = np.array([[[0.0, -1.0], [1.0, 0.0]], np.eye(2)])
     dequantizer = OutputDequantizer(np.array([1.0, 1.0, 2.0, 2.0]), rotations)
     assert dequantizer(np.array([[1, 2, 3, 4]])).tolist() == [[-2.0, 1.0, 6.0, 8.0]]
+
+
+@pytest.mark.slow
+def test_all_heads_with_the_projection_in_two_parties(small_layer, calibration, tmp_path):
+    """Bound: that of the same circuit in one process. The client has the ranges of channels, no rotations."""
+    pytest.importorskip("concrete.fhe")
+    attention = QuantizedAttention.calibrate(small_layer, calibration, heads=None, n_bits=5)
+    server, client = AttentionCircuit.compile(attention, 3, cache_dir=None).split()
+    server.save(tmp_path / "server", "attn")
+    _, scales = client.save(tmp_path / "client", "attn")[::-1]
+    assert set(load_file(scales)) == {"channel_scale", "largest_norm", "output_scale"}
+    client = ClientCircuit.load(tmp_path / "client", "attn")
+    client.keygen()
+    x = random_rows(16, 3, 1)
+    result = ServerCircuit.load(tmp_path / "server", "attn").run(client.encrypt(x), client.evaluation_keys())
+    clear = attention(x)
+    assert client.decrypt(result).shape == (3, 16)
+    assert root_mean_square(client.decrypt(result) - clear) < 0.3 * root_mean_square(clear)
