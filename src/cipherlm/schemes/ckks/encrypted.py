@@ -256,7 +256,13 @@ class CiphertextTensor(Tensor):
         # Lower values make a lower square: the sum over the width must not outgrow the default scale.
         wanted = self.arithmetic.scale_before(before)
         lower = math.sqrt(wanted * self.arithmetic.parameters.scale / width)
-        scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
+        if self.level - MASK_LEVEL < depth(before) + 3:
+            # A refresh can bring a copy in that scale for nothing.
+            copy = self._with(self.parts)
+            self._refresh([self, copy], [self.arithmetic.parameters.scale, lower])
+            scaled = list(copy.parts)
+        else:
+            scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
         total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
         return self._with([evaluator.set_scale(total, total.scale * width)])
 
@@ -271,13 +277,19 @@ class CiphertextTensor(Tensor):
         left = min(tensor.level for tensor in tensors) - MASK_LEVEL
         if left >= levels + (ahead._mapping(before) if before else 0):
             return
-        wanted = {id(tensor): parameters.scale for tensor in tensors}
+        scales = [parameters.scale] * len(tensors)
         if before:
-            wanted[id(ahead)] = self.arithmetic.scale_before(before)
-        owners = [tensor for tensor in tensors for _ in tensor.parts]
+            scales[-1] = self.arithmetic.scale_before(before)
+        self._refresh(tensors, scales, MASK_LEVEL + levels if last else None)
+
+    def _refresh(
+        self, tensors: Sequence[CiphertextTensor], scales: Sequence[float], level: int | None = None
+    ) -> None:
+        """Refresh tensors together, in place, to a level (the highest, if None) and near these scales."""
         parts = [part for tensor in tensors for part in tensor.parts]
-        level = MASK_LEVEL + levels if last else parameters.max_level
-        fresh = iter(self.arithmetic.refresh(parts, [wanted[id(owner)] for owner in owners], level))
+        wanted = [scale for tensor, scale in zip(tensors, scales, strict=True) for _ in tensor.parts]
+        top = self.arithmetic.parameters.max_level if level is None else level
+        fresh = iter(self.arithmetic.refresh(parts, wanted, top))
         for tensor in tensors:
             tensor.parts = tuple(next(fresh) for _ in tensor.parts)
 

@@ -93,7 +93,6 @@ class LayerNorm:
 
     def __call__(self, x: T) -> T:
         """Return the normalised hidden states."""
-        x.ready(2)
         square = x.mean_square(self.start) + self.epsilon
         x.ready(depth(self.start) + 1, square, before=self.start)
         root = square.polynomial(self.start)

@@ -118,7 +118,7 @@ class Layout:
         need(ATTENTION_LEVEL - 1, self.period // 2 * self.tokens, *(-k for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 2, *(k * self.distance_step for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 3, *inner_sum_rotations(*self.blocks_of_head))
-        need(max_level - 2, *inner_sum_rotations(*self.features))
+        need(max_level - 1, *inner_sum_rotations(*self.features))
         need(max_level, *inner_sum_rotations(*self.distances))
         return levels
 
@@ -320,7 +320,7 @@ class DecodingLayout:
             need(ATTENTION_LEVEL - 2, *inner_sum_rotations(*sums))
         need(max_level, *inner_sum_rotations(*self.tokens_of_group))
         need(max_level, *inner_sum_rotations(*self.groups_of_part))
-        need(max_level - 2, *inner_sum_rotations(*self.features))
+        need(max_level - 1, *inner_sum_rotations(*self.features))
         return levels
 
     def pack(self, hidden: Float64) -> Float64:

@@ -69,9 +69,10 @@ class Tensor(ABC):
 
     @abstractmethod
     def mean_square(self: T, before: Chebyshev) -> T:
-        """Return the mean square of each token's features, as one column, in two levels.
+        """Return the mean square of each token's features, as one column.
 
-        It has the scale at which the interval of ``before`` costs no level.
+        It has the scale at which the interval of ``before``, which is to be applied to it, costs no level.
+        Both are refreshed here, if they do not have the levels for that and a product.
         """
 
     @abstractmethod
