@@ -6,11 +6,13 @@ JSON.
 """
 
 import argparse
+import dataclasses
+import functools
 import os
 import re
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ examples:
   cipherlm serve gpt2-bundle
   cipherlm serve gpt2-bundle --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
   CIPHERLM_TOKEN="$(openssl rand -hex 32)" cipherlm serve gpt2-bundle --host 10.0.0.5
+  cipherlm serve /shared/gpt2-bundle --ray 10.0.0.5:6379
 
 a file of tokens has one a line, each with the name of its owner; owners do not see each other's keys:
   alice 6f1ed002ab5595859014ebf0951522d9
@@ -81,6 +84,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=positive_integer, metavar="N", help="length of a text (default: the model's)"
     )
 
+    cluster = parser.add_argument_group("several machines")
+    cluster.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute on the workers of a Ray cluster: host:port, or auto for the one of this machine; "
+        "they must all find BUNDLE under the same path",
+    )
+    cluster.add_argument(
+        "--ray-workers",
+        type=positive_integer,
+        metavar="N",
+        help="workers, and so evaluations that compute at once (default: one a machine, with all its cores)",
+    )
+
     disk = parser.add_argument_group("clients' keys")
     disk.add_argument(
         "--data-dir", metavar="DIR", help="where they are kept (default: the user's data directory)"
@@ -106,6 +123,8 @@ def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT."""
     if (options.certfile is None) != (options.keyfile is None):
         raise UsageError("--certfile and --keyfile belong together")
+    if options.ray_workers is not None and options.ray is None:
+        raise UsageError("--ray-workers needs --ray")
     certfile, keyfile = existing_file(options.certfile), existing_file(options.keyfile)
     try:
         from cipherlm.serving.auth import is_loopback
@@ -125,11 +144,16 @@ def run(options: argparse.Namespace) -> None:
         print("cipherlm: without --certfile, tokens cross the network in the clear", file=sys.stderr)
 
     # Before the model is loaded, which takes a while.
-    with closing(listen(options.host, options.port)) as listener:
+    with closing(listen(options.host, options.port)) as listener, ExitStack() as stack:
         log_to()
-        model = load_hosted_model(Path(options.bundle))
+        limits = limits_of(options)
+        if options.ray is None:
+            model = load_hosted_model(Path(options.bundle))
+        else:
+            model, workers = ray_hosted_model(Path(options.bundle), options.ray, options.ray_workers, stack)
+            limits = dataclasses.replace(limits, workers=max(workers, limits.workers))
         keys = KeyStore(data_directory(options.data_dir), model.description["keys"], options.disk_budget)
-        service = Service(model, keys, tokens, limits_of(options))
+        service = Service(model, keys, tokens, limits)
         server = create_server(service, options.host, options.port, certfile=certfile, keyfile=keyfile)
         # uvicorn ends gracefully and then sends itself the signal again.
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -144,6 +168,22 @@ def load_hosted_model(bundle: Path) -> "HostedModel":
     from cipherlm.serving.bundle import load_hosted_model
 
     return load_hosted_model(bundle)
+
+
+def ray_hosted_model(
+    bundle: Path, address: str, workers: int | None, stack: ExitStack
+) -> "tuple[HostedModel, int]":
+    """Return the model in a bundle on a cluster's workers, which end with ``stack``, and their number."""
+    from cipherlm.serving import bundle as bundles
+    from cipherlm.serving import ray_cluster
+
+    ray_cluster.connect(address)
+    machines = ray_cluster.cluster_cores()
+    number = workers or max(len(machines), 1)
+    load = functools.partial(bundles.load_hosted_model, str(bundle.resolve()))
+    cores = ray_cluster.cores_per_worker(machines, number)
+    model = stack.enter_context(closing(ray_cluster.RayHostedModel(load, number, cores)))
+    return model, number
 
 
 def read_tokens(options: argparse.Namespace) -> "Tokens":

@@ -15,6 +15,13 @@ class Cancelled(Exception):  # noqa: N818 - not an error of anyone's
     """The client has gone, has changed its mind or was too slow: let go of everything and pass this on."""
 
 
+class WorkerLost(Exception):  # noqa: N818 - nobody's error
+    """The machine that computes for a session is gone, with what it remembered; another one may take over.
+
+    The client has to begin anew: open a session, evaluate from the first token on.
+    """
+
+
 class Computation(Protocol):
     """What is evaluated for one session: a model with one client's keys, and what it remembers (KV cache).
 
@@ -27,7 +34,7 @@ class Computation(Protocol):
         """Evaluate a remote module on the ciphertexts of ``count`` tokens, from position ``start`` on.
 
         Calls ``report`` often, so that a client that has gone does not keep the machine busy. Raises
-        :class:`ValueError` for what the client got wrong, in words for the client.
+        :class:`ValueError` for what the client got wrong, in words for the client, and :class:`WorkerLost`.
         """
 
     def close(self) -> None:
@@ -49,5 +56,6 @@ class HostedModel(Protocol):
     def open(self, keys: Mapping[str, Path]) -> Computation:
         """Start a session with a client's keys, by kind.
 
-        Raises :class:`ValueError` for keys that are damaged or another model's, in words for the client.
+        Raises :class:`ValueError` for keys that are damaged or another model's, in words for the client, and
+        :class:`WorkerLost` where no machine can take the session now.
         """

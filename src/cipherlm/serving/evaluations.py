@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from cipherlm.serving import protocol
-from cipherlm.serving.computation import Cancelled, Computation
+from cipherlm.serving.computation import Cancelled, Computation, WorkerLost
 from cipherlm.serving.failures import Failure
 from cipherlm.serving.logs import log_exception
 from cipherlm.serving.protocol import ProtocolError, pack
@@ -109,6 +109,8 @@ class Evaluation:
             outcome = "ok", _packed(request.id, blobs)
         except Cancelled:
             outcome = self._failed(self._reason or Failure(protocol.CANCELLED, "the evaluation gave up"))
+        except WorkerLost as error:
+            outcome = self._failed(Failure(protocol.SHUTTING_DOWN, str(error), retry=True))
         except ValueError as error:
             outcome = self._failed(Failure(protocol.BAD_REQUEST, str(error)))
         except Exception as error:

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import WebSocket, WebSocketDisconnect
 
 from cipherlm.serving import protocol
-from cipherlm.serving.computation import Computation
+from cipherlm.serving.computation import Computation, WorkerLost
 from cipherlm.serving.evaluations import Evaluation
 from cipherlm.serving.failures import Failure
 from cipherlm.serving.keys import Lease
@@ -195,6 +195,8 @@ class Session:
         self._outbox.put_nowait(message)
         if self._ending:
             self._fail(shutting_down())
+        elif outcome == protocol.SHUTTING_DOWN:
+            self._fail(Failure(outcome, "what the session remembered is lost: open another one", retry=True))
         else:
             self._rest()
 
@@ -285,6 +287,8 @@ class Session:
                 self._computation = await to_thread(self._service.model.open, lease.paths)
         except ValueError as error:
             self._fail(Failure(protocol.BAD_KEYS, str(error)))
+        except WorkerLost as error:
+            self._fail(Failure(protocol.BUSY, str(error), retry=True))
         except Exception as error:
             log_exception("keys could not be opened", error, session=self.id)
             self._fail(Failure(protocol.INTERNAL, "the server could not open these keys"))
