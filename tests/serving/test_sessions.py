@@ -420,6 +420,7 @@ def test_tokens(start):
             with pytest.raises(InvalidStatus) as refused, harness.socket(token):
                 pass
             assert refused.value.response.status_code == 401
+            assert b"unauthorized" in refused.value.response.body
         keys = harness.keys(token="token-a")
         with harness.socket("token-b") as client:  # knows a's fingerprints, and that is not enough
             assert error(client.open(keys)) == "unknown_keys"

@@ -103,9 +103,9 @@ def create_app(service: Service) -> FastAPI:
     async def session(socket: WebSocket) -> None:
         owner = service.tokens.owner(socket.headers.get("authorization"))
         if owner is None:
-            await socket.send_denial_response(_answer(_no_token()))
+            await _deny(socket, _answer(_no_token()))
         elif service.draining:
-            await socket.send_denial_response(_answer(shutting_down()))
+            await _deny(socket, _answer(shutting_down()))
         else:
             await socket.accept()
             await Session(service, socket, owner).run()
@@ -170,7 +170,13 @@ async def _refuse_browser(scope: _Scope, receive: _Receive, send: _Send) -> None
     if scope["type"] == "http":
         await answer(scope, receive, send)
     else:
-        await WebSocket(scope, receive, send).send_denial_response(answer)
+        await _deny(WebSocket(scope, receive, send), answer)
+
+
+async def _deny(socket: WebSocket, answer: Response) -> None:
+    """Answer a handshake with something else than a WebSocket."""
+    del answer.headers["content-length"]  # uvicorn sets it, and older versions would send both
+    await socket.send_denial_response(answer)
 
 
 def _no_token() -> Failure:
