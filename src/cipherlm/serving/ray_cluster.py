@@ -132,7 +132,8 @@ class RayHostedModel:
                 f"not all {len(asked)} workers started within {seconds:.0f} s: are their cores free?"
             ) from None
         except RayError as error:
-            raise ClusterError(f"a worker did not start: {type(error).__name__}") from error
+            why = str(error).strip().splitlines()[-1].strip()
+            raise ClusterError(f"a worker did not start: {why}") from error
         for answer in answers:
             if answer["version"] != __version__:
                 raise ClusterError(f"{answer['host']} has CipherLM {answer['version']}, not {__version__}")
