@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from cipherlm.cli import main
+from cipherlm.cli.bench_ckks import MeasuredSession
+from cipherlm.cli.bench_primitives import NAMES, Primitives
+from cipherlm.engine import Parameters
+from cipherlm.schemes.ckks.session import Geometry, Module
+from cipherlm.schemes.ckks.tensor import Linear
 
 FIGURES = {
+    "ciphertext_bytes",
+    "client_seconds",
+    "compile_seconds",
     "execute_seconds",
     "evaluation_key_bytes",
     "levels",
@@ -18,11 +27,11 @@ FIGURES = {
     "refreshes",
     "rotation_keys",
     "rotations",
+    "round_trips",
 }
 
-
 ATTENTION = ["attention", "--scheme", "ckks", "--geometry", "tiny", "--tokens", "4", "--heads", "all"]
-MODEL = ["model", "--geometry", "tiny", "--blocks", "1", "--prompt-tokens", "3", "--runs", "1"]
+BLOCK = ["block", "--geometry", "tiny", "--runs", "1"]
 
 
 def figures(capsys, arguments):
@@ -39,19 +48,84 @@ def test_attention(capsys):
     assert got["max_abs_error"] < 1e-3 * got["max_abs_output"]
 
 
-def test_model(capsys):
-    got = figures(capsys, MODEL)
-    assert set(got) >= FIGURES
+def test_a_session_is_counted():
+    """A linear layer on a prompt and on the token behind it."""
+    random = np.random.default_rng(3)
+    linear = Linear(random.normal(size=(8, 8)), random.normal(size=8))
+    module = Module(lambda x, _, __: x @ linear, [])
+    session = MeasuredSession(Geometry(heads=2, head_dim=4, tokens=2, prefix=0, context=4), module)
+    hidden = random.normal(size=(3, 8))
+    got, both = session.evaluate(hidden, 0)
+    assert np.abs(got - (hidden @ linear.weight + linear.bias)).max() < 1e-3
+    assert (both.calls["transform_many"], both.calls["transform"], both.calls["rerandomize"]) == (1, 1, 2)
+    assert (both.refreshes, both.round_trips, both.refresh_bytes) == (0, 0, 0)
+    again, prompt = session.evaluate(hidden[:2], 0)
+    assert np.abs(again - got[:2]).max() < 1e-3
+    token = session.evaluate(hidden[2:], 2)[1]
+    prompt.add(token)
+    assert (prompt.primitives, prompt.calls) == (both.primitives, both.calls)
+    assert prompt.up_bytes + prompt.down_bytes == both.up_bytes + both.down_bytes
+    assert prompt.rotations == both.rotations > token.rotations > 0
+
+
+@pytest.mark.slow
+def test_block(capsys):
+    got = figures(capsys, [*BLOCK, "--prompt-tokens", "3", "--new-tokens", "1"])
     assert (got["blocks"], got["prompt_tokens"], got["prefix_tokens"]) == (1, 3, 1)
     assert got["max_abs_error"] < 1e-3 * got["max_abs_output"]
-    assert got["refresh_bytes"] == got["refresh_up_bytes"] + got["refresh_down_bytes"]
+    prompt, token = got["prompt"], got["first_token"]
+    assert got["next_tokens"] is None
+    assert got["execute_seconds"] == prompt["seconds"] + token["seconds"]
+    assert got["token_seconds"] == [token["seconds"]]
+    assert max(prompt["max_abs_error"], *got["token_max_abs_errors"]) == got["max_abs_error"]
+    for part in (prompt, token):
+        assert part["round_trips"] <= part["refreshes"] < part["rotations"]
+        # One ciphertext in, one out, and what is refreshed.
+        assert part["refresh_bytes"] < part["up_bytes"] + part["down_bytes"] < 1.2 * part["refresh_bytes"]
+        assert part["operations"]["mask"]["calls"] == part["round_trips"]
+        assert 0 < part["client_seconds"] < part["seconds"]
+
+
+@pytest.mark.slow
+def test_a_prompt_that_goes_on_by_decoding(capsys):
+    """Two tokens side by side, one of them public, and another one behind; then new ones."""
+    more = [
+        "--prompt-tokens",
+        "2",
+        "--new-tokens",
+        "3",
+        "--side-by-side",
+        "2",
+        "--context",
+        "8",
+        "--roofline",
+    ]
+    got = figures(capsys, [*BLOCK, *more])
+    assert got["max_abs_error"] < 1e-3 * got["max_abs_output"]
+    assert got["prompt"]["round_trips"] > got["first_token"]["round_trips"]
+    assert (got["next_tokens"]["tokens"], len(got["token_seconds"])) == (2, 3)
+    for part in (got["prompt"], got["first_token"], got["next_tokens"]):
+        roofline = part["roofline"]
+        assert sum(roofline["primitives"].values()) == pytest.approx(roofline["core_seconds"])
+        assert roofline["seconds"] == pytest.approx(roofline["core_seconds"] / got["threads"])
+
+
+def test_primitive_operations():
+    primitives = Primitives(Parameters.preset(12), budget=0.0)
+    assert all(0 <= primitives.seconds(name, 1) < 1 for name in (*NAMES, "polynomial_1"))
+    assert set(primitives.table()) == {str(level + 1) for level in range(primitives.parameters.max_level)}
+    with pytest.raises(ValueError, match="'nothing' is no primitive"):
+        primitives.seconds("nothing", 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("attention --scheme ckks --heads 1", "--heads all"),
-        ("model --geometry gpt2 --blocks 1 --prompt-tokens 9", "do not fit"),
+        ("attention --scheme ckks --heads all --tokens 9", "do not fit"),
+        ("block --geometry gpt2 --side-by-side 16", "do not fit"),
+        ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 57", "--context 64 has no room for 65"),
+        ("model --geometry tiny --prompt-tokens 9999 --context 20000", "has text for"),
     ],
 )
 def test_mistakes(capsys, arguments, message):

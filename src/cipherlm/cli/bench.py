@@ -9,16 +9,17 @@ EXAMPLES = """\
 examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
   cipherlm bench attention --scheme ckks --tokens 8 --heads all --json
-  cipherlm bench model --geometry gpt2 --blocks 1 --json
+  cipherlm bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3 --json
+  cipherlm bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --json
   cipherlm bench engine --degrees 14 --json
 """
 
 _BENCHMARKS = {
     "attention": "one attention layer: errors against floating point, seconds, bytes, table lookups",
+    "block": "one block of a GPT-2 on ciphertexts (CKKS)",
     "model": "blocks of a GPT-2 on ciphertexts (CKKS): seconds, bytes, round trips, operations",
     "engine": "the operations of the CKKS engine",
 }
-_MODULES = {"attention": "bench_attention", "model": "bench_ckks", "engine": "bench_engine"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(metavar="WHAT", dest="benchmark", required=True)
     for name, summary in _BENCHMARKS.items():
         try:
-            module = import_module(f"cipherlm.cli.{_MODULES[name]}")
+            module = import_module(f"cipherlm.cli.bench_{name}")
         except ImportError:  # an installation without what this benchmark measures
             continue
         benchmark = what.add_parser(
@@ -58,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _written(name: str, value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_written(name, part)}" for key, part in value.items())
+        return ", ".join(f"{key}: {_written(key, part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_written(name, part) for part in value)
     if name.endswith("bytes") and isinstance(value, int):
         return human_bytes(value)
     if isinstance(value, float):

@@ -1,6 +1,8 @@
-"""Measure the CKKS engine: its operations at every ring degree, key sizes, linear layers, the binding.
+"""Measure the CKKS engine: operations at every ring degree, key sizes, linear layers, levels, the binding.
 
-The binding is compared with ``go test -bench`` where there are a Go toolchain and the engine's source.
+``primitives`` are the operations that encrypted models consist of, at each level of the ring degree that
+models have. The binding is compared with ``go test -bench`` where there are a Go toolchain and the engine's
+source.
 
 Every figure is the fastest of several runs. ``seconds`` is the time on the clock, ``cpu_seconds`` that of all
 threads together: on a machine that does other work too, the second is the steadier one.
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm import engine
+from cipherlm.cli.bench_primitives import Primitives
 from cipherlm.engine import (
     Ciphertext,
     EvaluationKeys,
@@ -38,10 +41,12 @@ examples:
   cipherlm bench engine --json
   cipherlm bench engine --degrees 14 --json
   cipherlm bench engine --degrees 14 --only linear --level 1 2 4 --json
+  cipherlm bench engine --degrees 14 --only primitives --json
   cipherlm bench engine --only binding --json
 """
 
-PARTS = ("operations", "linear", "binding")
+PARTS = ("operations", "linear", "primitives", "binding")
+MODEL_DEGREE = 14
 GO_SOURCE = Path(__file__).parents[3] / "engine"
 BINDING_ROUNDS = 5
 BABY_STEPS = 32
@@ -97,8 +102,10 @@ def run(options: argparse.Namespace) -> Figures:
             for outputs in (768, 2304)
             for storage in options.storage
             for level in options.level
-            if outputs == 768 or log == 14
+            if outputs == 768 or log == MODEL_DEGREE
         ]
+    if "primitives" in options.only and MODEL_DEGREE in options.degrees:
+        figures["primitives"] = Primitives(Parameters.preset(MODEL_DEGREE), options.budget / 5).table()
     if "binding" in options.only:
         figures["binding"] = _binding()
     return figures if getattr(options, "json", True) else dict(_flat(figures))

@@ -1,0 +1,162 @@
+"""The primitive operations of CKKS that encrypted models consist of, measured one by one at every level."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from cipherlm.engine import (
+    Chebyshev,
+    Ciphertext,
+    Evaluator,
+    LinearTransformation,
+    Parameters,
+    Plaintext,
+    SecretKey,
+    set_threads,
+    threads,
+)
+
+Primitive = tuple[str, int]
+"""Name and level of the operands; for ``mask``, the level that a refresh goes to."""
+
+NAMES = (
+    "rotation",
+    "hoisted_rotation",
+    "product",
+    "further_product",
+    "plaintext_product",
+    "diagonal",
+    "rescaling",
+    "addition",
+    "mask",
+    "rerandomization",
+)
+"""All but polynomials, which are ``polynomial_`` and the degree."""
+
+DEGREES = (3, 7, 15, 31, 63)
+BABY_STEPS = 8
+
+
+class Primitives:
+    """Processor seconds of single operations, on one thread: the fastest of several runs.
+
+    Differences, such as those of a matrix with more diagonals, and shares, such as those of one among eight
+    hoisted rotations, are what an operation takes inside of a larger one.
+    """
+
+    def __init__(self, parameters: Parameters, budget: float = 0.2) -> None:
+        self.parameters, self._budget = parameters, budget
+        self._known: dict[Primitive, float] = {}
+        self._random = np.random.default_rng(0)
+
+    def seconds(self, name: str, level: int) -> float:
+        """Return the seconds of an operation. Raises ``ValueError`` for a name that is not known."""
+        if (name, level) not in self._known:
+            with _one_thread():
+                self._known[name, level] = self._measured(name, level)
+        return self._known[name, level]
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Return the seconds of everything there is, by level and name."""
+        levels = range(1, self.parameters.max_level + 1)
+        polynomials = {f"polynomial_{degree}": degree.bit_length() for degree in DEGREES}
+        return {
+            str(level): {
+                name: self.seconds(name, level)
+                for name in (*NAMES, *polynomials)
+                if polynomials.get(name, 0) <= level
+            }
+            for level in levels
+        }
+
+    @cached_property
+    def _secret_key(self) -> SecretKey:
+        return SecretKey.generate(self.parameters)
+
+    @cached_property
+    def _public_key(self) -> Any:
+        return self._secret_key.public_key()
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        steps = {*range(1, BABY_STEPS + 1), *(BABY_STEPS * k for k in range(1, BABY_STEPS))}
+        return Evaluator(self.parameters, self._secret_key.evaluation_keys(sorted(steps)))
+
+    def _vector(self) -> Any:
+        return self._random.uniform(-1, 1, self.parameters.slots)
+
+    def _ciphertext(self, level: int) -> Ciphertext:
+        fresh = self._secret_key.encrypt(self._vector(), level)
+        return self._evaluator.add(fresh, fresh)  # no longer compressed
+
+    def _measured(self, name: str, level: int) -> float:
+        evaluator, ct = self._evaluator, self._ciphertext(level)
+        if name == "diagonal":
+            return self._diagonal(level, ct)
+        if name == "further_product":
+            many = [ct] * BABY_STEPS
+            difference = self._fastest(lambda: evaluator.dot(many, many))
+            difference -= self._fastest(lambda: evaluator.dot(many[:1], many[:1]))
+            return max(0.0, difference) / (BABY_STEPS - 1)
+        if name == "hoisted_rotation":
+            steps = list(range(1, BABY_STEPS + 1))
+            return self._fastest(lambda: evaluator.rotate_hoisted(ct, steps)) / BABY_STEPS
+        if name.startswith("polynomial_"):
+            curve = Chebyshev(np.full(int(name.split("_")[1]) + 1, 0.01), (-1.0, 1.0))
+            return self._fastest(lambda: evaluator.polynomial(ct, curve))
+        plain = Plaintext.encode(self.parameters, self._vector(), level, float(self.parameters.q[level]))
+        low = evaluator.drop_level(ct, 1)
+        simple: dict[str, Callable[[], Any]] = {
+            "rotation": lambda: evaluator.rotate(ct, 1),
+            "product": lambda: evaluator.multiply(ct, ct),
+            "plaintext_product": lambda: evaluator.multiply(ct, plain, rescale=False),
+            "addition": lambda: evaluator.add(ct, ct),
+            "mask": lambda: evaluator.mask([low], self._public_key, level=1, to_level=level),
+            "rerandomization": lambda: evaluator.rerandomize(ct, self._public_key),
+        }
+        if name == "rescaling":
+            product = evaluator.multiply(ct, plain, rescale=False)
+            simple[name] = lambda: evaluator.rescale(product)
+        if name not in simple:
+            raise ValueError(f"{name!r} is no primitive operation")
+        return self._fastest(simple[name])
+
+    def _diagonal(self, level: int, ct: Ciphertext) -> float:
+        """Return what one more diagonal takes in a matrix that has the same rotations anyway."""
+        rotations = range(BABY_STEPS * BABY_STEPS)
+        few = [k for k in rotations if k < BABY_STEPS or k % BABY_STEPS == 0]
+        taken = []
+        for chosen in (list(rotations), few):
+            matrix = LinearTransformation(
+                self.parameters,
+                ((k, self._vector()) for k in chosen),
+                level=level,
+                giant_step=BABY_STEPS,
+            )
+            taken.append(self._fastest(partial(self._evaluator.transform, ct, matrix)))
+        return max(0.0, taken[0] - taken[1]) / (len(rotations) - len(few))
+
+    def _fastest(self, operation: Callable[[], Any]) -> float:
+        operation()
+        least, runs, end = float("inf"), 0, time.perf_counter() + self._budget
+        while runs < 3 or time.perf_counter() < end:
+            began = time.process_time()
+            operation()
+            least, runs = min(least, time.process_time() - began), runs + 1
+        return least
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)

@@ -1,0 +1,224 @@
+"""What an evaluation of CKKS takes: seconds, bytes, calls of the engine, and what those consist of."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from cipherlm.cli.bench_primitives import Primitive, Primitives
+from cipherlm.engine import (
+    Ciphertext,
+    EvaluationKeys,
+    Evaluator,
+    LinearTransformation,
+    Parameters,
+    Plaintext,
+    inner_sum_rotations,
+    threads,
+)
+
+Figures = dict[str, Any]
+Part = tuple[str, int, float]
+
+_ROTATIONS = ("rotation", "hoisted_rotation")
+
+
+@dataclass
+class Tally:
+    """What an evaluation took: seconds, bytes, calls of the engine and what they consist of.
+
+    ``seconds`` go from the client's hidden states to its results, ``cpu_seconds`` are those of all cores.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    encrypt_seconds: float = 0.0
+    refresh_seconds: float = 0.0
+    decrypt_seconds: float = 0.0
+    refreshes: int = 0
+    round_trips: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    refresh_bytes: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+    call_seconds: dict[str, float] = field(default_factory=dict)
+    primitives: dict[Primitive, float] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Take another evaluation in."""
+        for item in fields(self):
+            own, theirs = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(own, dict):
+                _add(own, theirs)
+            else:
+                setattr(self, item.name, own + theirs)
+
+    def count(self, name: str, seconds: float, primitives: Mapping[Primitive, float]) -> None:
+        """Take in one call of the engine."""
+        _add(self.calls, {name: 1})
+        _add(self.call_seconds, {name: seconds})
+        _add(self.primitives, primitives)
+
+    @property
+    def client_seconds(self) -> float:
+        """The client's part, bytes read and written included."""
+        return self.encrypt_seconds + self.refresh_seconds + self.decrypt_seconds
+
+    @property
+    def rotations(self) -> int:
+        """The number of rotations and conjugations, also those inside of matrices and sums."""
+        return round(sum(n for (name, _), n in self.primitives.items() if name in _ROTATIONS))
+
+    def figures(self, tokens: int, *, each: bool = False) -> Figures:
+        """Return everything of so many tokens, or the average of ``each``."""
+        share = 1 / tokens if each else 1
+
+        def count(value: int) -> float:
+            return value * share if each else value
+
+        ordered = sorted(self.call_seconds, key=self.call_seconds.__getitem__, reverse=True)
+        return {
+            "tokens": tokens,
+            "seconds": self.seconds * share,
+            "cpu_seconds": self.cpu_seconds * share,
+            "client_seconds": self.client_seconds * share,
+            "refreshes": count(self.refreshes),
+            "round_trips": count(self.round_trips),
+            "up_bytes": round(count(self.up_bytes)),
+            "down_bytes": round(count(self.down_bytes)),
+            "refresh_bytes": round(count(self.refresh_bytes)),
+            "rotations": count(self.rotations),
+            "operations": {
+                name: {"calls": count(self.calls[name]), "seconds": self.call_seconds[name] * share}
+                for name in ordered
+            },
+        }
+
+    def roofline(self, primitives: Primitives, tokens: int = 1) -> Figures:
+        """Return what the server's primitive operations take by themselves, over all cores.
+
+        ``ratio`` is what the server took over that, on the clock, and ``cpu_ratio`` the processor time of
+        both parties over that of the operations. Averages for so many tokens.
+        """
+        parts: dict[str, float] = {}
+        for (name, level), count in self.primitives.items():
+            parts[name] = parts.get(name, 0.0) + count * primitives.seconds(name, level)
+        core_seconds = sum(parts.values())
+        seconds = core_seconds / threads()
+        return {
+            "core_seconds": core_seconds / tokens,
+            "seconds": seconds / tokens,
+            "ratio": (self.seconds - self.client_seconds) / seconds,
+            "cpu_ratio": self.cpu_seconds / core_seconds,
+            "primitives": {
+                name: parts[name] / tokens for name in sorted(parts, key=parts.__getitem__, reverse=True)
+            },
+        }
+
+
+def _add(own: dict[Any, Any], theirs: Mapping[Any, Any]) -> None:
+    for key, value in theirs.items():
+        own[key] = own.get(key, 0) + value
+
+
+class MeasuredEvaluator(Evaluator):
+    """An evaluator that takes every call from outside it into its ``tally``."""
+
+    def __init__(self, parameters: Parameters, keys: EvaluationKeys) -> None:
+        super().__init__(parameters, keys)
+        self.tally = Tally()
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    def _measure(self, name: str, parts: Iterable[Part], call: Callable[[], Any]) -> Any:
+        self._inside.a_call = True
+        primitives: dict[Primitive, float] = {}
+        for what, level, count in parts:
+            _add(primitives, {(what, level): count})
+        began = time.perf_counter()
+        try:
+            return call()
+        finally:
+            taken = time.perf_counter() - began
+            self._inside.a_call = False
+            with self._lock:
+                self.tally.count(name, taken, primitives)
+
+
+def _product(a: Ciphertext, b: Any, **_: Any) -> Iterable[Part]:
+    if isinstance(b, Ciphertext):
+        yield "product", min(a.level, b.level), 1
+    elif isinstance(b, Plaintext | np.ndarray):
+        yield "plaintext_product", a.level, 1
+        yield "rescaling", a.level, 1
+    else:
+        yield "addition", a.level, 1
+
+
+def _dot(a: Sequence[Ciphertext], b: Sequence[Any]) -> Iterable[Part]:
+    level = min(item.level for item in (*a, *b))
+    if isinstance(b[0], Ciphertext):
+        yield "product", level, 1
+        yield "further_product", level, len(a) - 1
+    else:
+        yield "plaintext_product", level, len(a)
+        yield "rescaling", level, 1
+
+
+def _matrices(inputs: Sequence[Ciphertext], matrices: Sequence[LinearTransformation]) -> Iterable[Part]:
+    """Yield what matrices consist of: the baby steps of an input are shared by all of them."""
+    level, count = matrices[0].level, len(inputs)
+    babies = {step for m in matrices for step in m.rotations if step < m.giant_step}
+    yield "hoisted_rotation", level, count * len(babies)
+    yield "rotation", level, count * sum(step >= m.giant_step for m in matrices for step in m.rotations)
+    # A diagonal that repeats takes so much less memory and work. Four bytes a coefficient: int32.
+    whole = sum(m.nbytes for m in matrices) / (4 * matrices[0].parameters.degree)
+    yield "diagonal", level, count * whole
+    yield "rescaling", level, count * len(matrices)
+
+
+_PARTS: dict[str, Callable[..., Iterable[Part]]] = {
+    "rotate": lambda a, _by, **_: [("rotation", a.level, 1)],
+    "conjugate": lambda a, **_: [("rotation", a.level, 1)],
+    "split": lambda a: [("rotation", a.level, 1), ("addition", a.level, 2)],
+    "rotate_hoisted": lambda a, by: [("hoisted_rotation", a.level, len(by))],
+    "inner_sum": lambda a, step, count, **_: [
+        ("rotation", a.level, len(inner_sum_rotations(step, count))),
+    ],
+    "transform": lambda a, matrix: _matrices([a], [matrix]),
+    "transform_many": _matrices,
+    "add": lambda a, _b, **_: [("addition", a.level, 1)],
+    "subtract": lambda a, _b, **_: [("addition", a.level, 1)],
+    "multiply": _product,
+    "dot": _dot,
+    "rescale": lambda a, **_: [("rescaling", a.level, 1)],
+    "adjust_scale": lambda a, _scale, **_: [("rescaling", a.level, 1)],
+    "drop_level": lambda _a, _level, **_: [],
+    "polynomial": lambda a, polynomial: [(f"polynomial_{polynomial.degree}", a.level, 1)],
+    "mask": lambda inputs, _key, **options: [("mask", options["to_level"], len(inputs))],
+    "unmask": lambda _reply, _mask: [],
+    "rerandomize": lambda a, _key, **_: [("rerandomization", a.level, 1)],
+}
+
+
+def _measured(name: str) -> Callable[..., Any]:
+    original: Callable[..., Any] = getattr(Evaluator, name)
+
+    @wraps(original)
+    def method(self: MeasuredEvaluator, *arguments: Any, **options: Any) -> Any:
+        if getattr(self._inside, "a_call", False):
+            return original(self, *arguments, **options)
+        parts = _PARTS[name](*arguments, **options)
+        return self._measure(name, parts, lambda: original(self, *arguments, **options))
+
+    return method
+
+
+for _name in _PARTS:
+    setattr(MeasuredEvaluator, _name, _measured(_name))
