@@ -150,7 +150,7 @@ def test_simulation(capsys):
 
 @pytest.mark.slow
 def test_demo(capsys):
-    assert main(["demo"]) == 0
+    assert main(["demo", "--scheme", "tfhe"]) == 0
     shown = capsys.readouterr().out
     assert "clear      The old man" in shown
     assert "evaluation keys" in shown
@@ -158,7 +158,9 @@ def test_demo(capsys):
 
 @pytest.mark.slow
 def test_demo_as_json(capsys):
-    figures = run_json(capsys, "demo", "--prompt", "She", "--max-new-tokens", "2", "--n-bits", "3")
+    figures = run_json(
+        capsys, "demo", "--scheme", "tfhe", "--prompt", "She", "--max-new-tokens", "2", "--n-bits", "3"
+    )
     assert figures["encrypted_text"].startswith("She")
     assert len(figures["token_seconds"]) == 2
     assert figures["circuit"]["evaluation_key_bytes"] > 10**6

@@ -20,6 +20,8 @@ def test_defaults():
         EncryptionConfig("transformer.h.0.attn"),
         EncryptionConfig(["a.attn", "b.attn"], n_bits=8, heads=[2, 0], p_error=1e-3),
         EncryptionConfig(("attn",), heads=range(3)),
+        EncryptionConfig("all", scheme="ckks"),
+        EncryptionConfig(["h.0"], scheme="ckks", prefix=(5, 0), tokens=16, context=100),
     ],
 )
 def test_round_trip(config, tmp_path):
@@ -60,6 +62,19 @@ def test_it_stays_as_it_was_checked():
         ({"p_error": 0.1}, "p_error must be"),
         ({"p_error": float("nan")}, "p_error must be"),
         ({"p_error": "small"}, "p_error must be"),
+        ({"prefix": [0]}, "prefix means nothing to scheme='tfhe'"),
+        ({"tokens": 16}, "tokens means nothing to scheme='tfhe'"),
+        ({"context": 9}, "context means nothing to scheme='tfhe'"),
+        ({"scheme": "ckks", "n_bits": 5}, "n_bits means nothing to scheme='ckks'"),
+        ({"scheme": "ckks", "heads": [0]}, "heads means nothing to scheme='ckks'"),
+        ({"scheme": "ckks", "p_error": 1e-3}, "p_error means nothing to scheme='ckks'"),
+        ({"scheme": "ckks", "prefix": []}, "prefix is empty"),
+        ({"scheme": "ckks", "prefix": [-1]}, "prefix must be a list of token ids"),
+        ({"scheme": "ckks", "prefix": 0}, "prefix must be a list of token ids"),
+        ({"scheme": "ckks", "prefix": [True]}, "prefix must be a list of token ids"),
+        ({"scheme": "ckks", "prefix": [0] * 8}, "a prefix of 8 tokens: fewer than tokens=8"),
+        ({"scheme": "ckks", "tokens": 1}, "tokens must be an integer of at least 2"),
+        ({"scheme": "ckks", "context": 64.0}, "context must be an integer of at least 2"),
     ],
 )
 def test_bad_values(change, message):
@@ -83,6 +98,16 @@ def test_damaged_values(values, message, tmp_path):
     (tmp_path / NAME).write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"{NAME} is damaged: .*{message}"):
         EncryptionConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_of_the_first_version():
+    values = {"version": 1, "target_modules": "attn", "scheme": "tfhe", "n_bits": 5, "heads": [1]}
+    assert EncryptionConfig.from_dict(values) == EncryptionConfig("attn", n_bits=5, heads=[1])
+
+
+def test_a_file_has_its_scheme_s_fields_only():
+    assert "prefix" not in EncryptionConfig("attn").to_dict()
+    assert "n_bits" not in EncryptionConfig("attn", scheme="ckks").to_dict()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])

@@ -1,0 +1,191 @@
+"""The verbs with --scheme ckks, on clear numbers."""
+
+import json
+
+import pytest
+import torch
+
+from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
+from cipherlm.cli import main
+from cipherlm.cli.remote import BehindPrefix, joined
+from cipherlm.evaluation.texts import calibration_sentences
+
+CKKS = ("--scheme", "ckks", "--context", "24")
+
+
+@pytest.fixture
+def few(tmp_path) -> tuple[str, str]:
+    """Options that calibrate on some of the sentences only."""
+    path = tmp_path / "calibration.txt"
+    path.write_text("\n".join(calibration_sentences()[:12]))
+    return ("--calibration", str(path))
+
+
+def run_json(capsys, *arguments: str) -> dict:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def failure(capsys, *arguments: str, code: int = 1) -> str:
+    """Run a command that must fail, and return its one line."""
+    assert main(list(arguments)) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_generate_writes_what_the_clear_model_does(capsys, few):
+    texts = [
+        run_json(capsys, "generate", "The old man", *CKKS, *few, "--mode", mode, *target)
+        for mode, target in (
+            ("clear", ()),
+            ("disable", ()),
+            ("simulate", ("--target-modules", "all")),
+            ("disable", ("--block", "2")),
+            ("disable", ("--target-modules", "attn,transformer.h.1.mlp")),
+        )
+    ]
+    assert len({figures["text"] for figures in texts}) == 1
+    assert texts[0]["text"].startswith("The old man ")
+    assert texts[1]["prefix"] == [0]
+    assert len(texts[1]["tokens"]) == len(texts[1]["token_seconds"]) == 4
+    assert texts[2]["keygen_seconds"] is None
+
+
+def test_generate_prints_the_prompt_and_no_prefix(capsys, few):
+    assert main(["generate", "The old man", *CKKS, *few, "--mode", "disable"]) == 0
+    assert capsys.readouterr().out.startswith("The old man ")
+
+
+def test_sampling(capsys, few):
+    arguments = ("generate", "The", *CKKS, *few, "--sample", "--seed", "3", "--max-new-tokens", "6", "--mode")
+    assert run_json(capsys, *arguments, "clear")["text"] == run_json(capsys, *arguments, "disable")["text"]
+
+
+def test_a_saved_model(capsys, tmp_path):
+    config = EncryptionConfig(["transformer.h.3"], scheme="ckks", context=16)
+    model, tokenizer = get_encrypted_model(load_model("tiny"), config), load_tokenizer("tiny")
+    model.calibrate(torch.arange(100, 250).reshape(10, 15))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = ("--model", str(tmp_path))
+    assert len(run_json(capsys, "generate", "The man", *saved, "--mode", "disable")["tokens"]) == 4
+    assert run_json(capsys, "inspect", *saved)["modules"] == ["transformer.h.3"]
+    figures = run_json(capsys, "evaluate", *saved, "--limit", "2")
+    assert (figures["scheme"], figures["modules"]) == ("ckks", ["transformer.h.3"])
+    assert "--scheme" in failure(capsys, "generate", "The", *saved, "--scheme", "ckks", code=2)
+
+
+def test_evaluate(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The old man looked at the sea, and then he went back to the house.")
+    arguments = ("evaluate", *CKKS, "--limit", "6", "--perplexity", str(text), "--window", "12")
+    figures = run_json(capsys, *arguments)
+    assert (figures["mode"], figures["sentences"]) == ("simulate", 6)
+    assert figures["top1"] > 0.97
+    assert figures["top1"] <= figures["top5"] <= figures["top10"] <= 1
+    assert figures["perplexity"] == pytest.approx(figures["clear_perplexity"], rel=0.01)
+    assert main([*arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "with the noise of ciphertexts" in shown
+    assert "top-1 " in shown
+
+
+def test_evaluate_counts_no_position_of_the_prefix(capsys, tmp_path, few):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("The dog slept by the door.\n")
+    figures = run_json(capsys, "evaluate", *CKKS, *few, "--sentences", str(sentences), "--mode", "disable")
+    assert figures["positions"] == len(load_tokenizer("tiny")("The dog slept by the door.")["input_ids"])
+
+
+def test_behind_a_prefix():
+    clear = load_model("tiny")
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        result = BehindPrefix(clear, [1, 2])(ids).logits
+        whole = clear(torch.cat([torch.tensor([[1, 2]] * 2), ids], dim=1)).logits
+    assert torch.equal(result, whole[:, 2:])
+
+
+def test_joined():
+    texts = joined([torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])], 2)
+    assert [text.tolist() for text in texts] == [[[1, 2]], [[3, 4]], [[5]]]
+
+
+def test_inspect(capsys, few):
+    figures = run_json(capsys, "inspect", *CKKS, *few)
+    assert figures["modules"] == ["transformer.h"]
+    assert (figures["ring_degree"], figures["security_bits"], figures["levels"]) == (16384, 128, 8)
+    assert figures["modulus_bits"] <= 438
+    assert figures["rotation_keys"] > 10
+    assert figures["ciphertext_bytes_token"] > 10**5
+    assert [sorted(block) for block in figures["ranges"]["transformer.h"]] == [
+        ["gelu", "ln_1", "ln_2", "scores"]
+    ] * 4
+    assert figures["evaluation_key_bytes"] is None
+    assert main(["inspect", *CKKS, *few]) == 0
+    shown = capsys.readouterr().out
+    assert "all blocks, as one" in shown
+    assert "'<|endoftext|>', not encrypted" in shown
+    assert "the last hidden states" in shown
+    assert main(["inspect", *CKKS, *few, "--block", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "on the server      transformer.h.1" in shown
+    assert "it could fit that module" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", *CKKS, "--heads", "0"], "--heads belongs to --scheme tfhe"),
+        (["generate", "x", *CKKS, "--n-bits", "4"], "--n-bits belongs to --scheme tfhe"),
+        (["generate", "x", "--context", "9"], "--context belongs to --scheme ckks"),
+        (["generate", "x", *CKKS, "--tokens", "8"], "--context"),
+        (["inspect", *CKKS, "--tokens", "8"], "--context"),
+        (["evaluate", *CKKS, "--illustration"], "--illustration"),
+        (["evaluate", *CKKS, "--plot", "x.png"], "--plot"),
+        (["evaluate", *CKKS, "--n-bits", "4"], "--n-bits belongs to --scheme tfhe"),
+        (["evaluate", *CKKS, "--window", "4"], "--perplexity"),
+        (["demo", "--block", "1"], "--block belongs to --scheme tfhe"),
+        (["demo", "--heads", "1"], "--heads belongs to --scheme tfhe"),
+    ],
+)
+def test_arguments_that_do_not_go_together(capsys, arguments, words):
+    assert words in failure(capsys, *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", *CKKS, "--max-new-tokens", "40"], "need --context 41 or more, not 24"),
+        (["generate", "x", *CKKS, "--max-new-tokens", "4000"], "too long for this model"),
+        (["generate", "x", *CKKS, "--block", "9"], "transformer.h.9"),
+        (["generate", "", *CKKS], "prompt is empty"),
+        (["demo", "--max-new-tokens", "100"], "--context"),
+    ],
+)
+def test_a_run_that_fails_says_why_in_one_line(capsys, arguments, words):
+    assert words in failure(capsys, *arguments)
+
+
+@pytest.mark.slow
+def test_demo(capsys):
+    assert main(["demo", "--max-new-tokens", "2"]) == 0
+    shown = capsys.readouterr().out
+    (encrypted,) = (line.split(maxsplit=1)[1] for line in shown.splitlines() if line.startswith("encrypted "))
+    (clear,) = (line.split(maxsplit=1)[1] for line in shown.splitlines() if line.startswith("clear "))
+    assert encrypted == clear
+    assert clear.startswith("The old man ")
+    assert "sent once" in shown
+    assert "the server learns" in shown
+
+
+@pytest.mark.slow
+def test_generate_on_ciphertexts(capsys):
+    arguments = ("generate", "She", *CKKS, "--block", "0", "--max-new-tokens", "2")
+    figures = run_json(capsys, *arguments)
+    assert figures["text"] == run_json(capsys, *arguments, "--mode", "clear")["text"]
+    assert figures["keygen_seconds"] > 0
+    assert figures["traffic"]["keys"] > 10**6
+    assert figures["traffic"]["refreshes"] > 0

@@ -1,0 +1,58 @@
+"""CKKS behind the interface of transformers, on real ciphertexts."""
+
+import pytest
+import torch
+
+from cipherlm import (
+    EncryptedGPT2LMHeadModel,
+    EncryptionConfig,
+    get_encrypted_model,
+    load_model,
+    load_tokenizer,
+)
+from cipherlm.evaluation.texts import calibration_sentences, encode
+
+BLOCK = "transformer.h.1"
+
+
+def calibrated_tiny(target) -> EncryptedGPT2LMHeadModel:
+    config = EncryptionConfig(target, scheme="ckks", context=16)
+    model = get_encrypted_model(load_model("tiny"), config)
+    model.calibrate(encode(load_tokenizer("tiny"), calibration_sentences()[:30], max_tokens=15))
+    model.set_fhe_mode("execute")
+    return model
+
+
+def prompt(model: EncryptedGPT2LMHeadModel, text: str) -> torch.Tensor:
+    return model.with_prefix(load_tokenizer("tiny")(text, return_tensors="pt")["input_ids"])
+
+
+def logits(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [[BLOCK], ["transformer.h.0.attn", "transformer.h.2.mlp"]])
+def test_hybrid_modules_on_ciphertexts(target):
+    model = calibrated_tiny(target)
+    ids = prompt(model, "The old man looked at the sea, and")
+    expected = logits(load_model("tiny"), ids)
+    # A prompt, more tokens one by one, and a prompt that is longer than what goes side by side.
+    for tokens in (4, 5, 6):
+        assert (logits(model, ids[:, :tokens]) - expected[:, :tokens]).abs().max() < 0.01
+    assert model.placement.traffic.to_server > 0
+    model.remote_modules[target[0]]._text = None
+    assert (logits(model, ids) - expected).abs().max() < 0.01
+    assert ids.shape[1] > model.encryption_config.tokens
+
+
+@pytest.mark.slow
+def test_the_whole_model_generates_on_ciphertexts():
+    model = calibrated_tiny("all")
+    ids = prompt(model, "The old man")
+    expected = load_model("tiny").generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
+    traffic = model.placement.traffic
+    assert min(traffic.keys, traffic.to_server, traffic.to_client, traffic.refreshes) > 0
+    assert len(model.remote_modules["transformer.h"]._text.rows) == ids.shape[1] + 3 - 1 - 1
