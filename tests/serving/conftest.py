@@ -38,6 +38,7 @@ class FakeModel:
         self.open_sessions = 0
         self.order = []  # of evaluations, by the first bytes of their input
         self.cancelled = 0
+        self.mistakes = []  # of the server, in how it uses computations
         self.gate = threading.Event()
         self.tickets = threading.Semaphore(0)
         self.lock = threading.Lock()
@@ -57,9 +58,12 @@ class FakeComputation:
     def __init__(self, model):
         self.model = model
         self.closed = False
+        self.running = False
 
     def evaluate(self, module, start, count, inputs, exchange, report):
-        assert not self.closed
+        if self.closed or self.running:
+            self.model.mistakes.append("evaluated when closed or running")
+        self.running = True
         with self.model.lock:
             self.model.order.append(bytes(inputs[0][:8]) if inputs else b"")
         try:
@@ -67,6 +71,8 @@ class FakeComputation:
         except Cancelled:
             self.model.cancelled += 1
             raise
+        finally:
+            self.running = False
 
     def reverse(self, count, inputs, exchange, report):
         report(1, 1)
@@ -100,7 +106,8 @@ class FakeComputation:
         raise ValueError("inputs of another shape")
 
     def close(self):
-        assert not self.closed
+        if self.closed or self.running:
+            self.model.mistakes.append("closed when closed or running")
         self.closed = True
         with self.model.lock:
             self.model.open_sessions -= 1
@@ -228,6 +235,7 @@ class Harness:
         eventually(lambda: not self.service.conversations)
         assert self.service.scheduler.waiting == 0
         eventually(lambda: self.service.scheduler.running == 0)
+        assert not self.model.mistakes
 
 
 def patch(http, content, offset, size=8 * MEGABYTE, checksum=None):

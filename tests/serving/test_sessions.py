@@ -255,6 +255,23 @@ def test_a_client_that_goes_while_it_waits(harness):
     assert b"second" not in harness.model.order
 
 
+def test_keys_stay_as_long_as_a_session_uses_them(harness):
+    keys = harness.keys(b"held")
+    with harness.http() as http:
+        with harness.socket() as client:
+            client.open(keys)
+            assert http.delete(f"/v1/keys/{keys['evaluation']}").status_code == 409
+            client.send({"type": "close"})
+            client.closed()
+        eventually(lambda: http.delete(f"/v1/keys/{keys['evaluation']}").status_code == 204)
+        assert error_of(harness, keys) == "unknown_keys"
+
+
+def error_of(harness, keys):
+    with harness.socket() as client:
+        return error(client.open(keys))
+
+
 def test_a_client_that_goes_while_native_code_runs(harness):
     with harness.session() as client:
         client.ask("stuck", b"x")
