@@ -1,8 +1,10 @@
 """Sessions on the workers of a Ray cluster of this machine, with a model that computes nothing."""
 
+import functools
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -10,11 +12,12 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from cipherlm import engine
+from cipherlm.cli import main
 from cipherlm.serving.computation import Cancelled, WorkerLost
 
 ray = pytest.importorskip("ray")
 
-from cipherlm.serving import ray_cluster  # noqa: E402
+from cipherlm.serving import bundle, ray_cluster  # noqa: E402
 from cipherlm.serving.client import Connection  # noqa: E402
 from cipherlm.serving.errors import SessionLost  # noqa: E402
 from cipherlm.serving.keys import KeyStore  # noqa: E402
@@ -22,6 +25,7 @@ from cipherlm.serving.ray_cluster import ClusterError, RayHostedModel, cores_per
 from cipherlm.serving.run import create_server, running  # noqa: E402
 from cipherlm.serving.service import Limits, Service  # noqa: E402
 
+from . import small  # noqa: E402
 from .conftest import eventually  # noqa: E402
 
 FINGERPRINT = "c1" * 32
@@ -402,3 +406,46 @@ def test_cores_per_worker(machines, workers, cores):
 def test_more_workers_than_cores():
     with pytest.raises(ClusterError, match="5 cores"):
         cores_per_worker([4, 1], 6)
+
+
+@pytest.mark.slow
+def test_encrypted_text(cluster, tmp_path):
+    """Two clients on two workers, one of which dies between two tokens: its text goes on on the other."""
+    load = functools.partial(bundle.load_hosted_model, small.exported("all") / "server")
+    with closing(RayHostedModel(load, 2)) as model:
+        store = KeyStore(tmp_path, model.description["keys"], 1 << 30)
+        service = Service(model, store, limits=Limits(workers=2))
+        with (
+            running(create_server(service, port=0)) as url,
+            small.connect(url, "all") as one,
+            small.connect(url, "all", "two") as two,
+        ):
+            assert [place.sessions for place in model._workers] == [1, 1]
+            ids = small.prompt_ids()
+            first = one.generate(ids, max_new_tokens=1, do_sample=False)
+            assert small.generate(two) == small.continuation()
+            place = model._workers[0]
+            os.kill(ray.get(place.actor.describe.remote())["process"], signal.SIGKILL)
+            again = one.generate(first, max_new_tokens=1, do_sample=False)
+            assert again[0, ids.shape[1] :].tolist() == small.continuation()
+            assert [place.sessions for place in model._workers] == [0, 2]
+
+
+@pytest.mark.slow
+def test_the_verb(tmp_path, monkeypatch):
+    # The paths of Ray's sockets must be short.
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))
+    with (
+        small.process("all", tmp_path, "--ray", "local", "--ray-workers", "2") as server,
+        small.connect(server.url, "all") as model,
+    ):
+        assert small.generate(model) == small.continuation()
+    assert server.process.returncode == 0
+    assert b'"workers": 2' in server.log
+
+
+def test_the_verb_without_a_cluster(tmp_path, capsys):
+    assert main(["serve", str(tmp_path), "--port", "0", "--ray", "127.0.0.1:1"]) == 1
+    assert "there is no Ray cluster to connect to at 127.0.0.1:1" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--ray-workers", "2"]) == 2
+    assert "--ray-workers needs --ray" in capsys.readouterr().err

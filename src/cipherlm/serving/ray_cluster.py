@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import secrets
 import shutil
@@ -244,7 +245,7 @@ class Worker:
 
     async def describe(self) -> dict[str, Any]:
         """Return the model's description or why it could not be loaded, where, and with which version."""
-        about = {"version": __version__, "host": socket.gethostname()}
+        about = {"version": __version__, "host": socket.gethostname(), "process": os.getpid()}
         if self._fault:
             return {**about, "fault": self._fault}
         return {**about, "description": self._model.description}
