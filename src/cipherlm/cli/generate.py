@@ -21,6 +21,7 @@ from cipherlm.cli.common import (
     quiet_libraries,
     write_json,
 )
+from cipherlm.cli.server_options import add_server_options, connect, server_options_given
 from cipherlm.progress import TerminalProgress
 
 EXAMPLES = """\
@@ -29,6 +30,7 @@ examples:
   cipherlm generate "The old man looked" --scheme ckks --target-modules all
   cipherlm generate "Cryptography is a" --model gpt2 --heads all --n-bits 7 --mode disable
   cipherlm generate "Once upon a time" --mode clear --max-new-tokens 40 --sample --seed 7
+  cipherlm generate --server http://127.0.0.1:8470 --bundle tiny-bundle/client "The old man"
 
 modes:
   execute   on ciphertexts, with real keys (default)
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of drawing (default: 0)")
     add_calibration_option(parser)
+    add_server_options(parser, required=False)
     add_json_option(parser)
 
 
@@ -75,12 +78,37 @@ def run(options: argparse.Namespace) -> None:
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is about drawing: add --sample")
     existing_file(options.calibration)
+    _check_server_options(options)
     with quiet_libraries():
-        result = _generate(options)
+        result = _generate_at_server(options) if options.server else _generate(options)
     if options.json:
         write_json(result)
     else:
         print(result["text"])
+
+
+def _check_server_options(options: argparse.Namespace) -> None:
+    """Refuse what a client's bundle settles, and what needs a server where there is none."""
+    if not options.server:
+        for name in server_options_given(options):
+            raise UsageError(f"{name} goes with --server")
+        return
+    settled = ("scheme", "heads", "n_bits", "p_error", "context", "block", "target_modules", "calibration")
+    for name in (*settled, "tokens"):
+        if getattr(options, name, None) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} was settled when the model was exported: leave it out"
+            )
+    if options.mode != "execute":
+        raise UsageError(f"--mode {options.mode}: a server computes on ciphertexts only")
+
+
+def _generate_at_server(options: argparse.Namespace) -> dict[str, Any]:
+    progress = TerminalProgress()
+    with connect(options, progress) as model:
+        options.model = model.name
+        ids = prompt_ids(model.tokenizer, options.prompt)
+        return {**_continued(options, model, model.tokenizer, ids), "server": options.server}
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> No
     group.add_argument(
         "--keys",
         metavar="NAME",
-        help="the keys to use, of those on this machine; made where there are none (default: default)",
+        help="the keys to use, of those on this machine; made where there are none (default: any that fit)",
     )
     group.add_argument(
         "--token", metavar="TOKEN", help="the server's token (default: CIPHERLM_TOKEN in the environment)"

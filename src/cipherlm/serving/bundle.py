@@ -128,10 +128,9 @@ def load_hosted_model(directory: str | os.PathLike[str]) -> HostedModel:
     about = bundle.about
     try:
         if bundle.scheme == "ckks":
-            from cipherlm.schemes.ckks.session import Geometry
-            from cipherlm.serving.ckks import CkksHostedModel
+            from cipherlm.serving.ckks import CkksHostedModel, geometry_of
 
-            geometry = Geometry.from_dict(about["parameters"])
+            geometry = geometry_of(about)
             return CkksHostedModel.load(bundle.directory, geometry, about["fingerprint"], about["name"])
         if bundle.scheme == "tfhe":
             from cipherlm.serving.tfhe import TfheHostedModel
@@ -155,10 +154,9 @@ def generate_keys(description: Mapping[str, Any], progress: Progress) -> KeyMate
     parameters are there.
     """
     if description.get("scheme") == "ckks":
-        from cipherlm.schemes.ckks.session import Geometry
-        from cipherlm.serving.ckks import generate
+        from cipherlm.serving.ckks import generate, geometry_of
 
-        secret_key, public = generate(Geometry.from_dict(description.get("parameters")))
+        secret_key, public = generate(geometry_of(description))
         return KeyMaterial(secret_key.to_bytes(), public)
     if description.get("scheme") == "tfhe":
         from cipherlm.serving.tfhe import TfheBackend
@@ -177,7 +175,7 @@ def _export_ckks(
     import numpy as np
     from safetensors.numpy import save_file
 
-    from cipherlm.serving.ckks import modules_fingerprint, save_modules
+    from cipherlm.serving.ckks import modules_fingerprint, parameters_of, save_modules
 
     placement, remote = model.placement, model.remote_modules
     assert placement is not None
@@ -195,7 +193,7 @@ def _export_ckks(
     save_file(outputs, client / CONSTANTS_NAME)
     about = {
         "fingerprint": modules_fingerprint(server),
-        "parameters": placement.geometry.to_dict(),
+        "parameters": parameters_of(placement.geometry),
         "modules": list(remote),
     }
     constants = {

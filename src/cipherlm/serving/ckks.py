@@ -71,7 +71,7 @@ class CkksHostedModel:
             "scheme": "ckks",
             "name": self.name,
             "modules": list(self._server.modules),
-            "parameters": self.geometry.to_dict(),
+            "parameters": parameters_of(self.geometry),
             "fingerprint": self.fingerprint,
             "keys": {EVALUATION: _key_bytes(self.geometry), PUBLIC: _SLACK},
             "max_tokens": self.geometry.context,
@@ -184,6 +184,25 @@ class CkksBackend:
 
     def _refresh(self, request: bytes) -> bytes:
         return self._client.refresh(RefreshRequest.from_bytes(request, self._parameters)).to_bytes()
+
+
+def parameters_of(geometry: Geometry) -> dict[str, Any]:
+    """Return what keys depend on, as JSON: the geometry, and a hash of what keys it needs."""
+    rotations = sorted(geometry.layout.rotations(geometry.parameters.max_level).items())
+    digest = hashlib.sha256(json.dumps(rotations).encode()).hexdigest()
+    return {"geometry": geometry.to_dict(), "rotations": digest}
+
+
+def geometry_of(description: Mapping[str, Any]) -> Geometry:
+    """Return the geometry of a described model.
+
+    Raises ``ValueError`` for one that makes no sense, or that another version of CipherLM computes with.
+    """
+    parameters = description.get("parameters")
+    geometry = Geometry.from_dict(parameters.get("geometry") if isinstance(parameters, dict) else None)
+    if parameters_of(geometry) != parameters:
+        raise ValueError("the model is of another version of CipherLM, which needs other keys")
+    return geometry
 
 
 def generate(geometry: Geometry) -> tuple[SecretKey, Mapping[str, Callable[[Any], object]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from cipherlm.models.integration import EncryptedGPT2LMHeadModel
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.models.modules import Float64
 from cipherlm.progress import Progress, silent
-from cipherlm.schemes.ckks.session import Client, Geometry
+from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving import keystore
 from cipherlm.serving.bundle import (
     CONSTANTS_NAME,
@@ -34,14 +35,14 @@ from cipherlm.serving.bundle import (
     client_description,
     generate_keys,
 )
-from cipherlm.serving.ckks import CkksBackend
+from cipherlm.serving.ckks import CkksBackend, geometry_of
 from cipherlm.serving.client import Connection
 from cipherlm.serving.errors import ServerError
 from cipherlm.serving.keystore import KeySet, KeyStoreError
 from cipherlm.serving.protocol import UNKNOWN_KEYS
 from cipherlm.serving.tfhe import TfheBackend
 
-DEFAULT_KEYS = "default"
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class RemoteModel:
@@ -74,28 +75,27 @@ class RemoteModel:
     ) -> RemoteModel:
         """Connect to ``cipherlm serve`` with the client's bundle of the model, and upload keys if need be.
 
-        ``keys`` names a key set on this machine ("default"); it is made where there is none, and knows the
-        bundle that it was made from, so that ``bundle`` can be left out later. ``passphrase``, or what
-        returns it, is asked for only if the keys have one; new keys get it. ``verify`` is True, a file of
-        certificates to trust, or False.
+        ``keys`` names a key set on this machine; without a name, it is one that fits the model. Where there
+        is none it is made, under the model's name, and remembers the bundle, which can be left out later.
+        ``passphrase``, or what returns it, is asked for only if the keys have one; new keys get it.
+        ``verify`` is True, a file of certificates to trust, or False.
 
         Raises ``BundleError``, ``KeyStoreError``, ``PassphraseError``, and for the server's side
         :class:`~cipherlm.serving.errors.RemoteError`; ``WrongModel`` if it hosts another model.
         """
-        chosen = _key_set(keys or DEFAULT_KEYS, bundle, passphrase, progress)
-        opened = _bundle_of(chosen, bundle)
-        description = opened.about["description"]
-        if keystore.parameters_fingerprint(description) != chosen.parameters_fingerprint:
-            raise KeyStoreError(
-                f"the keys {chosen.name!r} are for another model: choose another name, and there will be "
-                "new keys"
-            )
-        secret = chosen.secret(_asked(passphrase) if chosen.has_passphrase else None)
+        expected = None if bundle is None else client_description(bundle)
         connection = Connection(
-            url, token=token, verify=verify, model=str(opened.about["fingerprint"]), progress=progress
+            url,
+            token=token,
+            verify=verify,
+            model=None if expected is None else str(expected["fingerprint"]),
+            progress=progress,
         )
         try:
-            connection.describe()
+            described = connection.describe()
+            chosen = _key_set(keys, expected, described, passphrase, progress)
+            opened = _bundle_of(chosen, bundle, described)
+            secret = chosen.secret(_asked(passphrase) if chosen.has_passphrase else None)
             model = _model(opened, secret, connection, progress)
             _open(connection, chosen)
         except BaseException:
@@ -172,29 +172,54 @@ def _asked(passphrase: Callable[[], str | None] | str | None) -> str | None:
 
 
 def _key_set(
-    name: str,
-    bundle: str | os.PathLike[str] | None,
+    name: str | None,
+    bundle: Mapping[str, Any] | None,
+    described: Mapping[str, Any],
     passphrase: Callable[[], str | None] | str | None,
     progress: Progress,
 ) -> KeySet:
-    """Return the keys of a name, made from the bundle if there are none."""
-    if name in keystore.names():
-        return KeySet.load(None, name)
+    """Return the keys of a name, or some that fit, made from the bundle if there are none."""
+    there = keystore.names()
+    if name is not None and name in there:
+        chosen = KeySet.load(None, name)
+        if not chosen.fits(described):
+            raise KeyStoreError(
+                f"the keys {name!r} are for another model: give another name, and new ones are made"
+            )
+        return chosen
+    if name is None:
+        fitting = [keys for keys in map(_loaded, there) if keys is not None and keys.fits(described)]
+        # The model's own first: they know its bundle.
+        fitting.sort(key=lambda keys: keys.description.get("fingerprint") != described["fingerprint"])
+        if fitting:
+            return fitting[0]
     if bundle is None:
         raise KeyStoreError(
-            f"there are no keys {name!r} yet: give the client's bundle, from which they are made"
+            "there are no keys for this model yet: give the client's bundle, from which they are made"
         )
-    description = client_description(bundle)
+    if name is None:
+        name = f"{_NOT_IN_NAMES.sub('-', str(bundle['name'])).lstrip('-.')[:40]}-{bundle['fingerprint'][:8]}"
     with progress("making keys"):
-        material = generate_keys(description, progress)
+        material = generate_keys(bundle, progress)
     with progress("storing keys"):
-        return KeySet.create(None, name, description, material.secret, material.public, _asked(passphrase))
+        return KeySet.create(None, name, bundle, material.secret, material.public, _asked(passphrase))
 
 
-def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None) -> Bundle:
-    if bundle is None and "bundle" not in keys.description:
-        raise BundleError("which model? give the client's bundle, the directory `client` of an export")
-    return Bundle.load(keys.description["bundle"] if bundle is None else bundle, "client")
+def _loaded(name: str) -> KeySet | None:
+    """Return keys, or None for damaged ones, which are no reason not to use others."""
+    try:
+        return KeySet.load(None, name)
+    except KeyStoreError:
+        return None
+
+
+def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None, described: Mapping[str, Any]) -> Bundle:
+    if bundle is not None:
+        return Bundle.load(bundle, "client")
+    known = keys.description
+    if "bundle" not in known or known.get("fingerprint") != described["fingerprint"]:
+        raise BundleError("give the client's bundle of this model, the directory `client` of its export")
+    return Bundle.load(known["bundle"], "client")
 
 
 def _model(
@@ -209,7 +234,7 @@ def _model(
     circuits: Mapping[str, _Circuit] = {}
     backend: Backend | None = None
     if bundle.scheme == "ckks":
-        geometry = Geometry.from_dict(bundle.about["parameters"])
+        geometry = geometry_of(bundle.about)
         constants = _constants(bundle)
         try:
             secret_key = SecretKey.from_bytes(secret, geometry.parameters)
