@@ -75,7 +75,7 @@ def test_cut_and_changed_messages_are_refused_or_well_formed(message, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=50_000, deadline=None)
+@settings(max_examples=10_000, deadline=None)
 @given(messages, st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
 def test_fuzz(message, changes):
     data = bytearray(pack(message))
