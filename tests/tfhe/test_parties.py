@@ -499,17 +499,17 @@ def test_quantisers_need_no_circuit():
 
 @pytest.mark.slow
 def test_all_heads_with_the_projection_in_two_parties(small_layer, calibration, tmp_path):
-    """Bound: that of the same circuit in one process. The client has the ranges of channels, no rotations."""
+    """Bound: half of the size of the clear result. The client has the ranges of channels, no rotations."""
     pytest.importorskip("concrete.fhe")
-    attention = QuantizedAttention.calibrate(small_layer, calibration, heads=None, n_bits=5)
-    server, client = AttentionCircuit.compile(attention, 3, cache_dir=None).split()
+    attention = QuantizedAttention.calibrate(small_layer, calibration, heads=None, n_bits=3)
+    server, client = AttentionCircuit.compile(attention, 2, cache_dir=None).split()
     server.save(tmp_path / "server", "attn")
     _, scales = client.save(tmp_path / "client", "attn")[::-1]
     assert set(load_file(scales)) == {"channel_scale", "largest_norm", "output_scale"}
     client = ClientCircuit.load(tmp_path / "client", "attn")
     client.keygen()
-    x = random_rows(16, 3, 1)
+    x = random_rows(16, 2, 1)
     result = ServerCircuit.load(tmp_path / "server", "attn").run(client.encrypt(x), client.evaluation_keys())
     clear = attention(x)
-    assert client.decrypt(result).shape == (3, 16)
-    assert root_mean_square(client.decrypt(result) - clear) < 0.3 * root_mean_square(clear)
+    assert client.decrypt(result).shape == (2, 16)
+    assert root_mean_square(client.decrypt(result) - clear) < 0.5 * root_mean_square(clear)
