@@ -24,6 +24,10 @@ ROWS = {
     "head-8": "bench attention --geometry gpt2 --tokens 8 --heads 1 --n-bits 4",
     "tiny-8": "bench attention --geometry tiny --tokens 8 --heads 1 --n-bits 4",
     "tiny-all": "bench attention --geometry tiny --tokens 4 --heads all --n-bits 4",
+    "ckks-attention": "bench attention --scheme ckks --tokens 8 --heads all",
+    "ckks-block": "bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3",
+    "ckks-tiny": "bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --runs 1",
+    "ckks-gpt2": "bench model --geometry gpt2 --prompt-tokens 8 --new-tokens 2 --runs 1",
     "agreement-head": "evaluate --heads 0 --n-bits 4",
     "agreement-all": "evaluate --heads all --n-bits 7",
 }
@@ -91,6 +95,21 @@ def described(figures: dict[str, Any]) -> str:
             f"{row['heads_label']}, {row['n_bits']} bits: top-1 {row['top1']:.1%}, top-5 {row['top5']:.1%}, "
             f"top-10 {row['top10']:.1%} at {figures['positions']} positions"
         )
+    if "prompt" in figures:
+        return (
+            f"{figures['geometry']}, {figures['blocks']} block(s), CKKS: {ckks(figures['prompt'])}; "
+            f"each further token: {ckks(figures['next_tokens'] or figures['first_token'])}; "
+            f"keys {figures['evaluation_key_bytes'] / 1e6:.0f} MB, "
+            f"memory {figures['peak_memory_bytes'] / 1e9:.1f} GB; "
+            f"error {figures['max_abs_error']:.2g} of {figures['max_abs_output']:.2g}"
+        )
+    if figures["scheme"] == "ckks":
+        return (
+            f"{figures['geometry']}, all heads, projection, {figures['tokens']} tokens, CKKS: "
+            f"{figures['execute_seconds']:.1f} s, {figures['round_trips']} round trips, "
+            f"{figures['refresh_bytes'] / 1e6:.0f} MB, keys {figures['evaluation_key_bytes'] / 1e6:.0f} MB; "
+            f"error {figures['max_abs_error']:.2g} of {figures['max_abs_output']:.2g}"
+        )
     heads = "all heads, projection" if figures["projection"] else f"{figures['heads']} head(s)"
     return (
         f"{figures['geometry']}, {heads}, {figures['tokens']} tokens, {figures['n_bits']} bits: "
@@ -99,6 +118,12 @@ def described(figures: dict[str, Any]) -> str:
         f"{figures['evaluation_key_bytes'] / 1e6:.0f} MB; error {figures['mean_abs_error']:.2g} of "
         f"{figures['max_abs_output']:.2g}; an 8-bit PBS {figures['pbs_8bit_seconds'] * 1e3:.1f} ms"
     )
+
+
+def ckks(part: dict[str, Any]) -> str:
+    """Return the figures of a prompt or a token in a few words."""
+    traffic = (part["up_bytes"] + part["down_bytes"]) / 1e6
+    return f"{part['seconds']:.1f} s, {part['round_trips']:.0f} round trips, {traffic:.0f} MB"
 
 
 if __name__ == "__main__":

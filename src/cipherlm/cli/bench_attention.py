@@ -54,6 +54,20 @@ PBS_P_ERROR = 1e-5
 """Of the yardstick: fixed, so that it depends on the machine alone."""
 
 
+TFHE_ONLY: dict[str, Any] = {
+    "n_bits": None,
+    "p_error": None,
+    "pbs": 0,
+    "pbs_per_bit_width": {},
+    "max_bit_width": None,
+    "max_abs_difference": None,
+    "mean_abs_difference": None,
+    "quantized_mean_abs_error": None,
+    "pbs_8bit_seconds": None,
+}
+"""What CKKS has none of: figures of table lookups and of quantisation."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The shape of an attention layer."""
@@ -131,6 +145,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "heads": geometry.n_heads,
             "projection": True,
             "weights": "random" if options.weights is None else Path(options.weights).name,
+            **TFHE_ONLY,
             **bench_ckks.attention(layer.weights, calibration, layer.inputs(rng, options.tokens)),
         }
 

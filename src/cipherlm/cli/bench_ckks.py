@@ -55,12 +55,12 @@ class MeasuredSession:
             keys = self._client.evaluation_keys()
         self.keygen_seconds = time.perf_counter() - began
         self.rotation_keys = len(keys.galois_levels) - 1  # less the conjugation
-        keys, self.evaluation_key_bytes = _sent(keys, EvaluationKeys, geometry.parameters)
+        self._keys, self.evaluation_key_bytes = _sent(keys, EvaluationKeys, geometry.parameters)
         public_key, _ = _sent(self._client.public_key(), PublicKey, geometry.parameters)
-        self._evaluator = MeasuredEvaluator(geometry.parameters, keys)
+        self._evaluator = MeasuredEvaluator(geometry.parameters, self._keys)
         refresh = MaskedRefresh(self._evaluator, public_key, self._refresh)
         # What Server.open makes, but for the evaluator.
-        self._session = Server({"all": module}, geometry).open(keys, public_key, self._refresh)
+        self._session = Server({"all": module}, geometry).open(self._keys, public_key, self._refresh)
         encodings = self._session.arithmetic.encodings
         self._session.arithmetic = Arithmetic(self._evaluator, encodings, refresh)
 
@@ -95,8 +95,8 @@ class MeasuredSession:
         with self._clock("decrypt_seconds"):
             results = [Ciphertext.from_bytes(part, parameters) for part in down]
             got = self._client.decrypt(results, len(hidden), start)
-        self._tally.up_bytes += sum(map(len, up))
-        self._tally.down_bytes += sum(map(len, down))
+        self._tally.input_bytes += sum(map(len, up))
+        self._tally.output_bytes += sum(map(len, down))
         return got
 
     def _refresh(self, request: RefreshRequest) -> RefreshReply:
@@ -105,9 +105,8 @@ class MeasuredSession:
         down = request.to_bytes()
         with self._clock("refresh_seconds"):
             up = self._client.refresh(RefreshRequest.from_bytes(down, parameters)).to_bytes()
-        self._tally.up_bytes += len(up)
-        self._tally.down_bytes += len(down)
-        self._tally.refresh_bytes += len(up) + len(down)
+        self._tally.refresh_up_bytes += len(up)
+        self._tally.refresh_down_bytes += len(down)
         return RefreshReply.from_bytes(up, parameters)
 
     @contextmanager
@@ -126,6 +125,7 @@ class MeasuredSession:
             "keygen_seconds": self.keygen_seconds,
             "rotation_keys": self.rotation_keys,
             "evaluation_key_bytes": self.evaluation_key_bytes,
+            "evaluation_key_bytes_in_memory": self._keys.nbytes,
         }
 
 
@@ -185,14 +185,15 @@ def attention(weights: AttentionWeights, calibration: Sequence[Float64], x: Floa
         runs = [session.evaluate(x, 0) for _ in range(3)]
     got, best = min(runs, key=lambda run: run[1].seconds)
     figures = best.figures(tokens)
-    traffic = best.up_bytes + best.down_bytes - best.refresh_bytes
     return {
         **session.figures(),
         "compile_seconds": first.seconds,
         "encrypt_seconds": best.encrypt_seconds,
         "execute_seconds": best.seconds - best.encrypt_seconds - best.decrypt_seconds,
         "decrypt_seconds": best.decrypt_seconds,
-        "ciphertext_bytes": traffic,
+        "ciphertext_bytes": best.input_bytes + best.output_bytes,
+        "ciphertext_bytes_in": best.input_bytes,
+        "ciphertext_bytes_out": best.output_bytes,
         **{name: value for name, value in figures.items() if name not in ("tokens", "seconds")},
         **memory_figures(),
         **errors(got, clear(SimulatedTensor(x)).values),

@@ -43,9 +43,10 @@ class Tally:
     decrypt_seconds: float = 0.0
     refreshes: int = 0
     round_trips: int = 0
-    up_bytes: int = 0
-    down_bytes: int = 0
-    refresh_bytes: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    refresh_up_bytes: int = 0
+    refresh_down_bytes: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     call_seconds: dict[str, float] = field(default_factory=dict)
     primitives: dict[Primitive, float] = field(default_factory=dict)
@@ -69,6 +70,21 @@ class Tally:
     def client_seconds(self) -> float:
         """The client's part, bytes read and written included."""
         return self.encrypt_seconds + self.refresh_seconds + self.decrypt_seconds
+
+    @property
+    def up_bytes(self) -> int:
+        """All that the client sends, but for keys."""
+        return self.input_bytes + self.refresh_up_bytes
+
+    @property
+    def down_bytes(self) -> int:
+        """All that the server sends."""
+        return self.output_bytes + self.refresh_down_bytes
+
+    @property
+    def refresh_bytes(self) -> int:
+        """What refreshes take, in both directions."""
+        return self.refresh_up_bytes + self.refresh_down_bytes
 
     @property
     def rotations(self) -> int:
