@@ -1,4 +1,7 @@
-"""Sessions on the workers of a Ray cluster of this machine, with a model that computes nothing."""
+"""Sessions on the workers of a Ray cluster, mostly with a model that computes nothing.
+
+Its two machines are this one, as two nodes with raylets and object stores of their own.
+"""
 
 import functools
 import os
@@ -16,6 +19,8 @@ from cipherlm.cli import main
 from cipherlm.serving.computation import Cancelled, WorkerLost
 
 ray = pytest.importorskip("ray")
+
+from ray.cluster_utils import Cluster  # noqa: E402
 
 from cipherlm.serving import bundle, ray_cluster  # noqa: E402
 from cipherlm.serving.client import Connection  # noqa: E402
@@ -114,9 +119,12 @@ def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # The workers cannot import this module.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    ray_cluster.connect(cluster.address)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +393,27 @@ def test_workers_without_a_bundle(cluster):
 def test_a_cluster_without_room(cluster):
     with pytest.raises(ClusterError, match="are their cores free"):
         RayHostedModel(FakeModel, 1, 100, seconds=1)
+
+
+def test_a_machine_that_dies(cluster, keys):
+    machine = cluster.add_node(num_cpus=3)
+    assert sorted(ray_cluster.cluster_cores()) == [2, 2, 3]
+    with closing(RayHostedModel(FakeModel, 1, 3)) as model:  # there is room for it there only
+        session = model.open(keys)
+        assert told(session)[3] == 3
+
+        def report(*_):
+            if report.first:
+                cluster.remove_node(machine, allow_graceful=False)
+            report.first = False
+
+        report.first = True
+        with pytest.raises(WorkerLost):
+            run(session, "stall", report=report)
+        with pytest.raises(WorkerLost):
+            told(session)
+        session.close()
+        eventually(lambda: sorted(ray_cluster.cluster_cores()) == [2, 2], 60)
 
 
 @pytest.mark.parametrize(
