@@ -18,11 +18,13 @@ const block = 512
 // accumulator adds up products modulo one prime and reduces once: in words of 64 bits,
 // or of 52 in the vector code.
 type accumulator struct {
-	sums                       [4 * block]uint64 // low0, high0, low1, high1
-	repeated                   [4][block]uint64
-	low0, high0, low1, high1   []uint64
-	prime, montgomery, shifted uint64 // shifted is a word, in Montgomery form
-	barrett                    [2]uint64
+	sums                     [4 * block]uint64 // low0, high0, low1, high1
+	repeated                 [4][block]uint64
+	low0, high0, low1, high1 []uint64
+	subring                  *ring.SubRing
+	vector                   bool
+	factors                  [3]uint64 // of low words, high words and, in the vector code, of what is over
+	quotients                [3]uint64 // floor(factors * 2^52 / prime)
 }
 
 // term is one product of the sum: a plaintext's residues, each standing for gap
@@ -33,34 +35,47 @@ type term struct {
 	c0, c1 []uint64
 }
 
-// sum writes the sum of the terms to out0 and out1.
-func (a *accumulator) sum(terms []term, subring *ring.SubRing, out0, out1 []uint64) {
-	a.prepare(subring)
-	add, together := a.addGo, lazyTerms(a.prime)
-	if vectorised(subring) {
+// sum writes the sum of the terms to out0 and out1. Ciphertexts in Montgomery form, as
+// keys are, make at most one group of terms; the sum is not in that form.
+func (a *accumulator) sum(terms []term, subring *ring.SubRing, montgomery bool, out0, out1 []uint64) {
+	a.prepare(subring, montgomery)
+	add, together := a.addGo, lazyTerms(subring.Modulus)
+	if a.vector {
 		add, together = a.addVector, 1<<10
 	}
 	for start := 0; start < len(out0); start += block {
 		clear(a.sums[:])
 		for first := 0; first < len(terms); first += together {
 			if first > 0 {
-				a.reduce()
+				a.reduce(a.low0, a.low1)
+				clear(a.high0)
+				clear(a.high1)
 			}
 			add(terms[first:min(len(terms), first+together)], start)
 		}
-		a.reduce()
-		copy(out0[start:], a.low0)
-		copy(out1[start:], a.low1)
+		a.reduce(out0[start:start+block], out1[start:start+block])
 	}
 }
 
-func (a *accumulator) prepare(subring *ring.SubRing) {
-	a.prime, a.montgomery, a.barrett = subring.Modulus, subring.MRedConstant, subring.BRedConstant
-	word := ring.MForm(1, a.prime, a.barrett) // 2^64 modulo the prime
-	if vectorised(subring) {
-		word = (1 << 52) % a.prime
+func (a *accumulator) prepare(subring *ring.SubRing, montgomery bool) {
+	prime, barrett := subring.Modulus, subring.BRedConstant
+	a.subring, a.vector = subring, vectorised(subring)
+	if a.vector {
+		factor := uint64(1)
+		if montgomery {
+			factor = ring.IMForm(1, prime, subring.MRedConstant)
+		}
+		for i := range a.factors {
+			a.factors[i] = factor
+			a.quotients[i], _ = bits.Div64(factor>>12, factor<<52, prime)
+			factor = ring.BRed(factor, (1<<52)%prime, prime, barrett)
+		}
+	} else {
+		a.factors = [3]uint64{1, ring.MForm(1, prime, barrett), 0} // 2^64 modulo the prime
+		if !montgomery {
+			a.factors = [3]uint64{a.factors[1], ring.MForm(a.factors[1], prime, barrett), 0}
+		}
 	}
-	a.shifted = ring.MForm(word, a.prime, a.barrett)
 	a.low0, a.high0 = a.sums[:block], a.sums[block:2*block]
 	a.low1, a.high1 = a.sums[2*block:3*block], a.sums[3*block:]
 }
@@ -97,42 +112,39 @@ func (a *accumulator) addGo(terms []term, start int) {
 	}
 }
 
-var zeros [block]uint64
-
 // simdTerm points at one block of a term.
 func simdTerm(plain, c0, c1 []uint64) C.struct_cl_simd_term {
 	return C.struct_cl_simd_term{(*C.uint64_t)(&plain[0]), (*C.uint64_t)(&c0[0]), (*C.uint64_t)(&c1[0])}
 }
 
-// addVector adds four terms at a time, zeros where there are no more.
+// addVector adds up to four terms at a time.
 func (a *accumulator) addVector(terms []term, start int) {
 	for first := 0; first < len(terms); first += 4 {
 		var group [4]C.struct_cl_simd_term
-		for i := range group {
-			if first+i >= len(terms) {
-				group[i] = simdTerm(zeros[:], zeros[:], zeros[:])
-				continue
-			}
+		count := min(4, len(terms)-first)
+		for i := range count {
 			t := &terms[first+i]
 			group[i] = simdTerm(a.plain(t, start, i)[:], t.c0[start:], t.c1[start:])
 		}
-		C.cl_simd_accumulate((*C.uint64_t)(&a.sums[0]), block, group[0], group[1], group[2], group[3])
+		C.cl_simd_accumulate((*C.uint64_t)(&a.sums[0]), block, C.int(count), group[0], group[1], group[2], group[3])
 	}
 }
 
-// reduce brings the sums below the prime.
-func (a *accumulator) reduce() {
-	for i := range a.low0 {
-		a.low0[i] = a.reduced(a.low0[i], a.high0[i])
-		a.low1[i] = a.reduced(a.low1[i], a.high1[i])
+// reduce writes the sums, brought below the prime.
+func (a *accumulator) reduce(out0, out1 []uint64) {
+	prime, constant := a.subring.Modulus, a.subring.MRedConstant
+	if a.vector {
+		C.cl_simd_reduce((*C.uint64_t)(&a.sums[0]), block, (*C.uint64_t)(&a.factors[0]), (*C.uint64_t)(&a.quotients[0]),
+			C.uint64_t(prime), (*C.uint64_t)(&out0[0]), (*C.uint64_t)(&out1[0]))
+		return
 	}
-	clear(a.high0)
-	clear(a.high1)
-}
-
-func (a *accumulator) reduced(low, high uint64) uint64 {
-	rest := ring.BRedAdd(low, a.prime, a.barrett)
-	return ring.CRed(rest+ring.MRed(high, a.shifted, a.prime, a.montgomery), a.prime)
+	reduced := func(low, high uint64) uint64 {
+		return ring.CRed(ring.MRed(low, a.factors[0], prime, constant)+ring.MRed(high, a.factors[1], prime, constant), prime)
+	}
+	for i := range out0 {
+		out0[i] = reduced(a.low0[i], a.high0[i])
+		out1[i] = reduced(a.low1[i], a.high1[i])
+	}
 }
 
 // repeat writes each value gap times, as far as a block goes.

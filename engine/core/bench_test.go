@@ -75,7 +75,7 @@ func BenchmarkDiagonal(b *testing.B) {
 		}
 		b.Run("accumulate32/"+name, func(b *testing.B) {
 			for b.Loop() {
-				sum.sum(terms, subring, out0, out1)
+				sum.sum(terms, subring, false, out0, out1)
 			}
 		})
 	}

@@ -3,8 +3,10 @@ package core
 import (
 	"math"
 	"math/big"
+	"slices"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
 	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
 )
 
@@ -12,15 +14,16 @@ import (
 // other key. Its methods may be called from several goroutines at once; out, where
 // a method takes it, receives the result and may be the first operand.
 type Evaluator struct {
-	Params *Parameters
-	keys   *EvaluationKeys
-	ckks   *ckks.Evaluator
+	Params   *Parameters
+	keys     *EvaluationKeys
+	ckks     *ckks.Evaluator
+	switcher *switcher
 }
 
 // NewEvaluator expands the keys and makes an evaluator; keys may be nil.
 func NewEvaluator(p *Parameters, keys *EvaluationKeys) (*Evaluator, error) {
 	if keys == nil {
-		return &Evaluator{p, nil, ckks.NewEvaluator(p.Parameters, nil)}, nil
+		return newEvaluator(p, nil, ckks.NewEvaluator(p.Parameters, nil)), nil
 	}
 	if err := p.same(keys.Params); err != nil {
 		return nil, err
@@ -35,7 +38,11 @@ func NewEvaluator(p *Parameters, keys *EvaluationKeys) (*Evaluator, error) {
 	// The evaluator builds its automorphism tables for these keys now, so that it
 	// never writes to a shared map later.
 	set := rlwe.NewMemEvaluationKeySet(keys.relin, galois...)
-	return &Evaluator{p, keys, ckks.NewEvaluator(p.Parameters, set)}, nil
+	return newEvaluator(p, keys, ckks.NewEvaluator(p.Parameters, set)), nil
+}
+
+func newEvaluator(p *Parameters, keys *EvaluationKeys, evaluator *ckks.Evaluator) *Evaluator {
+	return &Evaluator{p, keys, evaluator, newSwitcher(p, evaluator.Evaluator)}
 }
 
 // own checks that ciphertexts are of the evaluator's parameters, of degree 1 where
@@ -208,18 +215,54 @@ func (e *Evaluator) Mul(a, b *Ciphertext, relinearize bool, out *Ciphertext) (*C
 	if err := a.compatible(b); err != nil {
 		return nil, err
 	}
-	level, degree, apply := min(a.Level(), b.Level()), 2, e.ckks.Mul
-	if relinearize {
-		if err := e.keys.checkRelin(level); err != nil {
+	level := min(a.Level(), b.Level())
+	if !relinearize {
+		result, err := a.target(out, 2, level)
+		if err != nil {
 			return nil, err
 		}
-		degree, apply = 1, e.ckks.MulRelin
+		return result, e.tensor(a.Ciphertext, b.Ciphertext, result.Ciphertext)
 	}
-	result, err := a.target(out, degree, level)
+	if err := e.keys.checkRelin(level); err != nil {
+		return nil, err
+	}
+	result, err := a.target(out, 1, level)
 	if err != nil {
 		return nil, err
 	}
-	return result, apply(a.Ciphertext, b.Ciphertext, result.Ciphertext)
+	product := a.like(2, level)
+	if err := e.tensor(a.Ciphertext, b.Ciphertext, product.Ciphertext); err != nil {
+		return nil, err
+	}
+	return result, e.relinearize(product.Ciphertext, result.Ciphertext)
+}
+
+// tensor multiplies two ciphertexts, prime by prime; the product has degree 2.
+func (e *Evaluator) tensor(a, b, out *rlwe.Ciphertext) error {
+	level, scale, pool := min(a.Level(), b.Level()), a.Scale.Mul(b.Scale), e.switcher.pool
+	out.Resize(2, level)
+	err := parallel(level+1, func(i int) error {
+		r := e.Params.RingQ().SubRings[i]
+		a0, a1, b0, b1 := a.Value[0].Coeffs[i], a.Value[1].Coeffs[i], b.Value[0].Coeffs[i], b.Value[1].Coeffs[i]
+		c0, c1, c2 := out.Value[0].Coeffs[i], out.Value[1].Coeffs[i], out.Value[2].Coeffs[i]
+		var scratch [3]*[]uint64
+		for i := range scratch {
+			scratch[i] = pool.GetBuffUintArray()
+			defer pool.RecycleBuffUintArray(scratch[i])
+		}
+		m0, m1, middle := *scratch[0], *scratch[1], *scratch[2]
+		r.MForm(a0, m0)
+		r.MForm(a1, m1)
+		r.MulCoeffsMontgomery(m1, b1, c2)
+		r.MulCoeffsMontgomery(m0, b1, middle)
+		r.MulCoeffsMontgomeryThenAdd(m1, b0, middle)
+		r.MulCoeffsMontgomery(m0, b0, c0)
+		copy(c1, middle) // at last: a, b and the result may be one
+		return nil
+	})
+	*out.MetaData = *a.MetaData
+	out.Scale = scale
+	return err
 }
 
 // MulPlain multiplies by a plaintext.
@@ -252,7 +295,22 @@ func (e *Evaluator) Relinearize(a, out *Ciphertext) (*Ciphertext, error) {
 	if err != nil {
 		return nil, err
 	}
-	return result, e.ckks.Relinearize(a.Ciphertext, result.Ciphertext)
+	return result, e.relinearize(a.Ciphertext, result.Ciphertext)
+}
+
+// relinearize switches the last component of a product to the key of the others; out
+// may be the product itself.
+func (e *Evaluator) relinearize(a, out *rlwe.Ciphertext) error {
+	level, rings := min(a.Level(), out.Level()), e.Params.RingQ().SubRings
+	if out != a {
+		out.Resize(1, level)
+	}
+	*out.MetaData = *a.MetaData
+	err := e.switcher.switchKey(a.Value[2], &e.keys.relin.GadgetCiphertext, level, func(component, prime int, switched []uint64) {
+		rings[prime].Add(a.Value[component].Coeffs[prime], switched, out.Value[component].Coeffs[prime])
+	})
+	out.Resize(1, level)
+	return err
 }
 
 // Rescale divides by the last prime, the scale too: the message stays, a level goes.
@@ -267,7 +325,44 @@ func (e *Evaluator) Rescale(a, out *Ciphertext) (*Ciphertext, error) {
 	if err != nil {
 		return nil, err
 	}
-	return result, e.ckks.Rescale(a.Ciphertext, result.Ciphertext)
+	return result, e.rescale(a.Ciphertext, result.Ciphertext)
+}
+
+// rescale divides by the last prime, prime by prime; out may be the ciphertext itself.
+func (e *Evaluator) rescale(a, out *rlwe.Ciphertext) error {
+	p, level := e.Params, a.Level()
+	rings, constants := p.RingQ().SubRings, p.RingQ().RescaleConstants[level-1]
+	half := (rings[level].Modulus - 1) >> 1
+	last := make([][]uint64, len(a.Value))
+	err := parallel(len(last), func(component int) error {
+		last[component] = slices.Clone(a.Value[component].Coeffs[level])
+		p.backward(level, last[component])
+		rings[level].AddScalar(last[component], half, last[component])
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if out != a {
+		out.Resize(a.Degree(), level-1)
+	}
+	err = parallel(len(last)*level, func(job int) error {
+		component, i := job/level, job%level
+		buffer := e.switcher.pool.GetBuffUintArray()
+		defer e.switcher.pool.RecycleBuffUintArray(buffer)
+		r, residues := rings[i], *buffer
+		// The last prime may be greater than this one: reduced, for the transform.
+		r.Reduce(last[component], residues)
+		r.SubScalar(residues, ring.BRedAdd(half, r.Modulus, r.BRedConstant), residues)
+		p.forward(i, residues)
+		r.SubThenMulScalarMontgomeryTwoModulus(residues, a.Value[component].Coeffs[i], constants[i], out.Value[component].Coeffs[i])
+		return nil
+	})
+	scale := a.Scale.Div(primeScale(p, level))
+	*out.MetaData = *a.MetaData
+	out.Scale = scale
+	out.Resize(out.Degree(), level-1)
+	return err
 }
 
 // AdjustScale brings the scale to a target and leaves the message, for one level:
@@ -299,7 +394,7 @@ func (e *Evaluator) AdjustScale(a *Ciphertext, target rlwe.Scale, out *Ciphertex
 		return nil, err
 	}
 	result.Scale = scale
-	if err := e.ckks.Rescale(result.Ciphertext, result.Ciphertext); err != nil {
+	if err := e.rescale(result.Ciphertext, result.Ciphertext); err != nil {
 		return nil, err
 	}
 	result.Scale = target // equal to 2^-24 of itself

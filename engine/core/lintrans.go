@@ -237,7 +237,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 				copied := rotated[input][d.baby]
 				terms[i].c0, terms[i].c1 = copied.Value[0].Coeffs[limb], copied.Value[1].Coeffs[limb]
 			}
-			own.accumulator.sum(terms, subring, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
+			own.accumulator.sum(terms, subring, false, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
 		}
 		return nil
 	})
@@ -248,14 +248,20 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, steps []*step) ([][]*Ciphertext, error) {
 	p, outputs := e.Params, matrices*len(inputs)
 	extended := p.RingQP().AtLevel(level, p.MaxLevelP())
-	partial := make([][]*rlwe.Element[ringqp.Poly], Threads())
+	add := func(sum, more pair) {
+		for i := range sum {
+			extended.Add(sum[i], more[i], sum[i])
+		}
+		e.switcher.releasePair(more, level)
+	}
+	partial := make([][]*pair, Threads())
 	err := parallelWorkers(len(partial), len(steps)*len(inputs), func(worker, job int) error {
 		s, input := steps[job/len(inputs)], job%len(inputs)
 		if s.giant == 0 {
 			return nil
 		}
 		if partial[worker] == nil {
-			partial[worker] = make([]*rlwe.Element[ringqp.Poly], outputs)
+			partial[worker] = make([]*pair, outputs)
 		}
 		rotated, err := e.rotateExtended(s.sums[input], s.giant, level)
 		if err != nil {
@@ -263,11 +269,9 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 		}
 		sum := &partial[worker][s.matrix*len(inputs)+input]
 		if *sum == nil {
-			*sum = rotated
-			return nil
-		}
-		for i := range rotated.Value {
-			extended.Add((*sum).Value[i], rotated.Value[i], (*sum).Value[i])
+			*sum = &rotated
+		} else {
+			add(**sum, rotated)
 		}
 		return nil
 	})
@@ -281,20 +285,24 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 	return results, parallel(outputs, func(output int) (err error) {
 		matrix, input := output/len(inputs), output%len(inputs)
 		result := inputs[input].like(1, level)
-		var total *rlwe.Element[ringqp.Poly]
+		var total *pair
 		for _, sums := range partial {
 			switch {
 			case sums == nil || sums[output] == nil:
 			case total == nil:
 				total = sums[output]
 			default:
-				for i := range total.Value {
-					extended.Add(total.Value[i], sums[output].Value[i], total.Value[i])
-				}
+				add(*total, *sums[output])
 			}
 		}
 		if total != nil {
-			e.ckks.ModDown(level, p.MaxLevelP(), total, result.Ciphertext)
+			defer e.switcher.releasePair(*total, level)
+			err := e.switcher.divide(*total, level, func(component, prime int, quotient []uint64) {
+				copy(result.Value[component].Coeffs[prime], quotient)
+			})
+			if err != nil {
+				return err
+			}
 		}
 		for _, s := range steps {
 			if s.matrix == matrix && s.giant == 0 {
@@ -310,28 +318,45 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 }
 
 // rotateExtended rotates and leaves the result modulo QP, times P.
-func (e *Evaluator) rotateExtended(ct *Ciphertext, rotation, level int) (*rlwe.Element[ringqp.Poly], error) {
+func (e *Evaluator) rotateExtended(ct *Ciphertext, rotation, level int) (result pair, err error) {
 	p := e.Params
 	element := p.RotationElement(rotation)
 	key, err := e.ckks.CheckAndGetGaloisKey(element)
 	if err != nil {
-		return nil, err
+		return result, err
 	}
-	top := p.MaxLevelP()
-	switched := rlwe.NewElementExtended(p.Parameters, 1, level, top)
-	switched.IsNTT = true
-	if err := e.ckks.GadgetProductLazy(level, ct.Value[1], &key.GadgetCiphertext, switched); err != nil {
-		return nil, err
+	digits, err := e.switcher.decompose(ct.Value[1], level)
+	if err != nil {
+		return result, err
 	}
-	extended := p.RingQP().AtLevel(level, top)
-	scaled := p.RingQ().AtLevel(level).NewPoly()
-	extended.RingQ.MulScalarBigint(ct.Value[0], p.RingP().ModulusAtLevel[top], scaled)
-	extended.RingQ.Add(switched.Value[0].Q, scaled, switched.Value[0].Q)
-	result := rlwe.NewElementExtended(p.Parameters, 1, level, top)
-	result.IsNTT = true
-	index := e.ckks.AutomorphismIndex(element)
-	for i := range result.Value {
-		extended.AutomorphismNTTWithIndex(switched.Value[i], index, result.Value[i])
-	}
-	return result, nil
+	defer e.switcher.release(digits, level)
+	result = e.switcher.newPair(level)
+	return result, e.rotateInto(ct, digits, key, level, result, false)
+}
+
+// rotateInto rotates a ciphertext, given with its decomposition, and adds the result,
+// modulo QP and times P, to a sum, or starts the sum.
+func (e *Evaluator) rotateInto(ct *Ciphertext, digits []ringqp.Poly, key *rlwe.GaloisKey, level int, sum pair, add bool) error {
+	s, index := e.switcher, e.ckks.AutomorphismIndex(key.GaloisElement)
+	return parallel(s.limbs(level), func(i int) error {
+		r := e.Params.subring(s.prime(i, level))
+		var switched [2]*[]uint64
+		for component := range switched {
+			switched[component] = s.pool.GetBuffUintArray()
+			defer s.pool.RecycleBuffUintArray(switched[component])
+		}
+		s.product(digits, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
+		if i <= level { // P divides nothing modulo its own primes
+			r.MulScalarMontgomeryThenAdd(ct.Value[0].Coeffs[i], s.special[i], *switched[0])
+		}
+		for component := range switched {
+			out := limb(sum[component], i, level)
+			if add {
+				addPermuted(*switched[component], index, r.Modulus, out)
+			} else {
+				permute(*switched[component], index, out)
+			}
+		}
+		return nil
+	})
 }

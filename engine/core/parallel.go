@@ -7,7 +7,10 @@ import (
 	"sync/atomic"
 )
 
-var threads atomic.Int64
+var (
+	threads atomic.Int64
+	helpers atomic.Int64 // goroutines that help their callers now
+)
 
 func init() { threads.Store(int64(runtime.NumCPU())) }
 
@@ -23,9 +26,25 @@ func SetThreads(n int) error {
 // Threads returns how many goroutines one call may use.
 func Threads() int { return int(threads.Load()) }
 
-// parallel runs job(0) ... job(n-1) on at most Threads() goroutines and returns
-// the first error. Jobs are handed out in order, one at a time. A panic in a job
-// becomes an error, so that it cannot end the process.
+// help takes up to so many helpers from those that all calls share, and never waits
+// for one: jobs may themselves run jobs in parallel.
+func help(wanted int) int {
+	for {
+		busy := helpers.Load()
+		taken := min(int64(wanted), threads.Load()-1-busy)
+		if taken <= 0 {
+			return 0
+		}
+		if helpers.CompareAndSwap(busy, busy+taken) {
+			return int(taken)
+		}
+	}
+}
+
+// parallel runs job(0) ... job(n-1) on the calling goroutine and on helpers, where
+// there are idle ones, and returns the first error. Jobs are handed out in order, one
+// at a time. A panic in a job becomes an error where there are helpers, so that it
+// cannot end the process.
 func parallel(n int, job func(index int) error) error {
 	return parallelWorkers(Threads(), n, func(_, index int) error { return job(index) })
 }
@@ -33,8 +52,8 @@ func parallel(n int, job func(index int) error) error {
 // parallelWorkers is parallel on at most so many workers, with the number of the
 // worker for jobs that keep scratch memory for each: SetThreads may come in between.
 func parallelWorkers(workers, n int, job func(worker, index int) error) error {
-	workers = min(workers, n)
-	if workers <= 1 {
+	extra := help(min(workers, n) - 1)
+	if extra == 0 {
 		for index := range n {
 			if err := job(0, index); err != nil {
 				return err
@@ -53,26 +72,31 @@ func parallelWorkers(workers, n int, job func(worker, index int) error) error {
 		once.Do(func() { first = err })
 		failed.Store(true)
 	}
-	for worker := range workers {
+	work := func(worker int) {
+		defer func() {
+			if cause := recover(); cause != nil {
+				fail(Recovered(cause))
+			}
+		}()
+		for !failed.Load() {
+			index := int(next.Add(1)) - 1
+			if index >= n {
+				return
+			}
+			if err := job(worker, index); err != nil {
+				fail(err)
+			}
+		}
+	}
+	for worker := range extra {
 		group.Add(1)
 		go func() {
 			defer group.Done()
-			defer func() {
-				if cause := recover(); cause != nil {
-					fail(Recovered(cause))
-				}
-			}()
-			for !failed.Load() {
-				index := int(next.Add(1)) - 1
-				if index >= n {
-					return
-				}
-				if err := job(worker, index); err != nil {
-					fail(err)
-				}
-			}
+			defer helpers.Add(-1)
+			work(worker + 1)
 		}()
 	}
+	work(0)
 	group.Wait()
 	return first
 }

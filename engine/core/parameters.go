@@ -51,7 +51,7 @@ type Parameters struct {
 	ID      ID
 	Literal Literal // with the primes, not their sizes
 	encoder *ckks.Encoder
-	roots   []wideRoots // by prime
+	roots   []wideRoots // by prime, those of P after those of Q
 }
 
 var ringTypes = map[string]ring.Type{"standard": ring.Standard, "conjugate_invariant": ring.ConjugateInvariant}
@@ -90,7 +90,7 @@ func (literal Literal) Check() (*Parameters, error) {
 		return nil, err
 	}
 	literal.LogQ, literal.LogP, literal.Q, literal.P = nil, nil, parameters.Q(), parameters.P()
-	p := &Parameters{Parameters: parameters, Literal: literal, encoder: ckks.NewEncoder(parameters, 53), roots: make([]wideRoots, parameters.QCount())}
+	p := &Parameters{Parameters: parameters, Literal: literal, encoder: ckks.NewEncoder(parameters, 53), roots: make([]wideRoots, parameters.QCount()+parameters.PCount())}
 	canonical, err := json.Marshal(literal)
 	if err != nil {
 		return nil, failure(Parameter, "parameters: %v", err)

@@ -2,9 +2,13 @@ package core
 
 import (
 	"math"
+	"math/big"
 	"math/bits"
 
 	"github.com/tuneinsight/lattigo/v6/circuits/ckks/polynomial"
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
+	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
 	"github.com/tuneinsight/lattigo/v6/utils/bignum"
 )
 
@@ -99,9 +103,61 @@ func (e *Evaluator) Evaluate(a *Ciphertext, c Chebyshev) (*Ciphertext, error) {
 	}
 	basis := bignum.NewPolynomial(bignum.Chebyshev, c.Coefficients, [2]float64{-1, 1})
 	evaluator := polynomial.NewEvaluator(e.Params.Parameters, e.ckks)
+	evaluator.Evaluator.Evaluator = arithmetic{e.ckks, e}
 	result, err := evaluator.Evaluate(input.Ciphertext, polynomial.NewPolynomial(basis), e.Params.DefaultScale())
 	if err != nil {
 		return nil, err
 	}
 	return &Ciphertext{Ciphertext: result, Params: e.Params, Key: a.Key}, nil
 }
+
+// arithmetic is what the library's evaluation of polynomials computes with: the costly
+// operations go prime by prime, on all threads.
+type arithmetic struct {
+	*ckks.Evaluator
+	e *Evaluator
+}
+
+// Mul multiplies; of two ciphertexts the product has degree 2.
+func (a arithmetic) Mul(x *rlwe.Ciphertext, y rlwe.Operand, out *rlwe.Ciphertext) error {
+	if y, ok := y.(*rlwe.Ciphertext); ok && x.Degree() == 1 && y.Degree() == 1 {
+		return a.e.tensor(x, y, out)
+	}
+	return a.Evaluator.Mul(x, y, out)
+}
+
+// MulRelinNew multiplies two ciphertexts and relinearises.
+func (a arithmetic) MulRelinNew(x *rlwe.Ciphertext, y rlwe.Operand) (*rlwe.Ciphertext, error) {
+	out := ckks.NewCiphertext(a.e.Params.Parameters, 2, min(x.Level(), y.(*rlwe.Ciphertext).Level()))
+	if err := a.Mul(x, y, out); err != nil {
+		return nil, err
+	}
+	return out, a.Relinearize(out, out)
+}
+
+// MulThenAdd adds a ciphertext times a coefficient, encoded at the ratio of the scales.
+func (a arithmetic) MulThenAdd(x *rlwe.Ciphertext, y rlwe.Operand, out *rlwe.Ciphertext) error {
+	coefficient, ok := y.(*bignum.Complex)
+	if !ok || !coefficient.IsReal() || x.Degree() != out.Degree() || x.Level() < out.Level() || x.Scale.Cmp(out.Scale) >= 0 {
+		return a.Evaluator.MulThenAdd(x, y, out)
+	}
+	ratio := out.Scale.Div(x.Scale)
+	scaled := new(big.Float).SetPrec(rlwe.ScalePrecision).Mul(coefficient.Real(), &ratio.Value)
+	half := math.Copysign(0.5, float64(scaled.Sign()))
+	factor, _ := scaled.Add(scaled, big.NewFloat(half)).Int(nil) // rounded
+	return parallel(out.Level()+1, func(i int) error {
+		r := a.e.Params.RingQ().SubRings[i]
+		residue := new(big.Int).Mod(factor, new(big.Int).SetUint64(r.Modulus)).Uint64()
+		scalar := ring.MForm(residue, r.Modulus, r.BRedConstant)
+		for component := range out.Value {
+			r.MulScalarMontgomeryThenAdd(x.Value[component].Coeffs[i], scalar, out.Value[component].Coeffs[i])
+		}
+		return nil
+	})
+}
+
+// Relinearize brings a product to degree 1.
+func (a arithmetic) Relinearize(x, out *rlwe.Ciphertext) error { return a.e.relinearize(x, out) }
+
+// Rescale divides by the last prime.
+func (a arithmetic) Rescale(x, out *rlwe.Ciphertext) error { return a.e.rescale(x, out) }

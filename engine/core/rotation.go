@@ -48,7 +48,32 @@ func (e *Evaluator) automorphism(a *Ciphertext, element uint64, out *Ciphertext,
 	if err != nil {
 		return nil, err
 	}
-	return result, e.ckks.Automorphism(a.Ciphertext, element, result.Ciphertext)
+	if element == 1 {
+		return result, e.ckks.Automorphism(a.Ciphertext, element, result.Ciphertext)
+	}
+	digits, err := e.switcher.decompose(a.Value[1], a.Level())
+	if err != nil {
+		return nil, err
+	}
+	defer e.switcher.release(digits, a.Level())
+	return result, e.rotateDigits(a, digits, element, result)
+}
+
+// rotateDigits applies an automorphism to a ciphertext with its decomposition; the
+// result may be the ciphertext itself, and has its level.
+func (e *Evaluator) rotateDigits(a *Ciphertext, digits []ringqp.Poly, element uint64, result *Ciphertext) error {
+	key, err := e.ckks.CheckAndGetGaloisKey(element)
+	if err != nil {
+		return err
+	}
+	index, rings := e.ckks.AutomorphismIndex(element), e.Params.RingQ().SubRings
+	*result.MetaData = *a.MetaData
+	return e.switcher.switchDigits(digits, &key.GadgetCiphertext, result.Level(), func(component, prime int, switched []uint64) {
+		if component == 0 {
+			rings[prime].Add(switched, a.Value[0].Coeffs[prime], switched)
+		}
+		permute(switched, index, result.Value[component].Coeffs[prime])
+	})
 }
 
 func (e *Evaluator) checkRotation(element uint64, level int, what string, by int) error {
@@ -56,41 +81,6 @@ func (e *Evaluator) checkRotation(element uint64, level int, what string, by int
 		return e.keys.checkGalois(element, level, what+" by "+strconv.Itoa(by))
 	}
 	return e.keys.checkGalois(element, level, what)
-}
-
-// hoisted is a ciphertext with the decomposition that all its rotations share
-// (Halevi and Shoup, "Faster Homomorphic Linear Transformations in HElib", 2018).
-type hoisted struct {
-	ciphertext *Ciphertext
-	digits     []ringqp.Poly
-}
-
-// hoist decomposes a ciphertext at a level, one digit a job.
-func (e *Evaluator) hoist(ct *Ciphertext, level int) (*hoisted, error) {
-	p := e.Params
-	top := p.MaxLevelP()
-	ring := p.RingQ().AtLevel(level)
-	coefficients := ring.NewPoly()
-	ring.INTT(ct.Value[1], coefficients)
-	digits := make([]ringqp.Poly, p.BaseRNSDecompositionVectorSize(level, top))
-	err := parallel(len(digits), func(i int) error {
-		digits[i] = p.RingQP().AtLevel(level, top).NewPoly()
-		e.ckks.DecomposeSingleNTT(level, top, top+1, i, ct.Value[1], coefficients, digits[i].Q, digits[i].P)
-		return nil
-	})
-	return &hoisted{ct, digits}, err
-}
-
-func (e *Evaluator) rotateHoisted(h *hoisted, rotation, level int) (*Ciphertext, error) {
-	result := h.ciphertext.like(1, level)
-	if e.Params.normal(rotation) == 0 {
-		for i := range result.Value {
-			result.Value[i].CopyLvl(level, h.ciphertext.Value[i])
-		}
-		return result, nil
-	}
-	element := e.Params.RotationElement(rotation)
-	return result, e.ckks.AutomorphismHoisted(level, h.ciphertext.Ciphertext, h.digits, element, result.Ciphertext)
 }
 
 // RotateHoisted rotates one ciphertext by several amounts, in parallel, sharing
@@ -102,21 +92,31 @@ func (e *Evaluator) RotateHoisted(a *Ciphertext, rotations []int) ([]*Ciphertext
 	return e.rotations(a, rotations, a.Level())
 }
 
-// rotations returns rotated copies at a level at most that of the ciphertext.
+// rotations returns rotated copies at a level at most that of the ciphertext. They share
+// its decomposition (Halevi and Shoup, "Faster Homomorphic Linear Transformations in
+// HElib", 2018).
 func (e *Evaluator) rotations(a *Ciphertext, rotations []int, level int) ([]*Ciphertext, error) {
 	for _, rotation := range rotations {
 		if err := e.checkRotation(e.Params.RotationElement(rotation), level, "rotation", rotation); err != nil {
 			return nil, err
 		}
 	}
-	shared, err := e.hoist(a, level)
+	digits, err := e.switcher.decompose(a.Value[1], level)
 	if err != nil {
 		return nil, err
 	}
+	defer e.switcher.release(digits, level)
 	results := make([]*Ciphertext, len(rotations))
-	return results, parallel(len(rotations), func(i int) (err error) {
-		results[i], err = e.rotateHoisted(shared, rotations[i], level)
-		return err
+	return results, parallel(len(rotations), func(i int) error {
+		results[i] = a.like(1, level)
+		element := e.Params.RotationElement(rotations[i])
+		if element != 1 {
+			return e.rotateDigits(a, digits, element, results[i])
+		}
+		for component := range results[i].Value {
+			results[i].Value[component].CopyLvl(level, a.Value[component])
+		}
+		return nil
 	})
 }
 
@@ -133,11 +133,39 @@ func (e *Evaluator) InnerSum(a *Ciphertext, step, count int, out *Ciphertext) (*
 			return nil, err
 		}
 	}
+	// sum has 2^i terms, rest the terms of the bits of count that were read.
+	sum, rest := a.Copy(), (*Ciphertext)(nil)
+	for i := 0; count>>i > 1; i++ {
+		rotations := []int{step << i}
+		high := count - count&((2<<i)-1)
+		odd := count>>i&1 == 1
+		if odd {
+			rotations = append(rotations, high*step)
+		}
+		rotated, err := e.rotations(sum, rotations, a.Level())
+		if err != nil {
+			return nil, err
+		}
+		if odd {
+			if rest == nil {
+				rest = rotated[1]
+			} else if rest, err = e.Add(rest, rotated[1], rest); err != nil {
+				return nil, err
+			}
+		}
+		if sum, err = e.Add(sum, rotated[0], sum); err != nil {
+			return nil, err
+		}
+	}
 	result, err := a.target(out, 1, a.Level())
 	if err != nil {
 		return nil, err
 	}
-	return result, e.ckks.PartialTracesSum(a.Ciphertext, step, count, result.Ciphertext)
+	if rest == nil {
+		result.Ciphertext.Copy(sum.Ciphertext)
+		return result, nil
+	}
+	return result, e.ckks.Add(sum.Ciphertext, rest.Ciphertext, result.Ciphertext)
 }
 
 // InnerSumRotations lists the rotations that InnerSum needs, those of the binary

@@ -1,6 +1,6 @@
-// The inner loops of linear transformations with 52-bit multiply-add, eight numbers at
-// a time: the transform of a diagonal and the sum of products. The Go code beside does
-// the same on every processor; a test holds the two equal, bit for bit.
+// The inner loops of linear transformations and key switches with 52-bit multiply-add,
+// eight numbers at a time: the transforms and the sum of products. The Go code beside
+// does the same on every processor; tests hold the two equal, bit for bit.
 
 #include "simd.h"
 
@@ -38,7 +38,7 @@ typedef struct { __m512i q, twice, mask; } modulus;
 
 // x and y, below 4q, become x + w*y and x - w*y, below 4q again (Harvey, "Faster
 // arithmetic for number-theoretic transforms", 2014, with 52-bit words).
-static inline VECTOR void butterfly(__m512i *x, __m512i *y, __m512i w, __m512i quotient, const modulus *m) {
+static inline __attribute__((always_inline)) VECTOR void butterfly(__m512i *x, __m512i *y, __m512i w, __m512i quotient, const modulus *m) {
     __m512i zero = _mm512_setzero_si512();
     __m512i a = _mm512_min_epu64(*x, _mm512_sub_epi64(*x, m->twice));
     __m512i b = _mm512_min_epu64(*y, _mm512_sub_epi64(*y, m->twice));
@@ -49,19 +49,35 @@ static inline VECTOR void butterfly(__m512i *x, __m512i *y, __m512i w, __m512i q
     *y = _mm512_sub_epi64(_mm512_add_epi64(a, m->twice), t);
 }
 
+// x and y, below 2q, become x + y and w*(x - y), below 2q again: what butterfly does,
+// undone.
+static inline __attribute__((always_inline)) VECTOR void join(__m512i *x, __m512i *y, __m512i w, __m512i quotient, const modulus *m) {
+    __m512i zero = _mm512_setzero_si512();
+    __m512i a = _mm512_add_epi64(*x, *y);
+    __m512i b = _mm512_sub_epi64(_mm512_add_epi64(*x, m->twice), *y);
+    b = _mm512_min_epu64(b, _mm512_sub_epi64(b, m->twice));
+    __m512i t = _mm512_madd52hi_epu64(zero, b, quotient);
+    t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, b, w), _mm512_madd52lo_epu64(zero, t, m->q));
+    *x = _mm512_min_epu64(a, _mm512_sub_epi64(a, m->twice));
+    *y = _mm512_and_si512(t, m->mask);
+}
+
+typedef void step(__m512i *x, __m512i *y, __m512i w, __m512i quotient, const modulus *m);
+
 // One stage whose butterflies lie within 16 numbers. gather says where the left and
 // the right halves are, scatter takes them back, spread repeats the roots.
-static inline VECTOR void narrow(uint64_t *values, long n, long stride, const uint64_t *roots,
-                                 const uint64_t *quotients, const modulus *m, __m512i left, __m512i right,
-                                 __m512i first, __m512i second, __m512i spread) {
-    long step = 8 / stride; // roots for 16 numbers
-    __mmask8 some = (__mmask8)((1 << step) - 1);
-    for (long i = 0; i < n; i += 16, roots += step, quotients += step) {
+static inline __attribute__((always_inline)) VECTOR void narrow(
+        step *apply, uint64_t *values, long n, long stride, const uint64_t *roots, const uint64_t *quotients,
+        const modulus *m, __m512i left, __m512i right, __m512i first, __m512i second, __m512i spread) {
+    roots += n / (2 * stride), quotients += n / (2 * stride);
+    long count = 8 / stride; // roots for 16 numbers
+    __mmask8 some = (__mmask8)((1 << count) - 1);
+    for (long i = 0; i < n; i += 16, roots += count, quotients += count) {
         __m512i a = LOAD(values + i), b = LOAD(values + i + 8);
         __m512i x = _mm512_permutex2var_epi64(a, left, b), y = _mm512_permutex2var_epi64(a, right, b);
         __m512i w = _mm512_permutexvar_epi64(spread, _mm512_maskz_loadu_epi64(some, roots));
         __m512i s = _mm512_permutexvar_epi64(spread, _mm512_maskz_loadu_epi64(some, quotients));
-        butterfly(&x, &y, w, s, m);
+        apply(&x, &y, w, s, m);
         STORE(values + i, _mm512_permutex2var_epi64(x, first, y));
         STORE(values + i + 8, _mm512_permutex2var_epi64(x, second, y));
     }
@@ -69,35 +85,71 @@ static inline VECTOR void narrow(uint64_t *values, long n, long stride, const ui
 
 #define LANES(a, b, c, d, e, f, g, h) _mm512_setr_epi64(a, b, c, d, e, f, g, h)
 
-VECTOR void cl_simd_transform(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime) {
-    modulus m = {_mm512_set1_epi64((long long)prime), _mm512_set1_epi64((long long)(2 * prime)),
-                 _mm512_set1_epi64((1LL << 52) - 1)};
-    long blocks = 1;
-    for (long stride = n / 2; stride >= 8; stride /= 2, blocks *= 2)
-        for (long block = 0; block < blocks; block++) {
-            uint64_t *x = values + 2 * stride * block, *y = x + stride;
-            __m512i w = _mm512_set1_epi64((long long)roots[blocks + block]);
-            __m512i s = _mm512_set1_epi64((long long)quotients[blocks + block]);
-            for (long i = 0; i < stride; i += 8) {
-                __m512i a = LOAD(x + i), b = LOAD(y + i);
-                butterfly(&a, &b, w, s, &m);
-                STORE(x + i, a);
-                STORE(y + i, b);
-            }
+// The stages of stride 4, 2 and 1.
+#define NARROW4(apply)                                                                                \
+    narrow(apply, values, n, 4, roots, quotients, &m, LANES(0, 1, 2, 3, 8, 9, 10, 11),                 \
+           LANES(4, 5, 6, 7, 12, 13, 14, 15), LANES(0, 1, 2, 3, 8, 9, 10, 11),                         \
+           LANES(4, 5, 6, 7, 12, 13, 14, 15), LANES(0, 0, 0, 0, 1, 1, 1, 1))
+#define NARROW2(apply)                                                                                \
+    narrow(apply, values, n, 2, roots, quotients, &m, LANES(0, 1, 4, 5, 8, 9, 12, 13),                 \
+           LANES(2, 3, 6, 7, 10, 11, 14, 15), LANES(0, 1, 8, 9, 2, 3, 10, 11),                         \
+           LANES(4, 5, 12, 13, 6, 7, 14, 15), LANES(0, 0, 1, 1, 2, 2, 3, 3))
+#define NARROW1(apply)                                                                                \
+    narrow(apply, values, n, 1, roots, quotients, &m, LANES(0, 2, 4, 6, 8, 10, 12, 14),                \
+           LANES(1, 3, 5, 7, 9, 11, 13, 15), LANES(0, 8, 1, 9, 2, 10, 3, 11),                          \
+           LANES(4, 12, 5, 13, 6, 14, 7, 15), LANES(0, 1, 2, 3, 4, 5, 6, 7))
+
+// A stage of a stride of at least 8.
+static inline __attribute__((always_inline)) VECTOR void wide(step *apply, uint64_t *values, long n, long stride,
+                                                              const uint64_t *roots, const uint64_t *quotients,
+                                                              const modulus *m) {
+    long blocks = n / (2 * stride);
+    for (long block = 0; block < blocks; block++) {
+        uint64_t *x = values + 2 * stride * block, *y = x + stride;
+        __m512i w = _mm512_set1_epi64((long long)roots[blocks + block]);
+        __m512i s = _mm512_set1_epi64((long long)quotients[blocks + block]);
+        for (long i = 0; i < stride; i += 8) {
+            __m512i a = LOAD(x + i), b = LOAD(y + i);
+            apply(&a, &b, w, s, m);
+            STORE(x + i, a);
+            STORE(y + i, b);
         }
-    narrow(values, n, 4, roots + n / 8, quotients + n / 8, &m, LANES(0, 1, 2, 3, 8, 9, 10, 11),
-           LANES(4, 5, 6, 7, 12, 13, 14, 15), LANES(0, 1, 2, 3, 8, 9, 10, 11), LANES(4, 5, 6, 7, 12, 13, 14, 15),
-           LANES(0, 0, 0, 0, 1, 1, 1, 1));
-    narrow(values, n, 2, roots + n / 4, quotients + n / 4, &m, LANES(0, 1, 4, 5, 8, 9, 12, 13),
-           LANES(2, 3, 6, 7, 10, 11, 14, 15), LANES(0, 1, 8, 9, 2, 3, 10, 11), LANES(4, 5, 12, 13, 6, 7, 14, 15),
-           LANES(0, 0, 1, 1, 2, 2, 3, 3));
-    narrow(values, n, 1, roots + n / 2, quotients + n / 2, &m, LANES(0, 2, 4, 6, 8, 10, 12, 14),
-           LANES(1, 3, 5, 7, 9, 11, 13, 15), LANES(0, 8, 1, 9, 2, 10, 3, 11), LANES(4, 12, 5, 13, 6, 14, 7, 15),
-           LANES(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+}
+
+#define MODULUS                                                                                \
+    {_mm512_set1_epi64((long long)prime), _mm512_set1_epi64((long long)(2 * prime)),           \
+     _mm512_set1_epi64((1LL << 52) - 1)}
+
+VECTOR void cl_simd_transform(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime) {
+    modulus m = MODULUS;
+    for (long stride = n / 2; stride >= 8; stride /= 2)
+        wide(butterfly, values, n, stride, roots, quotients, &m);
+    NARROW4(butterfly);
+    NARROW2(butterfly);
+    NARROW1(butterfly);
     for (long i = 0; i < n; i += 8) {
         __m512i v = LOAD(values + i);
         v = _mm512_min_epu64(v, _mm512_sub_epi64(v, m.twice));
         STORE(values + i, _mm512_min_epu64(v, _mm512_sub_epi64(v, m.q)));
+    }
+}
+
+VECTOR void cl_simd_inverse(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime) {
+    modulus m = MODULUS;
+    NARROW1(join);
+    NARROW2(join);
+    NARROW4(join);
+    for (long stride = 8; stride < n; stride *= 2)
+        wide(join, values, n, stride, roots, quotients, &m);
+    // The root 0, which no stage uses, is 1/n.
+    __m512i w = _mm512_set1_epi64((long long)roots[0]), s = _mm512_set1_epi64((long long)quotients[0]);
+    __m512i zero = _mm512_setzero_si512();
+    for (long i = 0; i < n; i += 8) {
+        __m512i v = LOAD(values + i), t = _mm512_madd52hi_epu64(zero, v, s);
+        t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, v, w), _mm512_madd52lo_epu64(zero, t, m.q));
+        t = _mm512_and_si512(t, m.mask);
+        STORE(values + i, _mm512_min_epu64(t, _mm512_sub_epi64(t, m.q)));
     }
 }
 
@@ -108,19 +160,59 @@ VECTOR void cl_simd_transform(uint64_t *values, long n, const uint64_t *roots, c
         low1 = _mm512_madd52lo_epu64(low1, p, y), high1 = _mm512_madd52hi_epu64(high1, p, y); \
     } while (0)
 
-VECTOR void cl_simd_accumulate(uint64_t *sums, long n, struct cl_simd_term a, struct cl_simd_term b,
-                               struct cl_simd_term c, struct cl_simd_term d) {
+static inline __attribute__((always_inline)) VECTOR void accumulate(uint64_t *sums, long n, int count, struct cl_simd_term a,
+                                                                    struct cl_simd_term b, struct cl_simd_term c,
+                                                                    struct cl_simd_term d) {
     for (long i = 0; i < n; i += 8) {
         __m512i low0 = LOAD(sums + i), high0 = LOAD(sums + n + i);
         __m512i low1 = LOAD(sums + 2 * n + i), high1 = LOAD(sums + 3 * n + i);
         ADD(a);
-        ADD(b);
-        ADD(c);
-        ADD(d);
+        if (count > 1)
+            ADD(b);
+        if (count > 2)
+            ADD(c);
+        if (count > 3)
+            ADD(d);
         STORE(sums + i, low0);
         STORE(sums + n + i, high0);
         STORE(sums + 2 * n + i, low1);
         STORE(sums + 3 * n + i, high1);
+    }
+}
+
+VECTOR void cl_simd_accumulate(uint64_t *sums, long n, int count, struct cl_simd_term a, struct cl_simd_term b,
+                               struct cl_simd_term c, struct cl_simd_term d) {
+    if (count == 1)
+        accumulate(sums, n, 1, a, b, c, d);
+    else if (count == 2)
+        accumulate(sums, n, 2, a, b, c, d);
+    else if (count == 3)
+        accumulate(sums, n, 3, a, b, c, d);
+    else
+        accumulate(sums, n, 4, a, b, c, d);
+}
+
+VECTOR void cl_simd_reduce(const uint64_t *sums, long n, const uint64_t *factors, const uint64_t *quotients, uint64_t prime,
+                           uint64_t *out0, uint64_t *out1) {
+    modulus m = MODULUS;
+    __m512i zero = _mm512_setzero_si512(), fourfold = _mm512_add_epi64(m.twice, m.twice), w[3], s[3];
+    for (int j = 0; j < 3; j++)
+        w[j] = _mm512_set1_epi64((long long)factors[j]), s[j] = _mm512_set1_epi64((long long)quotients[j]);
+    for (int component = 0; component < 2; component++, sums += 2 * n) {
+        uint64_t *out = component ? out1 : out0;
+        for (long i = 0; i < n; i += 8) {
+            __m512i low = LOAD(sums + i), high = _mm512_add_epi64(LOAD(sums + n + i), _mm512_srli_epi64(low, 52));
+            __m512i words[3] = {_mm512_and_si512(low, m.mask), _mm512_and_si512(high, m.mask), _mm512_srli_epi64(high, 52)};
+            __m512i total = zero;
+            for (int j = 0; j < 3; j++) {
+                __m512i t = _mm512_madd52hi_epu64(zero, words[j], s[j]);
+                t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, words[j], w[j]), _mm512_madd52lo_epu64(zero, t, m.q));
+                total = _mm512_add_epi64(total, _mm512_and_si512(t, m.mask)); // each below 2q
+            }
+            total = _mm512_min_epu64(total, _mm512_sub_epi64(total, fourfold));
+            total = _mm512_min_epu64(total, _mm512_sub_epi64(total, m.twice));
+            STORE(out + i, _mm512_min_epu64(total, _mm512_sub_epi64(total, m.q)));
+        }
     }
 }
 
@@ -130,7 +222,10 @@ int cl_simd_supported(void) { return 0; }
 void cl_simd_lift16(const int16_t *v, long n, int64_t m, uint64_t q, uint64_t *out) {}
 void cl_simd_lift32(const int32_t *v, long n, int64_t m, uint64_t q, uint64_t *out) {}
 void cl_simd_transform(uint64_t *v, long n, const uint64_t *w, const uint64_t *s, uint64_t q) {}
-void cl_simd_accumulate(uint64_t *s, long n, struct cl_simd_term a, struct cl_simd_term b,
+void cl_simd_inverse(uint64_t *v, long n, const uint64_t *w, const uint64_t *s, uint64_t q) {}
+void cl_simd_accumulate(uint64_t *s, long n, int count, struct cl_simd_term a, struct cl_simd_term b,
                         struct cl_simd_term c, struct cl_simd_term d) {}
+void cl_simd_reduce(const uint64_t *s, long n, const uint64_t *w, const uint64_t *v, uint64_t q, uint64_t *out0,
+                    uint64_t *out1) {}
 
 #endif

@@ -19,23 +19,23 @@ var simd = C.cl_simd_supported() != 0
 // simdPrime bounds the primes that the vector code takes: twice a prime has to fit 52 bits.
 const simdPrime = 1 << 51
 
-// wideRoots are the roots of a ring as the vector transform needs them.
+// wideRoots are the roots of a ring as the vector transforms need them.
 type wideRoots struct {
-	once             sync.Once
-	roots, quotients []uint64
+	forward, backward sync.Once
+	roots, quotients  [2][]uint64 // of the transform and of its inverse
 }
 
-func (w *wideRoots) get(subring *ring.SubRing) ([]uint64, []uint64) {
-	w.once.Do(func() {
-		w.roots = make([]uint64, subring.N)
-		w.quotients = make([]uint64, subring.N)
-		for i := range w.roots {
-			root := ring.IMForm(subring.RootsForward[i], subring.Modulus, subring.MRedConstant)
-			w.roots[i] = root
-			w.quotients[i], _ = bits.Div64(root>>12, root<<52, subring.Modulus)
+func (w *wideRoots) make(which int, subring *ring.SubRing, source []uint64, first uint64) {
+	w.roots[which] = make([]uint64, subring.N)
+	w.quotients[which] = make([]uint64, subring.N)
+	for i, root := range source {
+		if i == 0 {
+			root = first
 		}
-	})
-	return w.roots, w.quotients
+		root = ring.IMForm(root, subring.Modulus, subring.MRedConstant)
+		w.roots[which][i] = root
+		w.quotients[which][i], _ = bits.Div64(root>>12, root<<52, subring.Modulus)
+	}
 }
 
 // vectorised tells whether the vector code serves a ring.
@@ -43,10 +43,16 @@ func vectorised(subring *ring.SubRing) bool {
 	return simd && subring.Modulus < simdPrime && subring.Type() == ring.Standard
 }
 
-func simdTransform(roots *wideRoots, subring *ring.SubRing, residues []uint64) {
-	w, quotients := roots.get(subring)
+func simdTransform(w *wideRoots, subring *ring.SubRing, residues []uint64) {
+	w.forward.Do(func() { w.make(0, subring, subring.RootsForward, subring.RootsForward[0]) })
 	C.cl_simd_transform((*C.uint64_t)(&residues[0]), C.long(len(residues)),
-		(*C.uint64_t)(&w[0]), (*C.uint64_t)(&quotients[0]), C.uint64_t(subring.Modulus))
+		(*C.uint64_t)(&w.roots[0][0]), (*C.uint64_t)(&w.quotients[0][0]), C.uint64_t(subring.Modulus))
+}
+
+func simdInverse(w *wideRoots, subring *ring.SubRing, residues []uint64) {
+	w.backward.Do(func() { w.make(1, subring, subring.RootsBackward, subring.NInv) })
+	C.cl_simd_inverse((*C.uint64_t)(&residues[0]), C.long(len(residues)),
+		(*C.uint64_t)(&w.roots[1][0]), (*C.uint64_t)(&w.quotients[1][0]), C.uint64_t(subring.Modulus))
 }
 
 func simdLift16(values []int16, multiplier int64, prime uint64, out []uint64) {

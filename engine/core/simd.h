@@ -10,15 +10,24 @@ int cl_simd_supported(void);
 void cl_simd_lift16(const int16_t *values, long n, int64_t multiplier, uint64_t prime, uint64_t *out);
 void cl_simd_lift32(const int32_t *values, long n, int64_t multiplier, uint64_t prime, uint64_t *out);
 
-// The negacyclic number theoretic transform in place: values below the prime, in
-// bit-reversed order after. The prime is below 2^51, n is a power of two of at least
+// The negacyclic number theoretic transform in place: values below four times the prime,
+// below the prime and in bit-reversed order after. The prime is below 2^51, n is a power of two of at least
 // 16; quotients[i] is floor(roots[i] * 2^52 / prime).
 void cl_simd_transform(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime);
 
-// low0 + 2^52 high0 += plain * c0 and low1 + 2^52 high1 += plain * c1, for four
-// plaintexts with a pair of polynomials each, n a multiple of 8, values below 2^52.
+// Its inverse: values below twice the prime, in bit-reversed order before. The first of
+// the roots is 1/n, the others those of the inverse transform.
+void cl_simd_inverse(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime);
+
+// low0 + 2^52 high0 += plain * c0 and low1 + 2^52 high1 += plain * c1, for count
+// plaintexts (1 to 4) with a pair of polynomials each, n a multiple of 8, values below 2^52.
 struct cl_simd_term { const uint64_t *plain, *c0, *c1; };
-void cl_simd_accumulate(uint64_t *sums, long n, struct cl_simd_term a, struct cl_simd_term b,
+void cl_simd_accumulate(uint64_t *sums, long n, int count, struct cl_simd_term a, struct cl_simd_term b,
                         struct cl_simd_term c, struct cl_simd_term d);
+
+// What the sums stand for, low + 2^52 high, times factors[0] modulo the prime. factors[i]
+// is 2^(52i) factors[0], quotients[i] is floor(factors[i] * 2^52 / prime).
+void cl_simd_reduce(const uint64_t *sums, long n, const uint64_t *factors, const uint64_t *quotients, uint64_t prime,
+                    uint64_t *out0, uint64_t *out1);
 
 #endif

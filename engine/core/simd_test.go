@@ -52,7 +52,7 @@ func TestVectorCode(t *testing.T) {
 				for i := range outputs {
 					simd = i == 0
 					outputs[i] = [2][]uint64{make([]uint64, p.N()), make([]uint64, p.N())}
-					new(accumulator).sum(terms, subring, outputs[i][0], outputs[i][1])
+					new(accumulator).sum(terms, subring, false, outputs[i][0], outputs[i][1])
 				}
 				if !slices.Equal(outputs[0][0], outputs[1][0]) || !slices.Equal(outputs[0][1], outputs[1][1]) {
 					t.Fatalf("prime %d, %d terms, gap %d: the sums differ", limb, count, gap)

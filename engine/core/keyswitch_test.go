@@ -1,0 +1,85 @@
+package core
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+)
+
+// TestTransforms holds the vector code equal to the library's, there and back.
+func TestTransforms(t *testing.T) {
+	p := large(t)
+	for prime := range p.QCount() + p.PCount() {
+		r := p.subring(prime)
+		values := make([]uint64, p.N())
+		for i := range values {
+			values[i] = r.Modulus - 1 - rand.Uint64N(1<<rand.Uint64N(30))
+		}
+		want, got := make([]uint64, p.N()), slices.Clone(values)
+		r.NTT(values, want)
+		p.forward(prime, got)
+		if !slices.Equal(got, want) {
+			t.Fatalf("prime %d: the transforms differ", prime)
+		}
+		r.INTT(values, want)
+		copy(got, values)
+		p.backward(prime, got)
+		if !slices.Equal(got, want) {
+			t.Fatalf("prime %d: the inverse transforms differ", prime)
+		}
+	}
+}
+
+// TestKeySwitches holds what is built on key switches equal to the library's, bit for
+// bit, with and without the vector code, in and out of place.
+func TestKeySwitches(t *testing.T) {
+	supported := simd
+	defer func() { simd = supported }()
+	for name, p := range map[string]*Parameters{
+		"one special prime": small(t), "two": large(t),
+		"real": parameters(t, 12, []int{38, 28}, []int{38}, 28, "conjugate_invariant"),
+	} {
+		a := newParty(t, p, 1, 5)
+		element := p.RotationElement(5)
+		for level := 1; level <= p.MaxLevel(); level++ {
+			x, y := a.encrypt(noise(p.Slots()), level), a.encrypt(noise(p.Slots()), p.MaxLevel())
+			rotated, product := x.Copy(), must(a.e.ckks.MulNew(x.Ciphertext, y.Ciphertext))
+			if err := a.e.ckks.Automorphism(x.Ciphertext, element, rotated.Ciphertext); err != nil {
+				t.Fatal(err)
+			}
+			linear := must(a.e.ckks.MulRelinNew(x.Ciphertext, y.Ciphertext))
+			square := must(a.e.ckks.MulRelinNew(x.Ciphertext, x.Ciphertext))
+			rescaled := product.CopyNew()
+			if err := a.e.ckks.Rescale(rescaled, rescaled); err != nil {
+				t.Fatal(err)
+			}
+			for _, vector := range []bool{true, false} {
+				simd = vector && supported
+				same := func(what string, got *Ciphertext, want *rlwe.Ciphertext) {
+					t.Helper()
+					if !got.Equal(want) {
+						t.Errorf("%s, level %d, vector %v: %s differs", name, level, vector, what)
+					}
+				}
+				same("rotation", must(a.e.Rotate(x, 5, nil)), rotated.Ciphertext)
+				in := x.Copy()
+				same("rotation in place", must(a.e.Rotate(in, 5, in)), rotated.Ciphertext)
+				same("hoisted rotation", must(a.e.RotateHoisted(x, []int{1, 5}))[1], rotated.Ciphertext)
+				quadratic := must(a.e.Mul(x, y, false, nil))
+				same("product", quadratic, product)
+				in = y.Copy()
+				same("product in place", must(a.e.Mul(in, x, false, in)), must(a.e.ckks.MulNew(y.Ciphertext, x.Ciphertext)))
+				same("rescaled product", must(a.e.Rescale(quadratic, nil)), rescaled)
+				same("linear product", must(a.e.Mul(x, y, true, nil)), linear)
+				in = y.Copy()
+				same("linear product in place", must(a.e.Mul(in, x, true, in)), linear)
+				in = x.Copy()
+				same("square in place", must(a.e.Mul(in, in, true, in)), square)
+				same("relinearised product", must(a.e.Relinearize(quadratic, nil)), linear)
+				same("relinearised product in place", must(a.e.Relinearize(quadratic, quadratic)), linear)
+			}
+		}
+	}
+}
