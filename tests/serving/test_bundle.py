@@ -353,7 +353,7 @@ def test_client_files_that_do_not_fit_together(copy, tmp_path):
             original = (directory / name).read_bytes()
             (directory / name).write_bytes(content)
             rewrite(directory)
-            with pytest.raises(BundleError, match=r"damaged|another model|not"):
+            with pytest.raises(BundleError, match=r"damaged|another model"):
                 load_client(directory, url)
             (directory / name).write_bytes(original)
             rewrite(directory)
@@ -374,9 +374,6 @@ def test_client_files_that_do_not_fit_together(copy, tmp_path):
         refused("encryption_config.json", b'{"version": 2, "target_modules": "all", "scheme": "tfhe"}')
         refused("config.json", b"{}")
         refused("config.json", b"nothing")
-        rewrite(directory, parameters=other(prefix=2))
-        with pytest.raises(ValueError, match=r"damaged|another model|prefix"):
-            load_client(directory, url)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server, Session
 from cipherlm.schemes.ckks.tensor import KeyValue, Linear
 from cipherlm.serving.computation import Exchange, Report
-from cipherlm.serving.errors import SessionLost
+from cipherlm.serving.errors import RemoteError, SessionLost
 
 Float64 = NDArray[np.float64]
 
@@ -178,12 +178,23 @@ class CkksBackend:
             except SessionLost as error:
                 self._connection.reopen()
                 raise TextLost(str(error)) from error
-            outputs = [Ciphertext.from_bytes(result, self._parameters) for result in results]
-            rows.append(self._client.decrypt(outputs, count, position))
+            rows.append(self._decrypted(results, count, position))
         return np.concatenate(rows)
 
+    def _decrypted(self, results: Sequence[bytes], count: int, position: int) -> Float64:
+        if len(results) != 1:
+            raise RemoteError(f"the server sent {len(results)} ciphertexts, and one was expected")
+        try:
+            outputs = [Ciphertext.from_bytes(result, self._parameters) for result in results]
+            return self._client.decrypt(outputs, count, position)
+        except EngineError as error:
+            raise RemoteError(f"the server sent no result that can be decrypted: {error}") from error
+
     def _refresh(self, request: bytes) -> bytes:
-        return self._client.refresh(RefreshRequest.from_bytes(request, self._parameters)).to_bytes()
+        try:
+            return self._client.refresh(RefreshRequest.from_bytes(request, self._parameters)).to_bytes()
+        except EngineError as error:
+            raise RemoteError(f"the server sent no ciphertexts that can be refreshed: {error}") from error
 
 
 def parameters_of(geometry: Geometry) -> dict[str, Any]:
@@ -263,33 +274,44 @@ def _module(
     def array(key: str) -> Float64:
         return np.asarray(arrays[f"{name}.{key}"], np.float64)
 
-    def layer(key: str) -> Linear:
-        return Linear(array(f"{key}.weight"), array(f"{key}.bias"))
+    width = geometry.heads * geometry.head_dim
+
+    def array_of(key: str, *shape: int) -> Float64:
+        found = array(key)
+        if found.shape != shape:
+            raise ValueError(f"{name}.{key} is of the shape {found.shape}, not {shape}")
+        return found
+
+    def layer(key: str, inputs: int, outputs: int) -> Linear:
+        return Linear(array_of(f"{key}.weight", inputs, outputs), array_of(f"{key}.bias", outputs))
+
+    def attention(at: str) -> Attention:
+        layers = layer(f"{at}c_attn", width, 3 * width), layer(f"{at}c_proj", width, width)
+        return Attention(geometry.heads, *layers, exact.softmax)
+
+    def mlp(at: str) -> MLP:
+        inner = len(array(f"{at}c_fc.bias"))
+        return MLP(layer(f"{at}c_fc", width, inner), layer(f"{at}c_proj", inner, width), exact.gelu)
 
     exact = ExactFunctions(float(facts.get("epsilon", 0.0)))
     part: Part
     count = 1
     if facts["kind"] == "attention":
-        part = AttentionPart(Attention(geometry.heads, layer("c_attn"), layer("c_proj"), exact.softmax))
+        part = AttentionPart(attention(""))
     elif facts["kind"] == "mlp":
-        part, count = MLPPart(MLP(layer("c_fc"), layer("c_proj"), exact.gelu)), 0
+        part, count = MLPPart(mlp("")), 0
     elif facts["kind"] == "blocks":
         count = int(facts["blocks"])
         blocks = [
-            Block(
-                exact.ln_1,
-                Attention(
-                    geometry.heads, layer(f"{i}.attn.c_attn"), layer(f"{i}.attn.c_proj"), exact.softmax
-                ),
-                exact.ln_2,
-                MLP(layer(f"{i}.mlp.c_fc"), layer(f"{i}.mlp.c_proj"), exact.gelu),
-            )
-            for i in range(count)
+            Block(exact.ln_1, attention(f"{i}.attn."), exact.ln_2, mlp(f"{i}.mlp.")) for i in range(count)
         ]
         part = BlocksPart(GPT2(tuple(blocks), exact.epsilon))
     else:
         raise ValueError(f"a module of the kind {facts['kind']!r}")
-    prefix = [(array(f"prefix.{i}.key"), array(f"prefix.{i}.value")) for i in range(count)]
+    pair = (geometry.heads, geometry.prefix, geometry.head_dim)
+    prefix = [
+        (array_of(f"prefix.{i}.key", *pair), array_of(f"prefix.{i}.value", *pair)) for i in range(count)
+    ]
     ranges = [{key: (float(low), float(high)) for key, (low, high) in own.items()} for own in facts["ranges"]]
     return Module(part.fitted(ranges, geometry.context), prefix)
 

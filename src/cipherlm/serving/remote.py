@@ -227,7 +227,12 @@ def _model(
 ) -> EncryptedGPT2LMHeadModel:
     """Return the client's model, connected."""
     root = bundle.directory
-    encryption = EncryptionConfig.from_pretrained(root)
+    try:
+        encryption = EncryptionConfig.from_pretrained(root)
+        config = GPT2Config.from_pretrained(root)
+        state = load_tensors(root / STATE_NAME)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(f"{root} is damaged: {error}") from error
     if encryption.scheme != bundle.scheme:
         raise BundleError(f"{root} is damaged: two schemes")
     constants: Mapping[str, Constants] = {}
@@ -248,11 +253,9 @@ def _model(
             name: _Circuit(tfhe, name, circuit.description.tokens) for name, circuit in tfhe.circuits.items()
         }
     try:
-        state = load_tensors(root / STATE_NAME)
-        config = GPT2Config.from_pretrained(root)
         model = client_model(config, encryption, state, constants, circuits, progress=progress)
-    except (SafetensorError, ValueError) as error:
-        raise BundleError(f"{root} is damaged: {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch raises the latter for weights of another shape
+        raise BundleError(f"{root} is damaged: {' '.join(str(error).split())}") from error
     if backend is not None:
         model.connect(backend)
     return model
