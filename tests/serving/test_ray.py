@@ -314,6 +314,27 @@ def test_a_worker_that_dies(model, keys):
             told(first)
 
 
+def test_a_worker_that_was_away(model, keys, monkeypatch):
+    """It is told later that a session has ended."""
+    call = ray_cluster._Place.call
+
+    def calling(self, method, *arguments):
+        if method == "close":
+            raise WorkerLost
+        return call(self, method, *arguments)
+
+    with two_sessions(model, keys) as (first, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_cluster._Place, "call", calling)
+            first.close()
+        with closing(model.open(keys)) as third:
+            assert third._place is first._place
+            assert told(third)[1] == 2
+        with closing(model.open(keys)) as fourth:
+            assert fourth._place is first._place
+            assert told(fourth)[1] == 1
+
+
 def killer(session):
     """Return a report that kills the worker which reports."""
     process = told(session)[0]

@@ -200,20 +200,10 @@ class RayComputation:
         vacate, self._vacate = self._vacate, None
         if vacate is not None:
             vacate(self._place)
-            with suppress(WorkerLost):
-                self._call("close")
+            self._place.close(self._id)
 
     def _call(self, method: str, *arguments: Any) -> Event:
-        try:
-            event: Event = ray.get(getattr(self._place.actor, method).remote(self._id, *arguments))
-        except RayTaskError:
-            # Ray makes it an instance of the worker's exception too: of a ValueError for the client, even.
-            raise RuntimeError("a worker broke") from None
-        except RayError as error:
-            self._place.rests_until = time.monotonic() + _REST_SECONDS
-            log("worker lost", worker=self._place.index, session=self._id, error=type(error).__name__)
-            raise WorkerLost("the machine that computed for this session is gone") from None
-        return event
+        return self._place.call(method, self._id, *arguments)
 
     def _check(self, event: Event) -> Event:
         if event.kind == "refused":
@@ -234,7 +224,7 @@ class Worker:
         log_to()
         set_threads(threads)
         self._computing = threading.Lock()
-        self._directory = Path(tempfile.mkdtemp(prefix="cipherlm-keys-"))
+        self._uploads: dict[str, Path] = {}
         self._sessions: dict[str, Computation] = {}
         self._evaluations: dict[str, _Evaluation] = {}
         self._fault = ""
@@ -252,14 +242,16 @@ class Worker:
 
     async def receive(self, session: str, kind: str, offset: int, chunk: bytes) -> Event:
         """Take a piece of a key."""
-        written = await asyncio.to_thread(_append, self._directory / session / kind, offset, chunk)
+        if session not in self._uploads:
+            self._uploads[session] = Path(tempfile.mkdtemp(prefix="cipherlm-keys-"))
+        written = await asyncio.to_thread(_append, self._uploads[session] / kind, offset, chunk)
         return Event("received" if written else "lost")
 
     async def open(self, session: str, kinds: Sequence[str], fingerprint: str) -> Event:
         """Open the keys that have arrived. Their files are not needed any more then."""
-        if self._fault or self._model.description["fingerprint"] != fingerprint:
+        directory = self._uploads.get(session)
+        if self._fault or self._model.description["fingerprint"] != fingerprint or directory is None:
             return Event("lost")
-        directory = self._directory / session
         paths = {kind: directory / kind for kind in kinds}
         if not all(path.is_file() for path in paths.values()):
             return Event("lost")
@@ -271,7 +263,7 @@ class Worker:
             log_exception("keys could not be opened", error, session=session)
             return Event("broke")
         finally:
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            await self._discard(session)
         return Event("opened")
 
     async def evaluate(
@@ -311,8 +303,12 @@ class Worker:
             await asyncio.to_thread(evaluation.ended.wait)
         if (computation := self._sessions.pop(session, None)) is not None:
             await asyncio.to_thread(computation.close)
-        await asyncio.to_thread(shutil.rmtree, self._directory / session, ignore_errors=True)
+        await self._discard(session)
         return Event("closed")
+
+    async def _discard(self, session: str) -> None:
+        if (directory := self._uploads.pop(session, None)) is not None:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
 class _Place:
@@ -323,6 +319,34 @@ class _Place:
         self.index = index
         self.sessions = 0
         self.rests_until = 0.0
+        self._lock = threading.Lock()
+        self._unclosed: list[str] = []
+        """Sessions that have ended while the worker could not be told."""
+
+    def call(self, method: str, session: str, *arguments: Any) -> Event:
+        """Call the worker. Raises :class:`WorkerLost`."""
+        try:
+            event: Event = ray.get(getattr(self.actor, method).remote(session, *arguments))
+        except RayTaskError:
+            # Ray makes it an instance of the worker's exception too: of a ValueError for the client, even.
+            raise RuntimeError("a worker broke") from None
+        except RayError as error:
+            self.rests_until = time.monotonic() + _REST_SECONDS
+            log("worker lost", worker=self.index, session=session, error=type(error).__name__)
+            raise WorkerLost("the machine that computed for this session is gone") from None
+        return event
+
+    def close(self, session: str) -> None:
+        """End a session, and those that could not be told before: a worker may have been away, not dead."""
+        with self._lock:
+            ended, self._unclosed = [*self._unclosed, session], []
+        try:
+            while ended:
+                self.call("close", ended[-1])
+                ended.pop()
+        except WorkerLost:
+            with self._lock:
+                self._unclosed += ended
 
 
 class _Evaluation:
@@ -414,7 +438,6 @@ def cores_per_worker(machines: Sequence[int], workers: int) -> int:
 
 def _append(path: Path, offset: int, chunk: bytes) -> bool:
     """Write a piece of a file unless those before it are not there: a worker that was started again."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
     with path.open("ab") as file:
         if file.tell() != offset:
             return False
