@@ -380,7 +380,8 @@ def test_client_files_that_do_not_fit_together(copy, tmp_path):
     "description",
     [
         {}, {"scheme": "x"}, {"scheme": "ckks"}, {"scheme": "ckks", "parameters": {"heads": 1}},
-        {"scheme": "ckks", "parameters": {"geometry": []}}, {"scheme": "ckks", "parameters": other(heads=10**9)},
+        {"scheme": "ckks", "parameters": {"geometry": []}},
+        {"scheme": "ckks", "parameters": other(heads=10**9)},
         {"scheme": "ckks", "parameters": other(heads=1)}, {"scheme": "tfhe"},
     ],
 )  # fmt: skip
