@@ -6,7 +6,9 @@ import (
 	"math"
 	"math/cmplx"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 )
@@ -296,5 +298,35 @@ func TestAPanicInAJobIsAnError(t *testing.T) {
 		if err == nil {
 			t.Error("the panic was lost")
 		}
+	}
+}
+
+// TestNestedJobs runs jobs that run jobs: no more goroutines than allowed, no deadlock.
+func TestNestedJobs(t *testing.T) {
+	before := Threads()
+	t.Cleanup(func() { threads.Store(int64(before)) })
+	if err := SetThreads(4); err != nil {
+		t.Fatal(err)
+	}
+	var running, most, done atomic.Int64
+	err := parallel(16, func(int) error {
+		return parallel(16, func(int) error {
+			now := running.Add(1)
+			for seen := most.Load(); now > seen && !most.CompareAndSwap(seen, now); seen = most.Load() {
+			}
+			time.Sleep(100 * time.Microsecond)
+			running.Add(-1)
+			done.Add(1)
+			return nil
+		})
+	})
+	if err != nil || done.Load() != 256 {
+		t.Errorf("%d jobs done, error %v", done.Load(), err)
+	}
+	if most.Load() < 2 || most.Load() > 4 {
+		t.Errorf("%d jobs at once with 4 threads", most.Load())
+	}
+	if helpers.Load() != 0 {
+		t.Errorf("%d helpers were not given back", helpers.Load())
 	}
 }

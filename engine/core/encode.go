@@ -62,7 +62,7 @@ func (p *Parameters) Encode(values []complex128, level int, scale rlwe.Scale) (*
 	return plaintext, parallel(len(rings), func(limb int) error {
 		residues := plaintext.Value.Coeffs[limb]
 		liftAll(integers, rings[limb], residues)
-		rings[limb].NTT(residues, residues)
+		p.forward(limb, residues)
 		return nil
 	})
 }

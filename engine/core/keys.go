@@ -114,7 +114,9 @@ func (sk *SecretKey) encryptZero(level int) (*Ciphertext, error) {
 	}
 	ringQ := p.RingQ().AtLevel(level)
 	errors.AtLevel(level).Read(ciphertext.Value[0])
-	ringQ.NTT(ciphertext.Value[0], ciphertext.Value[0])
+	if err := p.each(ciphertext.Value[0], p.forward); err != nil {
+		return nil, err
+	}
 	ringQ.MulCoeffsMontgomeryThenSub(ciphertext.Value[1], sk.Value.Q, ciphertext.Value[0])
 	ciphertext.Seed = &seed
 	return ciphertext, nil

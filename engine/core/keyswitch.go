@@ -65,6 +65,14 @@ func (p *Parameters) backward(prime int, residues []uint64) {
 	}
 }
 
+// each applies forward or backward to a polynomial modulo Q, in parallel.
+func (p *Parameters) each(poly ring.Poly, transform func(prime int, residues []uint64)) error {
+	return parallel(len(poly.Coeffs), func(prime int) error {
+		transform(prime, poly.Coeffs[prime])
+		return nil
+	})
+}
+
 // limbs is how many primes Q has at a level and P has.
 func (s *switcher) limbs(level int) int { return level + 1 + s.params.PCount() }
 

@@ -83,3 +83,29 @@ func TestKeySwitches(t *testing.T) {
 		}
 	}
 }
+
+// TestInnerSum sums with the keys of the binary method, and with those of steps of four.
+func TestInnerSum(t *testing.T) {
+	p := small(t)
+	values := noise(p.Slots())
+	for _, count := range []int{1, 2, 3, 4, 7, 8, 12, 16, 64, 100} {
+		want := make([]complex128, len(values))
+		for i := range want {
+			for j := range count {
+				want[i] += values[(i+5*j)%len(values)]
+			}
+		}
+		keys := InnerSumRotations(5, count)
+		for _, more := range [][]int{nil, {15, 60, 240}} {
+			a := newParty(t, p, append(more, keys...)...)
+			x := a.encrypt(values, 2)
+			if d := distance(want, a.decrypt(must(a.e.InnerSum(x, 5, count, nil)))); d > 1e-4 {
+				t.Errorf("%d terms, %d more keys: error %g", count, len(more), d)
+			}
+			must(a.e.InnerSum(x, 5, count, x))
+			if d := distance(want, a.decrypt(x)); d > 1e-4 {
+				t.Errorf("%d terms in place, %d more keys: error %g", count, len(more), d)
+			}
+		}
+	}
+}

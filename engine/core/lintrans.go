@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
-	"github.com/tuneinsight/lattigo/v6/ring/ringqp"
 )
 
 // LinearTransformation is a matrix given by its diagonals: the output is the sum
@@ -330,33 +329,5 @@ func (e *Evaluator) rotateExtended(ct *Ciphertext, rotation, level int) (result 
 		return result, err
 	}
 	defer e.switcher.release(digits, level)
-	result = e.switcher.newPair(level)
-	return result, e.rotateInto(ct, digits, key, level, result, false)
-}
-
-// rotateInto rotates a ciphertext, given with its decomposition, and adds the result,
-// modulo QP and times P, to a sum, or starts the sum.
-func (e *Evaluator) rotateInto(ct *Ciphertext, digits []ringqp.Poly, key *rlwe.GaloisKey, level int, sum pair, add bool) error {
-	s, index := e.switcher, e.ckks.AutomorphismIndex(key.GaloisElement)
-	return parallel(s.limbs(level), func(i int) error {
-		r := e.Params.subring(s.prime(i, level))
-		var switched [2]*[]uint64
-		for component := range switched {
-			switched[component] = s.pool.GetBuffUintArray()
-			defer s.pool.RecycleBuffUintArray(switched[component])
-		}
-		s.product(digits, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
-		if i <= level { // P divides nothing modulo its own primes
-			r.MulScalarMontgomeryThenAdd(ct.Value[0].Coeffs[i], s.special[i], *switched[0])
-		}
-		for component := range switched {
-			out := limb(sum[component], i, level)
-			if add {
-				addPermuted(*switched[component], index, r.Modulus, out)
-			} else {
-				permute(*switched[component], index, out)
-			}
-		}
-		return nil
-	})
+	return e.sumRotations(ct, digits, []*rlwe.GaloisKey{key}, level)
 }

@@ -2,6 +2,7 @@ package core
 
 import (
 	"encoding/binary"
+	"errors"
 	"sync/atomic"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
@@ -95,8 +96,9 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		if err := convert.convert(r, mask.masks[i]); err != nil {
 			return err
 		}
-		high.NTT(mask.masks[i], mask.masks[i])
-		low.NTT(r, r)
+		if err := errors.Join(p.each(mask.masks[i], p.forward), p.each(r, p.forward)); err != nil {
+			return err
+		}
 		masked := pk.encryptor.EncryptZeroNew(level)
 		low.Add(masked.Value[0], r, masked.Value[0])
 		low.Add(masked.Value[0], inputs[i].Value[0], masked.Value[0])
@@ -118,15 +120,19 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	}
 	reply := &RefreshReply{p, sk.ID, make([]*Ciphertext, len(request.Masked))}
 	convert := newCentred(p.RingQ(), request.Level, request.To, request.Shift)
-	low, high := p.RingQ().AtLevel(request.Level), p.RingQ().AtLevel(request.To)
+	high := p.RingQ().AtLevel(request.To)
 	return reply, parallel(len(request.Masked), func(i int) error {
 		plaintext := sk.decryptor.DecryptNew(request.Masked[i])
-		low.INTT(plaintext.Value, plaintext.Value)
+		if err := p.each(plaintext.Value, p.backward); err != nil {
+			return err
+		}
 		lifted := high.NewPoly()
 		if err := convert.convert(plaintext.Value, lifted); err != nil {
 			return err
 		}
-		high.NTT(lifted, lifted)
+		if err := p.each(lifted, p.forward); err != nil {
+			return err
+		}
 		fresh, err := sk.encryptZero(request.To)
 		if err != nil {
 			return err
@@ -232,6 +238,5 @@ func uniformNoise(p *Parameters, level, size int) (ring.Poly, error) {
 	for limb, residues := range noise.Coeffs {
 		liftAll(integers, p.RingQ().SubRings[limb], residues)
 	}
-	p.RingQ().AtLevel(level).NTT(noise, noise)
-	return noise, nil
+	return noise, p.each(noise, p.forward)
 }

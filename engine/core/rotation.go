@@ -3,6 +3,7 @@ package core
 import (
 	"strconv"
 
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 	"github.com/tuneinsight/lattigo/v6/ring/ringqp"
 )
 
@@ -136,25 +137,23 @@ func (e *Evaluator) InnerSum(a *Ciphertext, step, count int, out *Ciphertext) (*
 	// sum has 2^i terms, rest the terms of the bits of count that were read.
 	sum, rest := a.Copy(), (*Ciphertext)(nil)
 	for i := 0; count>>i > 1; i++ {
-		rotations := []int{step << i}
-		high := count - count&((2<<i)-1)
-		odd := count>>i&1 == 1
-		if odd {
-			rotations = append(rotations, high*step)
+		high, rotations := 0, []int{step << i}
+		if count>>i&1 == 1 {
+			high = (count - count&((2<<i)-1)) * step
+		} else if count>>i&3 == 0 && e.keys.checkGalois(e.Params.RotationElement(3*step<<i), a.Level(), "") == nil {
+			rotations = append(rotations, 2*step<<i, 3*step<<i) // two bits at once
+			i++
 		}
-		rotated, err := e.rotations(sum, rotations, a.Level())
+		rotated, err := e.addRotations(sum, rotations, high)
 		if err != nil {
 			return nil, err
 		}
-		if odd {
-			if rest == nil {
-				rest = rotated[1]
-			} else if rest, err = e.Add(rest, rotated[1], rest); err != nil {
+		if rest == nil {
+			rest = rotated
+		} else if rotated != nil {
+			if rest, err = e.Add(rest, rotated, rest); err != nil {
 				return nil, err
 			}
-		}
-		if sum, err = e.Add(sum, rotated[0], sum); err != nil {
-			return nil, err
 		}
 	}
 	result, err := a.target(out, 1, a.Level())
@@ -166,6 +165,67 @@ func (e *Evaluator) InnerSum(a *Ciphertext, step, count int, out *Ciphertext) (*
 		return result, nil
 	}
 	return result, e.ckks.Add(sum.Ciphertext, rest.Ciphertext, result.Ciphertext)
+}
+
+// addRotations adds to a ciphertext several rotations of it, which are divided by P
+// together. It returns what the ciphertext was, rotated by apart, unless that is 0.
+func (e *Evaluator) addRotations(ct *Ciphertext, rotations []int, apart int) (rotated *Ciphertext, err error) {
+	level, rings := ct.Level(), e.Params.RingQ().SubRings
+	keys := make([]*rlwe.GaloisKey, len(rotations))
+	for i, rotation := range rotations {
+		if keys[i], err = e.ckks.CheckAndGetGaloisKey(e.Params.RotationElement(rotation)); err != nil {
+			return nil, err
+		}
+	}
+	digits, err := e.switcher.decompose(ct.Value[1], level)
+	if err != nil {
+		return nil, err
+	}
+	defer e.switcher.release(digits, level)
+	if apart != 0 {
+		rotated = ct.like(1, level)
+		if err := e.rotateDigits(ct, digits, e.Params.RotationElement(apart), rotated); err != nil {
+			return nil, err
+		}
+	}
+	sum, err := e.sumRotations(ct, digits, keys, level)
+	if err != nil {
+		return nil, err
+	}
+	defer e.switcher.releasePair(sum, level)
+	return rotated, e.switcher.divide(sum, level, func(component, prime int, quotient []uint64) {
+		rings[prime].Add(ct.Value[component].Coeffs[prime], quotient, ct.Value[component].Coeffs[prime])
+	})
+}
+
+// sumRotations adds up rotations of a ciphertext, given with its decomposition, modulo
+// QP and times P.
+func (e *Evaluator) sumRotations(ct *Ciphertext, digits []ringqp.Poly, keys []*rlwe.GaloisKey, level int) (pair, error) {
+	s := e.switcher
+	sum := s.newPair(level)
+	return sum, parallel(s.limbs(level), func(i int) error {
+		r := e.Params.subring(s.prime(i, level))
+		var switched [2]*[]uint64
+		for component := range switched {
+			switched[component] = s.pool.GetBuffUintArray()
+			defer s.pool.RecycleBuffUintArray(switched[component])
+		}
+		for j, key := range keys {
+			s.product(digits, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
+			if i <= level { // times P, it is 0 modulo the primes of P
+				r.MulScalarMontgomeryThenAdd(ct.Value[0].Coeffs[i], s.special[i], *switched[0])
+			}
+			index := e.ckks.AutomorphismIndex(key.GaloisElement)
+			for component := range switched {
+				if out := limb(sum[component], i, level); j == 0 {
+					permute(*switched[component], index, out)
+				} else {
+					addPermuted(*switched[component], index, r.Modulus, out)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // InnerSumRotations lists the rotations that InnerSum needs, those of the binary

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cipherlm.engine import (
+    Evaluator,
     InvalidArgumentError,
     KeyMaterialError,
     LevelError,
@@ -18,6 +19,7 @@ from cipherlm.engine import (
     Plaintext,
     ScaleError,
     SecretKey,
+    inner_sum_rotations,
 )
 
 from .conftest import DEEP, FRESH, PRODUCT, PUBLIC, Party
@@ -114,6 +116,15 @@ def test_an_inner_sum_of_any_count(party: Party):
     x = party.values()
     expected = x + np.roll(x, -1) + np.roll(x, -2)
     assert party.error(party.evaluator.inner_sum(party.secret_key.encrypt(x), 1, 3), expected) < DEEP
+
+
+def test_an_inner_sum_with_more_keys(party: Party):
+    rotations = inner_sum_rotations(2, 32, faster=True)
+    assert rotations == [2, 4, 8, 16, 32, 6, 24]
+    x = party.values()
+    expected = sum(np.roll(x, -2 * i) for i in range(32))
+    evaluator = Evaluator(party.parameters, party.secret_key.evaluation_keys(rotations))
+    assert party.error(evaluator.inner_sum(party.secret_key.encrypt(x, 2), 2, 32), expected) < 32 * PRODUCT
 
 
 def test_conjugation_and_split(party: Party):

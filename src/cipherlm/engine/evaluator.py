@@ -168,7 +168,7 @@ class Evaluator:
     def inner_sum(self, a: Ciphertext, step: int, count: int, *, out: Ciphertext | None = None) -> Ciphertext:
         """Return the sum of ``count`` copies, copy i rotated by ``i * step``.
 
-        Needs keys for :func:`inner_sum_rotations`.
+        Needs keys for :func:`inner_sum_rotations`, and is faster with more of them.
         """
         return self._run("cl_inner_sum", a, step, count, out=out)
 
@@ -262,11 +262,19 @@ class Evaluator:
         return Ciphertext(handle, self.parameters)
 
 
-def inner_sum_rotations(step: int, count: int) -> list[int]:
-    """Return the rotations that :meth:`Evaluator.inner_sum` needs keys for."""
+def inner_sum_rotations(step: int, count: int, *, faster: bool = False) -> list[int]:
+    """Return the rotations that :meth:`Evaluator.inner_sum` needs keys for.
+
+    With ``faster`` also those that it uses where they are: one more for each factor 4 of
+    ``count`` saves a quarter of the time.
+    """
     rotations, number = (ctypes.c_int64 * 64)(), ctypes.c_int64()
     _native.call("cl_inner_sum_rotations", step, count, rotations, ctypes.byref(number))
-    return list(rotations[: number.value])
+    result = list(rotations[: number.value])
+    while faster and count % 4 == 0:
+        result.append(3 * step)
+        step, count = 4 * step, count // 4
+    return result
 
 
 def is_number(value: object) -> TypeGuard[complex]:
