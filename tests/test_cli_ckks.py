@@ -7,7 +7,7 @@ import torch
 
 from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
 from cipherlm.cli import main
-from cipherlm.cli.remote import BehindPrefix, joined
+from cipherlm.cli.ckks import BehindPrefix, joined
 from cipherlm.evaluation.texts import calibration_sentences
 
 CKKS = ("--scheme", "ckks", "--context", "24")

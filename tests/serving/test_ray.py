@@ -484,8 +484,10 @@ def test_encrypted_text(cluster, tmp_path):
 @pytest.mark.slow
 def test_the_verb(tmp_path, monkeypatch):
     # The paths of Ray's sockets must be short.
-    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))
+    short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    monkeypatch.setenv("RAY_TMPDIR", short.name)
     with (
+        short,
         small.process("all", tmp_path, "--ray", "local", "--ray-workers", "2") as server,
         small.connect(server.url, "all") as model,
     ):

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
-    from cipherlm.cli.remote import calibrate, check_length, remote_figures, traffic_figures
+    from cipherlm.cli.ckks import calibrate, check_length, remote_figures, traffic_figures
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
     from cipherlm.models.integration import get_encrypted_model
     from cipherlm.models.loading import load_model, load_tokenizer
@@ -144,7 +144,7 @@ def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dic
 
 
 def _print_remote(figures: dict[str, Any]) -> None:
-    from cipherlm.cli.remote import who_learns_what
+    from cipherlm.cli.ckks import who_learns_what
 
     traffic, seconds = figures["traffic"], figures["token_seconds"]
     print()

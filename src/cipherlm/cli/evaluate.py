@@ -139,7 +139,7 @@ def bits_argument(text: str) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Print a table or JSON, and draw the plot."""
-    from cipherlm.cli.remote import is_ckks
+    from cipherlm.cli.ckks import is_ckks
 
     for path in (options.sentences, options.calibration, options.perplexity):
         existing_file(path)
@@ -167,7 +167,7 @@ def _evaluate_remote(options: argparse.Namespace) -> None:
     _check_options(options)
     options.mode = options.mode or "simulate"
 
-    from cipherlm.cli.remote import BehindPrefix, calibrate
+    from cipherlm.cli.ckks import BehindPrefix, calibrate
     from cipherlm.evaluation.agreement import next_tokens, top_k_agreement
     from cipherlm.evaluation.perplexity import perplexity
     from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences

@@ -112,7 +112,7 @@ def _generate_at_server(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from cipherlm.cli.remote import is_ckks
+    from cipherlm.cli.ckks import is_ckks
 
     if is_ckks(options):
         return _generate_remotely(options)
@@ -140,7 +140,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
-    from cipherlm.cli.remote import calibrate, check_length, traffic_figures
+    from cipherlm.cli.ckks import calibrate, check_length, traffic_figures
     from cipherlm.models.loading import load_tokenizer
 
     if options.tokens is not None:

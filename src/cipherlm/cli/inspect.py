@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the figures of a model's circuits or of its encryption, or of the cache."""
-    from cipherlm.cli.remote import is_ckks
+    from cipherlm.cli.ckks import is_ckks
 
     if options.keys and (options.cache or options.clear_cache):
         raise UsageError("--keys does not go with --cache or --clear-cache")
@@ -84,7 +84,7 @@ def _show_remote(options: argparse.Namespace) -> None:
     if options.tokens is not None:
         raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
 
-    from cipherlm.cli.remote import calibrate, described, remote_figures, traffic_figures, who_learns_what
+    from cipherlm.cli.ckks import calibrate, described, remote_figures, traffic_figures, who_learns_what
     from cipherlm.models.loading import load_tokenizer
 
     model = load_encrypted(options, TerminalProgress())

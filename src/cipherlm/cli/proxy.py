@@ -13,8 +13,9 @@ import sys
 from contextlib import closing
 from typing import Any
 
-from cipherlm.cli import CommandError, UsageError
+from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer, quiet_libraries
+from cipherlm.cli.listening import listen, port_argument
 from cipherlm.cli.server_options import add_server_options
 from cipherlm.cli.server_options import connect as open_remote
 from cipherlm.progress import TerminalProgress
@@ -76,17 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def port_argument(text: str) -> int:
-    """Return a port number, or 0."""
-    try:
-        port = int(text)
-    except ValueError:
-        port = -1
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
-    return port
-
-
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from cipherlm.serving.auth import is_loopback
@@ -112,17 +102,6 @@ def connect(options: argparse.Namespace) -> tuple[Any, Any, str]:
     """Return the remote model, its tokeniser, and the name under which it is served."""
     model = open_remote(options, TerminalProgress())
     return model, model.tokenizer, options.name or model.name
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises ``CommandError`` if the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise CommandError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; --port N takes another"
-        ) from None
 
 
 def serve(

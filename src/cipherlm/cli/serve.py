@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import existing_file, positive_integer
-from cipherlm.cli.proxy import listen, port_argument
+from cipherlm.cli.listening import listen, port_argument
 
 if TYPE_CHECKING:
     from cipherlm.serving.auth import Tokens

@@ -6,7 +6,7 @@ A remote module is attention, an MLP, a block, or all blocks together. Rows of h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -190,20 +190,13 @@ class Simulated:
             raise ValueError(f"tokens from position {start} on, where {seen} was expected")
         results, rest = [], hidden
         # The chunks in which ciphertexts go, so that the same polynomials serve each row.
-        for count in _chunks(self._geometry, start, len(hidden)):
+        for _, count in self._geometry.chunks(start, len(hidden)):
             x = SimulatedTensor(rest[:count], self._noise)
             result: SimulatedTensor = module.function(x, known, report or _unheard)
             results.append(result.values)
             rest = rest[count:]
         self._seen[name] = known, start + len(hidden)
         return np.concatenate(results)
-
-
-def _chunks(geometry: Geometry, start: int, count: int) -> Iterator[int]:
-    if start == geometry.prefix:
-        yield min(count, geometry.tokens - start)
-        count -= min(count, geometry.tokens - start)
-    yield from [1] * count
 
 
 def _unheard(_done: int, _total: int) -> None:

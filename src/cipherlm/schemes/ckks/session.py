@@ -75,6 +75,15 @@ class Geometry:
         """The packing."""
         return Layout(1 << (self.log_degree - 1), self.tokens, self.heads, self.head_dim)
 
+    def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
+        if count and start == self.prefix:
+            first = min(count, self.tokens - self.prefix)
+            yield start, first
+            start, count = start + first, count - first
+        for position in range(start, start + count):
+            yield position, 1
+
     def to_dict(self) -> dict[str, int]:
         """Return the fields, ready for JSON."""
         return asdict(self)
@@ -109,14 +118,8 @@ class Client:
         return self.secret_key.public_key()
 
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
-        prefix = self.geometry.prefix
-        if count and start == prefix:
-            first = min(count, self.geometry.tokens - prefix)
-            yield start, first
-            start, count = start + first, count - first
-        for position in range(start, start + count):
-            yield position, 1
+        """See :meth:`Geometry.chunks`."""
+        return self.geometry.chunks(start, count)
 
     def encrypt(self, hidden: Float64, start: int) -> list[Ciphertext]:
         """Encrypt hidden states (tokens, width) of one chunk, the first at position ``start``.
@@ -202,8 +205,8 @@ class Session:
         caches, seen = self._seen.pop(name, ([], 0))
         if start == geometry.prefix:
             caches = [Cache(past if geometry.prefix else None) for past in module.prefix]
-        elif start != seen:
-            raise ValueError(f"tokens from position {start} on, where {seen or geometry.prefix} was expected")
+        elif start != (expected := seen or geometry.prefix):
+            raise ValueError(f"tokens from position {start} on, where {expected} was expected")
         x: CiphertextTensor
         if start == geometry.prefix:
             x = self.arithmetic.tensor(ciphertexts, count, start)
