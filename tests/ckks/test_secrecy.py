@@ -472,6 +472,7 @@ def test_a_weight_cannot_be_read_off_the_second_component(parties):
         assert len(set(ratios.tolist())) > 0.99 * len(ratios)
 
 
+@pytest.mark.slow
 def test_results_are_fresh_too(parties):
     """Twice the same evaluation, with the same refreshes: other ciphertexts, other noise, the same text."""
     ciphertext = parties.client.encrypt(hidden(1, 0.5), 1)[0]

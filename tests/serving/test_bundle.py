@@ -393,6 +393,7 @@ def test_no_keys_for_nonsense(description):
 # Texts.
 
 
+@pytest.mark.slow
 def test_remote_text_is_the_clear_model_s(tmp_path):
     """Everything encrypted: over the network, in this process, and in the clear."""
     with small.serving("all", tmp_path) as (url, _), small.connect(url, "all") as remote:

@@ -356,8 +356,10 @@ def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
     parameters = geometry.parameters
     held = keys.galois_levels
     wanted = geometry.layout.rotations(parameters.max_level)
-    for rotation, level in wanted.items():
-        if held.get(pow(5, rotation, 2 * parameters.degree), -1) < level:
+    elements = {pow(5, rotation, 2 * parameters.degree): level for rotation, level in wanted.items()}
+    conjugation = 2 * parameters.degree - 1
+    for element, level in {**elements, conjugation: parameters.max_level}.items():
+        if held.get(element, -1) < level:
             raise ValueError("the evaluation keys are for another model: make keys for this one")
     if (keys.relinearization_level or -1) < parameters.max_level:
         raise ValueError("the evaluation keys lack the one for products: make keys for this model")
