@@ -43,6 +43,8 @@ CHUNK_BYTES = 8 << 20
 START_SECONDS = 600.0
 """For the workers to find their cores and to load the model."""
 
+_CONNECT_SECONDS = 10.0
+
 _REST_SECONDS = 15.0
 """A worker that has just been lost comes last for so long: Ray starts it again and it loads the model."""
 
@@ -412,7 +414,11 @@ def connect(address: str) -> None:
 
     Raises :class:`ClusterError` if it is not there.
     """
+    host, colon, port = address.rpartition(":")
     try:
+        if colon and port.isdecimal():
+            # Ray itself tries for a minute and then ends the process.
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise ClusterError(f"there is no Ray cluster to connect to at {address}: {error}") from error
