@@ -47,63 +47,53 @@ class EncryptedToken(CiphertextTensor):
 
     def __matmul__(self, linear: Linear) -> EncryptedToken:
         self.ready(LINEAR_LEVEL + 1 - MASK_LEVEL, last=True)
-        inputs, outputs = linear.weight.shape
-        order = self.layout.head_order if self.heads else np.arange(inputs)
-        weight, period = self._ordered(linear.weight, 0, order), self.layout.inner_period(outputs)
         encoded = self.arithmetic.encodings.layer(linear)
-        matrix = encoded.matrix(
-            ("decoding", self.heads),
-            partial(self._matrix, self._ordered(weight, 1, np.arange(outputs), period), LINEAR_LEVEL),
-        )
-        result = matrix.apply(self._evaluator, self._one())
+        order = self.layout.head_order if self.heads else None
+
+        def make(encodings: Encodings) -> DecodingMatrix:
+            weight = self._placed(self._placed(linear.weight, 0, order), 1)
+            return _matrix(encodings, weight, LINEAR_LEVEL)
+
+        result = encoded.matrix(("decoding", self.heads), make).apply(self._evaluator, self._one())
         bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
         return self._with([self._evaluator.add(result, bias)], heads=False)
 
-    def _ordered(
-        self, values: NDArray[Any], axis: int, order: NDArray[np.int_], period: int | None = None
-    ) -> NDArray[Any]:
+    def _placed(self, values: NDArray[Any], axis: int, order: NDArray[np.int_] | None = None) -> NDArray[Any]:
         """Return features along an axis at their positions in a period, zero where there is none."""
-        period = period or max(self.layout.inner_period(values.shape[axis]), len(order))
-        shape = list(values.shape)
-        shape[axis] = period
-        result = np.zeros(shape, values.dtype)
+        order = np.arange(values.shape[axis]) if order is None else order
         positions = np.flatnonzero(order >= 0)
-        target: list[Any] = [slice(None)] * values.ndim
-        target[axis] = positions
-        result[tuple(target)] = np.take(values, order[positions], axis)
-        return result
-
-    @staticmethod
-    def _matrix(weight: NDArray[Any], level: int, encodings: Encodings) -> DecodingMatrix:
-        return DecodingMatrix(encodings.parameters, weight.T, level=level, storage=encodings.storage)
+        moved = np.moveaxis(values, axis, 0)
+        period = max(self.layout.inner_period(len(moved)), len(order))
+        result = np.zeros((period, *moved.shape[1:]), values.dtype)
+        result[positions] = moved[order[positions]]
+        return np.moveaxis(result, 0, axis)
 
     def to_heads(self, linear: Linear, heads: int) -> tuple[EncryptedToken, EncryptedToken, EncryptedToken]:
         """See :class:`Tensor`. Raises ``ValueError`` for another number of heads than the layout's."""
-        evaluator, order = self._evaluator, self.layout.head_order
-        if heads != self.layout.prompt.heads:
-            raise ValueError(f"{heads} heads, in a layout of {self.layout.prompt.heads}")
+        evaluator, layout = self._evaluator, self.layout
+        if heads != layout.prompt.heads:
+            raise ValueError(f"{heads} heads, in a layout of {layout.prompt.heads}")
         self.ready(ATTENTION_LEVEL + 1 - MASK_LEVEL, last=True)
         encoded = self.arithmetic.encodings.layer(linear)
-        stacked = np.concatenate([linear.weight, linear.bias[None]])
-        query, key, value = np.split(stacked, 3, axis=1)
-        results: list[Ciphertext] = []
-        shifted = None
-        for name, both in (("query", query), ("key and value", key + 1j * value)):
-            placed = self._ordered(both, 1, order)
-            matrix = encoded.matrix(
-                (name,), partial(self._matrix, self._ordered_inputs(placed[:-1]), ATTENTION_LEVEL)
-            )
-            if shifted is None:
-                shifted = matrix.start(evaluator, self._one())
-            result = matrix.finish(evaluator, shifted)
-            copies = self.layout.prompt.tokens
-            bias = encoded.bias((name,), result, partial(np.tile, placed[-1], copies))
-            results.append(evaluator.add(result, bias))
-        pair = self._with(results[1:], heads=True)
-        return self._with(results[:1], heads=True), pair, pair
 
-    def _ordered_inputs(self, weight: NDArray[Any]) -> NDArray[Any]:
-        return self._ordered(weight, 0, np.arange(len(weight)))
+        def joined(which: str, values: Float64) -> NDArray[Any]:
+            query, key, value = np.split(values, 3, axis=-1)
+            return self._placed(query if which == "query" else key + 1j * value, -1, layout.head_order)
+
+        def shift(which: str) -> NDArray[Any]:
+            return np.tile(joined(which, linear.bias), layout.prompt.tokens)
+
+        def make(which: str, encodings: Encodings) -> DecodingMatrix:
+            return _matrix(encodings, self._placed(joined(which, linear.weight), 0), ATTENTION_LEVEL)
+
+        query, pair = (encoded.matrix((name,), partial(make, name)) for name in ("query", "key and value"))
+        shifted = query.start(evaluator, self._one())
+        results = []
+        for name, matrix in (("query", query), ("key and value", pair)):
+            result = matrix.finish(evaluator, shifted)
+            bias = encoded.bias((name,), result, partial(shift, name))
+            results.append(self._with([evaluator.add(result, bias)], heads=True))
+        return results[0], results[1], results[1]
 
     def with_past(
         self, value: EncryptedToken, past: tuple[Any, Any]
@@ -123,10 +113,8 @@ class EncryptedToken(CiphertextTensor):
             ("token", token, scale),
             lambda: encodings.encode(self.layout.token_mask(token), CONTEXT_LEVEL, scale),
         )
-        added = evaluator.multiply(pair, mask)
-        if group < len(groups):
-            added = evaluator.add(evaluator.drop_level(groups[group], added.level), added)
-        groups[group:] = [self.arithmetic.refresh_complex(added, CONTEXT_LEVEL)]
+        added = self.arithmetic.refresh_complex(evaluator.multiply(pair, mask), CONTEXT_LEVEL)
+        groups[group:] = [evaluator.add(kept, added) for kept in groups[group:]] or [added]
         joined = self._with(groups, heads=True)
         return joined, joined
 
@@ -165,7 +153,7 @@ class EncryptedToken(CiphertextTensor):
         masked = self.arithmetic.each(of_group, enumerate(key.parts))
         parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
         factor = self.keys * math.sqrt(layout.prompt.head_dim)
-        return self._with((self._real(self._placed(part), factor) for part in parts), heads=False)
+        return self._with((self._real(self._gathered(part), factor) for part in parts), heads=False)
 
     def _score_mask(self, tokens: int) -> Any:
         encodings = self.arithmetic.encodings
@@ -173,7 +161,7 @@ class EncryptedToken(CiphertextTensor):
             ("scores", tokens), lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL - 1)
         )
 
-    def _placed(self, groups: Sequence[Ciphertext]) -> Ciphertext:
+    def _gathered(self, groups: Sequence[Ciphertext]) -> Ciphertext:
         """Return the scores of groups, each at its place."""
         placed = groups[-1]
         for group in reversed(groups[:-1]):
@@ -239,6 +227,10 @@ class EncryptedToken(CiphertextTensor):
         return encodings.keep(
             "weights", lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL)
         )
+
+
+def _matrix(encodings: Encodings, weight: NDArray[Any], level: int) -> DecodingMatrix:
+    return DecodingMatrix(encodings.parameters, weight.T, level=level, storage=encodings.storage)
 
 
 def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
