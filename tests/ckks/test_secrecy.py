@@ -409,6 +409,13 @@ def test_texts_cannot_be_told_apart(parties, views):
     assert different(*raw, 2 * size + 1) > 2 * KS
 
 
+def test_refreshes_hardly_ever_wrap(parties, views):
+    """The sum over coefficients of |m| / Q bounds the probability that a pass goes wrong."""
+    modulus = parties.decryption.modulus
+    for view in views:
+        assert sum(abs(int(value)) for true in view.true for value in true) / modulus < 2**-28
+
+
 def test_masks_are_never_used_again(parties, views):
     """Two evaluations of one ciphertext: equal numbers, and the difference of what is seen is uniform."""
     modulus = parties.decryption.modulus
