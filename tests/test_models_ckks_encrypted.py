@@ -10,7 +10,7 @@ from cipherlm import (
     load_model,
     load_tokenizer,
 )
-from cipherlm.evaluation.texts import calibration_sentences, encode
+from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_sentences
 
 BLOCK = "transformer.h.1"
 
@@ -56,3 +56,17 @@ def test_the_whole_model_generates_on_ciphertexts():
     traffic = model.placement.traffic
     assert min(traffic.keys, traffic.to_server, traffic.to_client, traffic.refreshes) > 0
     assert len(model.remote_modules["transformer.h"]._text.rows) == ids.shape[1] + 3 - 1 - 1
+
+
+@pytest.mark.slow
+def test_greedy_texts_are_those_of_the_clear_model():
+    """Eight new tokens behind ten prompts of eight tokens, on ciphertexts: at least nine texts are equal."""
+    clear, model, equal = load_model("tiny"), calibrated_tiny("all"), 0
+    sentences = evaluation_sentences()[::8]
+    assert len(sentences) == 10
+    for sentence in sentences:
+        ids = prompt(model, sentence)[:, :8]
+        expected = clear.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        got = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        equal += torch.equal(got, expected)
+    assert equal >= 9

@@ -74,12 +74,13 @@ def test_masks_make_centred_scores_and_sums_of_values(layout, seed):
 
 
 def test_rotation_keys_of_gpt2():
-    """72 rotations for GPT-2's geometry and eight tokens; most of them at low levels."""
+    """72 rotations for a prompt of GPT-2's geometry, 115 with decoding; most of them at low levels."""
     layout = Layout(Parameters.preset(14).slots, tokens=8, heads=12, head_dim=64)
-    rotations = layout.rotations(8)
-    assert len(rotations) == 72
-    assert sum(level > 4 for level in rotations.values()) == 10
-    assert sum(level == 8 for level in rotations.values()) == 3
+    for decoding, count, high, highest in ((False, 72, 10, 3), (True, 115, 17, 6)):
+        levels = layout.rotations(8, decoding=decoding).values()
+        assert len(levels) == count
+        assert sum(level > 4 for level in levels) == high
+        assert sum(level == 8 for level in levels) == highest
 
 
 def test_mistakes():
