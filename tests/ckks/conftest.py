@@ -51,9 +51,7 @@ class Parties:
 
     def decrypt_token(self, tensor, features=None) -> np.ndarray:
         (part,) = tensor.parts
-        return self.layout.decoding.unpack(
-            self.secret_key.decrypt(part).real, features or self.layout.width
-        )
+        return self.layout.decoding.unpack(self.secret_key.decrypt(part).real, features or self.layout.width)
 
     def decrypt(self, tensor, features=None) -> np.ndarray:
         return decrypt(self.secret_key, tensor, features or self.layout.width)
