@@ -275,8 +275,10 @@ class Recorder:
                     end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.cut()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # or it would accept one more
         self._listener.close()
+        self.cut()
 
     def traffic(self) -> dict[str, bytes]:
         """All streams as they were on the wire, and WebSocket messages without their masks."""
