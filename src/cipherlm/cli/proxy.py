@@ -130,6 +130,7 @@ def serve(
         allowed_hosts=None if options.allow_remote else {*LOOPBACK_HOSTS, host},
         waiting=options.waiting,
         default_max_tokens=options.max_tokens,
+        context_length=model.context_length,
     )
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     print(f"{name} is served at {url}; stop with Ctrl-C", file=sys.stderr)

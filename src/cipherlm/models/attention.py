@@ -64,6 +64,12 @@ class EncryptedAttention(EncryptedModule):
         """Whether the quantisation parameters are there."""
         return self.quantized is not None or self._elsewhere is not None
 
+    @property
+    def circuit_tokens(self) -> int:
+        """For how many tokens the circuit is, here or at a server; 0 without one."""
+        circuit = self._elsewhere or self.circuit
+        return circuit.tokens if circuit is not None else 0
+
     def use(self, circuit: RemoteCircuit) -> None:
         """Let a server compute, in the mode ``"execute"``; there is no other then."""
         self._elsewhere = circuit

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
-from transformers import GPT2Config, PreTrainedTokenizerBase
+from transformers import GPT2Config, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from cipherlm.engine import EngineError, SecretKey
+from cipherlm.models.attention import EncryptedAttention
 from cipherlm.models.ckks import Backend
 from cipherlm.models.client import Constants, client_model
 from cipherlm.models.config import EncryptionConfig
@@ -109,6 +111,14 @@ class RemoteModel:
         return self.model.prefix
 
     @property
+    def context_length(self) -> int:
+        """How many tokens a text and what follows may have together, without the prefix."""
+        placement, modules = self.model.placement, self.model.encrypted_modules.values()
+        if placement is not None:
+            return placement.geometry.context - len(placement.prefix)
+        return min(m.circuit_tokens for m in modules if isinstance(m, EncryptedAttention))
+
+    @property
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
@@ -121,7 +131,8 @@ class RemoteModel:
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Continue token ids (n, tokens), with the options of transformers' ``generate``.
 
-        Returns them with what follows, (n, tokens + new). Texts need not start with the public prefix.
+        Returns them with what follows, (n, tokens + new). Texts need not start with the public prefix; where
+        they do not, streamers, stopping criteria and logits processors see nothing of it either.
         """
         prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
         added = 0
@@ -130,8 +141,17 @@ class RemoteModel:
         mask = options.pop("attention_mask", None)
         if mask is not None and not bool(mask.bool().all()):
             raise ValueError("an attention_mask that hides tokens cannot be used: run texts one by one")
-        if options.get("max_length") is not None:
-            options["max_length"] += added
+        for name in ("max_length", "min_length"):
+            if options.get(name) is not None:
+                options[name] += added
+        for name, kind in (
+            ("stopping_criteria", StoppingCriteriaList),
+            ("logits_processor", LogitsProcessorList),
+        ):
+            if added and options.get(name):
+                options[name] = kind([_behind(added, function) for function in options[name]])
+        if added and options.get("streamer") is not None:
+            options["streamer"] = _Streamer(options["streamer"], added)
         with torch.inference_mode():
             generate = cast("Any", self.model).generate
             generated = generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
@@ -152,6 +172,31 @@ class RemoteModel:
 
     def __repr__(self) -> str:
         return f"RemoteModel({self.name!r} at {self._connection.url!r})"
+
+
+def _behind(added: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of token ids that is called without the first ones."""
+
+    def called(input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return function(input_ids[:, added:], *rest, **options)
+
+    return called
+
+
+class _Streamer(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-ignore]
+    """A streamer that does not see the first tokens of a prompt."""
+
+    def __init__(self, streamer: Any, added: int) -> None:
+        self._streamer, self._added = streamer, added
+
+    def put(self, value: torch.Tensor) -> None:
+        """Hand on the prompt without its first tokens, then everything."""
+        self._streamer.put(value[..., self._added :])
+        self._added = 0
+
+    def end(self) -> None:
+        """Hand on the end."""
+        self._streamer.end()
 
 
 @dataclass(frozen=True)
