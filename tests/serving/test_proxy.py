@@ -860,7 +860,12 @@ def test_a_port_that_is_taken():
 
 def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer):
     closed = []
-    remote = SimpleNamespace(config=model.config, generate=model.generate, close=lambda: closed.append(True))
+    remote = SimpleNamespace(
+        config=model.config,
+        context_length=256,
+        generate=model.generate,
+        close=lambda: closed.append(True),
+    )
     monkeypatch.setattr(verb, "connect", lambda options: (remote, tokenizer, "remote"))
     monkeypatch.setattr(logging.getLogger("cipherlm.serving"), "handlers", [])
 
