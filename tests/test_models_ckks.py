@@ -17,9 +17,18 @@ from transformers import (
     set_seed,
 )
 
-from cipherlm import EncryptedGPT2LMHeadModel, EncryptionConfig, get_encrypted_model, load_tokenizer
+from cipherlm import (
+    EncryptedGPT2LMHeadModel,
+    EncryptionConfig,
+    get_encrypted_model,
+    load_model,
+    load_tokenizer,
+)
+from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_sentences
 from cipherlm.models.ckks import Simulated, TextLost
+from cipherlm.models.gpt2 import Ends, caches
 from cipherlm.models.remote import NotCalibratedError
+from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
 
 ATTENTION, MLP, BLOCK = "transformer.h.0.attn", "transformer.h.0.mlp", "transformer.h.0"
 WHOLE = "transformer.h"
@@ -616,3 +625,18 @@ def test_a_backend_has_to_go_on_where_a_text_ended():
     rows = np.zeros((2, 32))
     with pytest.raises(ValueError, match="from position 5 on, where 0 was expected"):
         server.computing.evaluate(WHOLE, rows, 5)
+
+
+def test_short_texts_serve_long_contexts():
+    """Calibration joins sentences: attention to many keys meets other scores than to few."""
+    tokenizer, clear = load_tokenizer("tiny"), load_model("tiny")
+    model = get_encrypted_model(load_model("tiny"), EncryptionConfig("all", scheme="ckks", context=192))
+    model.calibrate(encode(tokenizer, calibration_sentences()))
+    text = tokenizer(" ".join(evaluation_sentences()[:20]))["input_ids"][:191]
+    (module,), ends = model.placement.modules.values(), Ends.from_transformers(clear)
+    hidden = SimulatedTensor(ends.embed(text, 1), Noise.of(1 << 14, 36, seed=2))
+    got = ends.logits(module.function(hidden, caches(module.prefix), lambda done, total: None).values)
+    expected = logits(clear, model.with_prefix(torch.tensor([text])))[0, 1:].double().numpy()
+    assert len(got) == 191
+    assert np.mean(got.argmax(-1) == expected.argmax(-1)) >= 0.99
+    assert np.abs(got - expected).max() < 0.3

@@ -135,7 +135,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         ``calibration_ids``: token ids (n, tokens), or a list of such and of (tokens,) for texts of different
         lengths. What encrypted modules see in the clear model sets their parameters: of the quantisation, or
         the ranges that polynomials are fitted to. Circuits compiled from earlier parameters are dropped, and
-        so are keys for CKKS. With CKKS, the prefix is put before texts that lack it.
+        so are keys for CKKS. With CKKS, the prefix is put before texts that lack it, and short ones are also
+        joined to the length of the context.
         """
         batches = self._checked_ids(calibration_ids)
         if self.placement is not None:
@@ -325,6 +326,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         texts = [self._prefixed(ids) for ids in batches]
         if all(ids.shape[1] == len(placement.prefix) for ids in texts):
             raise ValueError("calibration_ids has nothing behind the prefix")
+        texts += self._joined(placement, texts)
         remote = self.remote_modules
         exact = self._examined(placement)
         with ExitStack() as stack, torch.no_grad():
@@ -337,6 +339,13 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             for name, module in remote.items()
         }
         self._freeze_remote(placement, exact, ranges)
+
+    def _joined(self, placement: Placement, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return texts as long as the context, of short ones: scores over many keys have a wider range."""
+        prefix, room = len(placement.prefix), placement.geometry.context - len(placement.prefix)
+        flat = torch.cat([ids[:, prefix:].flatten() for ids in texts])
+        whole = [flat[i : i + room] for i in range(0, len(flat) - room + 1, room)] or [flat]
+        return [self._prefixed(ids[None]) for ids in whole]
 
     def _prefixed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return calibration texts with the prefix, if they lack it."""
