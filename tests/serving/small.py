@@ -328,8 +328,11 @@ class Needles:
         values = haystacks.values() if isinstance(haystacks, Mapping) else haystacks
         named = [(string, name) for name, strings in self.items.items() for string in strings]
         by_start: dict[bytes, list[tuple[bytes, str]]] = {}
+        # What begins with zeros begins at too many places.
+        plain = [(string, name) for string, name in named if len(set(string[:3])) < 3]
         for string, name in named:
-            by_start.setdefault(string[:3], []).append((string, name))
+            if len(set(string[:3])) == 3:
+                by_start.setdefault(string[:3], []).append((string, name))
         starts = np.zeros(1 << 24, bool)
         starts[[int.from_bytes(start, "little") for start in by_start]] = True
         found: set[str] = set()
@@ -337,6 +340,7 @@ class Needles:
             if len(value) < 1 << 20:
                 found |= {name for string, name in named if string in value}
                 continue
+            found |= {name for string, name in plain if string in value}
             for begin in range(0, len(value), 1 << 22):
                 piece = np.frombuffer(value, np.uint8, min((1 << 22) + 2, len(value) - begin), begin)
                 three = piece[:-2].astype(np.uint32)

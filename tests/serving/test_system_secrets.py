@@ -86,10 +86,10 @@ def coefficients(frame: bytes) -> np.ndarray:
     return np.where(codes == 2, -1, codes).astype(np.int8)
 
 
-def of_secret_key(needles: small.Needles, frame: bytes) -> None:
+def of_secret_key(needles: small.Needles, frame: bytes, count: int = 5) -> None:
     """The key's bytes, and its coefficients in every form that comes to mind."""
     payload, s = frame[64:-32], coefficients(frame)
-    places = range(0, len(s) - 256, len(s) // 5 // 120 * 120)  # multiples of 4, 5 and 8
+    places = range(120, len(s) - 256, len(s) // count // 120 * 120)  # multiples of 4, 5 and 8
     for text in (frame.hex(), payload.hex()):
         needles.add("secret key, hex", text[1000:1064].encode(), text[1000:1064].upper().encode())
     for shift in range(3):
@@ -308,7 +308,7 @@ def test_nothing_in_the_server_s_memory_tells_a_secret(tmp_path):
         with small.connect(server.url, "all") as model:
             new = small.generate(model, count=NEW)
         needles = small.Needles()
-        of_secret_key(needles, small.keys().secret())
+        of_secret_key(needles, small.keys().secret(), 1)
         of_text(needles, "prompt", small.PROMPT)
         ids = small.prompt_ids()[0].tolist()
         of_ids(needles, "prompt's ids", ids)
