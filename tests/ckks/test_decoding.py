@@ -11,6 +11,8 @@ from cipherlm.schemes.ckks.layout import DecodingShape, Layout
 from cipherlm.schemes.ckks.simulation import SimulatedTensor
 from cipherlm.schemes.ckks.tensor import Cache, Linear
 
+from .conftest import Parties
+
 RANDOM = np.random.default_rng(5)
 
 
@@ -76,3 +78,22 @@ def test_block_after_block_of_tokens(small, prefix_tokens):
     assert np.abs(np.array(got) - want).max() < 2e-3
     with pytest.raises(ValueError, match="token 11 behind"):
         fitted(small.encrypt_token(hidden[0], 11), cache)
+
+
+@pytest.mark.slow
+def test_scores_in_several_ciphertexts():
+    """More keys than one ciphertext has places for, with heads that leave it few."""
+    parties = Parties.make(tokens=16, heads=16, head_dim=16)
+    layout, width = parties.layout, parties.layout.width
+    places = layout.decoding.keys_per_part
+    exact = ExactFunctions(1e-5)
+    clear = Attention(16, linear(width, 3 * width), linear(width, width), exact.softmax)
+    hidden = RANDOM.normal(size=(places + 3, width))
+    want = clear(SimulatedTensor(hidden)).values
+    fitted = Attention(16, clear.c_attn, clear.c_proj, exact.softmax.fit(64))
+    cache = Cache()
+    got = [*parties.decrypt(fitted(parties.encrypt(hidden[:16]), cache))]
+    for index in range(16, len(hidden)):
+        got.append(parties.decrypt_token(fitted(parties.encrypt_token(hidden[index], index), cache)))
+    assert places == 32
+    assert np.abs(np.array(got) - want).max() < 1e-3
