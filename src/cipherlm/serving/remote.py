@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class RemoteModel:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._connection = connection
+        # A connection that is still open would keep the interpreter from ending.
+        self._ended = weakref.finalize(self, connection.close)
 
     @classmethod
     def connect(
@@ -160,7 +163,7 @@ class RemoteModel:
 
     def close(self) -> None:
         """End the session with the server."""
-        self._connection.close()
+        self._ended()
 
     def __enter__(self) -> RemoteModel:
         return self
