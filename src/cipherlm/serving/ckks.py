@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from cipherlm.schemes.ckks.calibration import ExactFunctions
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server, Session
 from cipherlm.schemes.ckks.tensor import KeyValue, Linear
-from cipherlm.serving.computation import Exchange, Report
+from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
 
 Float64 = NDArray[np.float64]
@@ -137,24 +137,6 @@ class CkksComputation:
     def _refresh(self, request: RefreshRequest) -> RefreshReply:
         assert self._exchange is not None
         return RefreshReply.from_bytes(self._exchange(request.to_bytes()), self._parameters)
-
-
-class Evaluator(Protocol):
-    """What the client needs of a connection to a server."""
-
-    def evaluate(
-        self,
-        module: str,
-        start: int,
-        count: int,
-        inputs: Sequence[bytes],
-        refresh: Callable[[bytes], bytes],
-        report: Report | None = None,
-    ) -> list[bytes]:
-        """Have the server evaluate a module; see ``Computation.evaluate``."""
-
-    def reopen(self) -> None:
-        """Open a new session with the same keys."""
 
 
 class CkksBackend:

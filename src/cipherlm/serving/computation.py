@@ -59,3 +59,21 @@ class HostedModel(Protocol):
         Raises :class:`ValueError` for keys that are damaged or another model's, in words for the client, and
         :class:`WorkerLost` where no machine can take the session now.
         """
+
+
+class Evaluator(Protocol):
+    """What the client's side of a scheme needs of a connection to a server."""
+
+    def evaluate(
+        self,
+        module: str,
+        start: int,
+        count: int,
+        inputs: Sequence[bytes],
+        refresh: Callable[[bytes], bytes],
+        report: Report | None = None,
+    ) -> list[bytes]:
+        """Have the server evaluate a module; see :meth:`Computation.evaluate`."""
+
+    def reopen(self) -> None:
+        """Open a new session with the same keys."""

@@ -6,9 +6,9 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from cipherlm.schemes.tfhe.client import ClientCircuit
 from cipherlm.schemes.tfhe.errors import NotCompiledError
 from cipherlm.schemes.tfhe.files import private_file, sha256_of
 from cipherlm.schemes.tfhe.server import ServerCircuit, ServerKeys
-from cipherlm.serving.computation import Exchange, Report
+from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import SessionLost
 from cipherlm.serving.keystore import KeyMaterial
 
@@ -31,24 +31,6 @@ FOLDER = "circuits"
 KEY_KIND = "evaluation"
 
 Float64 = NDArray[np.float64]
-
-
-class Evaluator(Protocol):
-    """What the client needs of a connection to a server."""
-
-    def evaluate(
-        self,
-        module: str,
-        start: int,
-        count: int,
-        inputs: Sequence[bytes],
-        refresh: Callable[[bytes], bytes],
-        report: Report | None,
-    ) -> list[bytes]:
-        """Have the server evaluate a module; see ``Computation.evaluate``."""
-
-    def reopen(self) -> None:
-        """Open a new session with the same keys."""
 
 
 class TfheHostedModel:
