@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.modules import EncryptedModule, Float64, to_numpy
+from cipherlm.models.modules import EncryptedModule, Float64, cache_of, to_numpy
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
@@ -82,17 +82,18 @@ class EncryptedAttention(EncryptedModule):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         head_mask: torch.Tensor | None = None,
-        **_unused: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend to ``hidden_states`` (batch, tokens, width); there are no attention weights to return.
 
         Positions and cache positions, which both lines of transformers pass too, say nothing more once there
         is neither a cache nor padding.
         """
-        self.check_call(hidden_states.shape[1], past_key_values, attention_mask, head_mask)
+        cache = cache_of({"cache": cache, **options})
+        self.check_call(hidden_states.shape[1], cache, attention_mask, head_mask)
         if self._recorded is not None:
             self._recorded.extend(to_numpy(hidden_states))
         if self._in_clear:

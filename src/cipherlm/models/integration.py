@@ -23,7 +23,7 @@ from cipherlm.models.attention import EncryptedAttention
 from cipherlm.models.ckks import Backend
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.loading import SUPPORTED_ARCHITECTURES, load_model
-from cipherlm.models.modules import MODES, EncryptedModule, FheMode, is_causal
+from cipherlm.models.modules import MODES, EncryptedModule, FheMode, cache_of, is_causal
 from cipherlm.models.remote import (
     CalibratedRanges,
     Exact,
@@ -284,8 +284,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     def _check_text(self, call: dict[str, Any]) -> None:
         """Refuse what the rows of hidden states cannot tell: another prefix, other positions, padding."""
         ids, mask = call.get("input_ids"), call.get("attention_mask")
-        options = call.get("kwargs", {})
-        if call.get("use_cache", options.get("use_cache")) or call.get("past_key_values") is not None:
+        options = call | call.get("kwargs", {})
+        if options.get("use_cache") or cache_of(options) is not None:
             raise ValueError("an encrypted model has no key-value cache here: call with use_cache=False")
         for name in ("inputs_embeds", "token_type_ids", "encoder_hidden_states"):
             if call.get(name) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -48,11 +48,11 @@ class EncryptedModule(nn.Module):
             self._in_clear = before
 
     def check_call(
-        self, tokens: int, past_key_values: Any, attention_mask: torch.Tensor | None, head_mask: Any
+        self, tokens: int, cache: Any, attention_mask: torch.Tensor | None, head_mask: Any
     ) -> None:
         """Raise for what an encrypted module cannot do, ``ValueError`` in most cases."""
         self.check_ready(tokens)
-        if past_key_values is not None:
+        if cache is not None:
             raise ValueError(
                 f"{self.name} is encrypted and has no key-value cache: call with use_cache=False"
             )
@@ -65,6 +65,14 @@ class EncryptedModule(nn.Module):
             raise ValueError(f"{self.name} is encrypted and cannot take a head_mask")
         if self.training:
             raise RuntimeError(f"{self.name} is encrypted and cannot be trained: call model.eval() first")
+
+
+def cache_of(call: Mapping[str, Any]) -> Any:
+    """Return the key-value cache among the arguments of a call, or None.
+
+    transformers 5.24 calls ``cache`` what was ``past_key_values`` before.
+    """
+    return next((call[name] for name in ("cache", "past_key_values") if call.get(name) is not None), None)
 
 
 def is_causal(mask: torch.Tensor, tokens: int) -> bool:

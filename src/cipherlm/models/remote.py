@@ -28,7 +28,7 @@ from cipherlm.models.ckks import (
     part_of,
 )
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.modules import EncryptedModule, FheMode, Float64, to_numpy
+from cipherlm.models.modules import EncryptedModule, FheMode, Float64, cache_of, to_numpy
 from cipherlm.progress import Progress, counted, silent
 from cipherlm.schemes.ckks.session import Geometry, InProcess, Module, Server
 from cipherlm.schemes.ckks.tensor import KeyValue
@@ -173,7 +173,7 @@ class RemoteModule(EncryptedModule):
             return output
         self.check_call(
             hidden_states.shape[1],
-            call.get("past_key_values"),
+            cache_of(call | call.get("kwargs", {})),
             call.get("attention_mask"),
             call.get("head_mask"),
         )
