@@ -86,7 +86,7 @@ def test_the_next_server_knows_all(store, tmp_path, clock):
     assert again.status("a", complete)["complete"]
     assert again.status("a", sha256(partial)) == {"size": 63, "received": 10, "complete": False}
     assert again.append("a", sha256(partial), 10, partial[10:])["complete"]
-    assert again.size == store.size
+    assert again.size == len(b"complete") + len(partial)
 
 
 def test_a_part_that_was_whole_when_the_server_stopped_starts_anew(store, tmp_path):
@@ -165,17 +165,17 @@ def test_the_least_recently_used_make_room(store, clock, tmp_path):
     lease = store.lease("a", {"evaluation": held})
     store = KeyStore(tmp_path, LIMITS, 2000, clock=clock)  # the order outlives the server
     lease = store.lease("a", {"evaluation": held})
-    newer = put(store, b"n" * 800, "b")
+    newer = put(store, b"n" * 800)
     assert code(store.status, "a", old) == "unknown_keys"
-    put(store, b"m" * 600, "b")
+    put(store, b"m" * 600)
     assert code(store.status, "a", used) == "unknown_keys"
     assert lease.paths["evaluation"].exists()
-    store.lease("b", {"evaluation": newer})
-    assert code(store.announce, "b", "evaluation", 900, "00" * 32) == "storage"
+    store.lease("a", {"evaluation": newer})
+    assert code(store.announce, "a", "evaluation", 1000, "00" * 32) == "storage"
     assert code(store.delete, "a", held) == "conflict"
     lease.release()
     lease.release()
-    store.announce("b", "evaluation", 900, "00" * 32)
+    put(store, b"l" * 900)
     assert code(store.status, "a", held) == "unknown_keys"
     assert store.size <= 2000
 
@@ -183,10 +183,44 @@ def test_the_least_recently_used_make_room(store, clock, tmp_path):
 def test_a_refused_announcement_evicts_nothing(store):
     idle = put(store, b"i" * 900)
     store.lease("a", {"evaluation": put(store, b"h" * 900)})
-    store.announce("a", "public", 100, "11" * 32)
-    store.announce("a", "public", 100, "22" * 32)
+    store.lease("a", {"public": put(store, b"p" * 100, kind="public")})
+    store.lease("a", {"public": put(store, b"q" * 100, kind="public")})
     assert code(store.announce, "a", "evaluation", 1000, "00" * 32) == "storage"
     assert store.status("a", idle)["complete"]
+
+
+def test_announcements_evict_nothing(store):
+    victims = {owner: put(store, owner.encode() * 450, owner) for owner in ("v", "w", "x", "y")}
+    store.announce("mallory", "evaluation", 400, f"{0:064x}")
+    assert code(store.announce, "mallory", "evaluation", 400, f"{1:064x}") == "busy"
+    store.append("mallory", f"{0:064x}", 0, b"x" * 399)
+    assert all(store.status(owner, victims[owner])["complete"] for owner in victims)
+
+
+def test_owners_within_their_share_keep_their_keys(store):
+    kept = [put(store, bytes([n]) * 450, "victim") for n in range(2)]
+    own = [put(store, bytes([10 + n]) * 500, "mallory") for n in range(6)]
+    assert all(store.status("victim", fingerprint)["complete"] for fingerprint in kept)
+    assert [code(store.status, "mallory", fingerprint) for fingerprint in own[:4]] == ["unknown_keys"] * 4
+    assert all(store.status("mallory", fingerprint)["complete"] for fingerprint in own[4:])
+
+
+def test_who_took_more_than_a_share_gives_it_back(tmp_path, clock):
+    store = KeyStore(tmp_path, LIMITS, 2000, owners=("early", "late"), clock=clock)
+    hoard = [put(store, bytes([n]) * 500, "early") for n in range(4)]
+    late = [put(store, bytes([10 + n]) * 500, "late") for n in range(2)]
+    assert [code(store.status, "early", fingerprint) for fingerprint in hoard[:2]] == ["unknown_keys"] * 2
+    late.append(put(store, b"x" * 500, "late"))
+    assert code(store.status, "late", late[0]) == "unknown_keys"
+    assert all(store.status("early", fingerprint)["complete"] for fingerprint in hoard[2:])
+
+
+def test_who_has_no_token_any_more_makes_room(tmp_path, clock):
+    gone = put(KeyStore(tmp_path, LIMITS, 2000, clock=clock), b"g" * 900, "gone")
+    store = KeyStore(tmp_path, LIMITS, 2000, owners=("a", "b"), clock=clock)
+    mine = [put(store, bytes([n]) * 500, "a") for n in range(3)]
+    assert code(store.status, "gone", gone) == "unknown_keys"
+    assert all(store.status("a", fingerprint)["complete"] for fingerprint in mine)
 
 
 def test_uploads_expire(store, clock):

@@ -112,6 +112,21 @@ def test_clients_that_never_finish_are_let_go(start, data):
         harness.serves()
 
 
+def test_who_sends_nothing_holds_no_place(start):
+    with start(upload_idle_seconds=0.3) as harness:
+        content = b"x" * 100
+        with harness.http() as http:
+            http.post("/v1/keys", json={"kind": "public", "size": 100, "sha256": sha256(content)})
+        head = (
+            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            f"Upload-Offset: 0\r\nUpload-Checksum: sha256 {sha256(content)}\r\n\r\n"
+        )
+        with raw(harness, head.encode() + b"x" * 10) as socket:
+            assert socket.recv(1000).startswith(b"HTTP/1.1 408")
+        with harness.http() as http:
+            assert patch(http, content, 0).json()["complete"]
+
+
 def test_a_body_that_never_comes(start):
     with start(head_seconds=0.3, upload_seconds=0.3) as harness:
         content = b"x" * 100

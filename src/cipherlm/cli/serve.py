@@ -78,7 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option, type=positive_integer, default=default, metavar="N", help=f"{text} (default: {default})"
         )
     limits.add_argument(
-        "--max-sessions-per-owner", type=positive_integer, metavar="N", help="of one owner (default: all)"
+        "--max-sessions-per-owner",
+        type=positive_integer,
+        metavar="N",
+        help="of one owner (default: an equal share, and what the others can do without)",
     )
     limits.add_argument(
         "--max-tokens", type=positive_integer, metavar="N", help="length of a text (default: the model's)"
@@ -107,7 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=size_argument,
         default="50GB",
         metavar="SIZE",
-        help="room for them, such as 500MB or 50GB; the least recently used make room (default: 50GB)",
+        help="room for them, such as 500MB or 50GB, shared equally by owners; the least recently used make "
+        "room (default: 50GB)",
     )
 
 
@@ -152,7 +156,12 @@ def run(options: argparse.Namespace) -> None:
         else:
             model, workers = ray_hosted_model(Path(options.bundle), options.ray, options.ray_workers, stack)
             limits = dataclasses.replace(limits, workers=max(workers, limits.workers))
-        keys = KeyStore(data_directory(options.data_dir), model.description["keys"], options.disk_budget)
+        keys = KeyStore(
+            data_directory(options.data_dir),
+            model.description["keys"],
+            options.disk_budget,
+            owners=tokens.owners,
+        )
         service = Service(model, keys, tokens, limits)
         server = create_server(service, options.host, options.port, certfile=certfile, keyfile=keyfile)
         # uvicorn ends gracefully and then sends itself the signal again.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from asyncio import Semaphore, TimeoutError, to_thread, wait_for
+from asyncio import TimeoutError, to_thread, wait_for
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from cipherlm import __version__
 from cipherlm.serving import protocol
 from cipherlm.serving.failures import Failure
 from cipherlm.serving.logs import log, log_exception
-from cipherlm.serving.service import Service, shutting_down
+from cipherlm.serving.service import Service
 from cipherlm.serving.sessions import Session
 
 _STATUS = {
@@ -36,8 +36,6 @@ _STATUS = {
 }
 _BODY_BYTES = 64 * 1024
 """Of a request that is no chunk."""
-_UPLOADS_AT_ONCE = 16
-"""Chunks that are in memory at a time."""
 _CHECKSUM = re.compile(r"sha256 ([0-9a-f]{64})")
 
 _Scope = MutableMapping[str, Any]
@@ -48,7 +46,6 @@ _Send = Callable[[_Scope], Awaitable[None]]
 def create_app(service: Service) -> FastAPI:
     """Return the ASGI application that serves a model."""
     app = FastAPI(title="CipherLM", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    uploads = Semaphore(_UPLOADS_AT_ONCE)
 
     def owner_of(request: Request) -> str:
         owner = service.tokens.owner(request.headers.get("authorization"))
@@ -81,8 +78,11 @@ def create_app(service: Service) -> FastAPI:
     async def append_chunk(owner: Owner, fingerprint: str, request: Request) -> Response:
         offset, checksum = _chunk_headers(request)
         service.keys.status(owner, fingerprint)  # before 8 MiB come for nothing
-        async with uploads:
-            chunk = await _body(request, protocol.CHUNK_BYTES, service.limits.upload_seconds)
+        limits = service.limits
+        with service.uploading(owner):
+            chunk = await _body(
+                request, protocol.CHUNK_BYTES, limits.upload_seconds, limits.upload_idle_seconds
+            )
             if await to_thread(_sha256, chunk) != checksum:
                 raise Failure(protocol.BAD_KEYS, "a chunk that does not have its checksum", retry=True)
             status = await to_thread(service.keys.append, owner, fingerprint, offset, chunk)
@@ -104,11 +104,15 @@ def create_app(service: Service) -> FastAPI:
         owner = service.tokens.owner(socket.headers.get("authorization"))
         if owner is None:
             await _deny(socket, _answer(_no_token()))
-        elif service.draining:
-            await _deny(socket, _answer(shutting_down()))
+            return
+        try:
+            service.greet(owner)
+        except Failure as failure:
+            await _deny(socket, _answer(failure))
         else:
+            session = Session(service, socket, owner)
             await socket.accept()
-            await Session(service, socket, owner).run()
+            await session.run()
 
     @app.exception_handler(Failure)
     async def failed(request: Request, failure: Failure) -> Response:
@@ -189,12 +193,13 @@ def _answer(failure: Failure, status: int | None = None) -> Response:
     return JSONResponse(content | failure.details, status or _STATUS[failure.code])
 
 
-async def _body(request: Request, limit: int, seconds: float) -> bytes:
-    """Return a request's body, if it comes in time and is not larger than it may be."""
+async def _body(request: Request, limit: int, seconds: float, idle_seconds: float | None = None) -> bytes:
+    """Return a request's body, if it comes in time, without long pauses, and is not larger than it may be."""
 
     async def read() -> bytes:
         body = bytearray()
-        async for part in request.stream():
+        parts = request.stream()
+        while (part := await wait_for(anext(parts, None), idle_seconds)) is not None:
             body += part
             if len(body) > limit:
                 raise Failure(protocol.TOO_LARGE, f"a body of more than {limit} bytes")

@@ -44,6 +44,11 @@ class Tokens:
     def __bool__(self) -> bool:
         return bool(self._owners)
 
+    @property
+    def owners(self) -> frozenset[str]:
+        """The names of all who have a token."""
+        return frozenset(self._owners.values())
+
     def owner(self, authorization: str | None) -> str | None:
         """Return whose token an Authorization header carries, or None. Takes as long for a wrong token."""
         if not self._owners:

@@ -1,4 +1,4 @@
-"""Evaluation keys on the server's disk: uploads that resume, owners, and a budget.
+"""Evaluation keys on the server's disk: uploads that resume, owners, and a budget that they share.
 
 What is known about a key is in its file's name and times, so that a server that starts again knows it too::
 
@@ -15,13 +15,14 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cipherlm.serving.failures import Failure
+from cipherlm.serving.fairness import fair_share
 from cipherlm.serving.protocol import BAD_KEYS, BAD_REQUEST, BUSY, CONFLICT, STORAGE, TOO_LARGE, UNKNOWN_KEYS
 
 UPLOADS_PER_OWNER = 8
@@ -45,6 +46,14 @@ class _Entry:
     busy: bool = False
 
     @property
+    def place(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def idle(self) -> bool:
+        return self.complete and not self.leases
+
+    @property
     def status(self) -> dict[str, Any]:
         return {"size": self.size, "received": self.received, "complete": self.complete}
 
@@ -66,8 +75,12 @@ class Lease:
 class KeyStore:
     """The keys of all owners, none of whom can tell what the others have. Thread-safe; raises `Failure`.
 
-    ``limits`` gives the greatest size of each kind, in bytes; ``budget`` that of all keys together. Complete
-    keys that are not in use make room for new ones, the one that was not used for the longest time first.
+    ``limits`` gives the greatest size of each kind, in bytes; ``budget`` that of all complete keys together,
+    of which each owner has an equal share: of those named in ``owners`` or, if none is, of those that have
+    keys here. An upload that completes takes the room of keys that are not in use, the least recently used
+    first. Beyond its share an owner makes room with its own keys; those of an owner that is within its share
+    never go for somebody else's. Uploads that are not complete have made no room, so they come on top: of
+    each owner as much as its share, or a single one.
     """
 
     def __init__(
@@ -76,10 +89,12 @@ class KeyStore:
         limits: Mapping[str, int],
         budget: int,
         *,
+        owners: Collection[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._limits = dict(limits)
         self._budget = budget
+        self._owners = {_place(owner) for owner in owners}
         self._clock = clock
         self._lock = threading.RLock()
         self._directory = directory / "keys"
@@ -90,9 +105,9 @@ class KeyStore:
 
     @property
     def size(self) -> int:
-        """What all keys take, in bytes, with uploads that have begun at their full size."""
+        """What all keys take, in bytes, with what has arrived of others."""
         with self._lock:
-            return sum(entry.size for entry in self._entries.values())
+            return sum(entry.received for entry in self._entries.values())
 
     def status(self, owner: str, fingerprint: str) -> dict[str, Any]:
         """Return ``{"size", "received", "complete"}`` in bytes."""
@@ -114,7 +129,7 @@ class KeyStore:
                 if (entry.kind, entry.size) != (kind, size):
                     raise Failure(CONFLICT, "these keys are here with another kind or size", **entry.status)
                 return entry.status
-            self._make_room(owner, size)
+            self._check_room(_place(owner), size)
             place = self._directory / _place(owner)
             _make_private(place)
             path = place / f"{fingerprint}.{kind}.{size}.part"
@@ -205,28 +220,63 @@ class KeyStore:
             if digest != entry.fingerprint:
                 self._forget(entry)
                 raise Failure(BAD_KEYS, "the keys that arrived do not have the SHA-256 that was announced")
+            for old in self._in_the_way(entry.place, entry.size):
+                self._forget(old)
             path = entry.path.with_name(f"{entry.fingerprint}.{entry.kind}")
             entry.path = entry.path.replace(path)
             entry.complete = True
             self._touch(entry)
 
-    def _make_room(self, owner: str, size: int) -> None:
-        uploads = sum(
-            not entry.complete for (place, _), entry in self._entries.items() if place == _place(owner)
-        )
-        if uploads >= UPLOADS_PER_OWNER:
+    def _check_room(self, place: str, size: int) -> None:
+        """Raise `Failure` unless an upload may begin. Nothing is evicted for one that has not come."""
+        begun = [entry.size for entry in self._of(place) if not entry.complete]
+        if len(begun) >= UPLOADS_PER_OWNER:
             raise Failure(BUSY, "too many uploads that have not ended: end them or delete them", retry=True)
-        idle = [entry for entry in self._entries.values() if entry.complete and not entry.leases]
-        idle.sort(key=lambda entry: entry.used)
-        missing = self.size + size - self._budget
-        if missing > sum(entry.size for entry in idle):
-            raise Failure(STORAGE, "no room for these keys: all that there is is in use", retry=True)
-        while missing > 0:
-            entry = idle.pop(0)
-            missing -= entry.size
-            self._forget(entry)
+        if begun and sum(begun) + size > self._share(place):
+            raise Failure(BUSY, "your uploads that have not ended take your share of the disk", retry=True)
+        self._in_the_way(place, size)
         if shutil.disk_usage(self._directory).free < size:
             raise Failure(STORAGE, "the server's disk has no room for these keys", retry=True)
+
+    def _in_the_way(self, place: str, size: int) -> list[_Entry]:
+        """Return the keys that have to go when an owner's upload is complete.
+
+        Raises `Failure` where there is no room.
+        """
+        missing = self._complete_bytes() + size - self._budget
+        own_first = self._complete_bytes(place) + size > self._share(place)
+        candidates = [entry for entry in self._entries.values() if entry.idle]
+        candidates.sort(
+            key=lambda entry: (self._share(entry.place) > 0, (entry.place == place) != own_first, entry.used)
+        )
+        left = {entry.place: self._complete_bytes(entry.place) for entry in candidates}
+        going = []
+        for entry in candidates:
+            if missing <= 0:
+                break
+            if entry.place == place or left[entry.place] > self._share(entry.place, place):
+                going.append(entry)
+                left[entry.place] -= entry.size
+                missing -= entry.size
+        if missing > 0:
+            raise Failure(
+                STORAGE, "no room for these keys beside those of others and those in use", retry=True
+            )
+        return going
+
+    def _complete_bytes(self, place: str | None = None) -> int:
+        entries = self._entries.values() if place is None else self._of(place)
+        return sum(entry.size for entry in entries if entry.complete)
+
+    def _of(self, place: str) -> list[_Entry]:
+        return [entry for entry in self._entries.values() if entry.place == place]
+
+    def _share(self, place: str, asking: str | None = None) -> int:
+        """Return how many bytes an owner can count on: none, for one that is no owner any more."""
+        if self._owners:
+            return fair_share(self._budget, len(self._owners)) if place in self._owners else 0
+        there = {place, asking or place, *(entry.place for entry in self._entries.values())}
+        return fair_share(self._budget, len(there))
 
     def _expire(self) -> None:
         for entry in list(self._entries.values()):
@@ -234,7 +284,7 @@ class KeyStore:
                 self._forget(entry)
 
     def _forget(self, entry: _Entry) -> None:
-        del self._entries[entry.path.parent.name, entry.fingerprint]
+        del self._entries[entry.place, entry.fingerprint]
         entry.path.unlink(missing_ok=True)
 
     def _touch(self, entry: _Entry) -> None:

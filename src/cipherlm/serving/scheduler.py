@@ -2,10 +2,12 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from cipherlm.serving.computation import Cancelled
+from cipherlm.serving.fairness import may_have_another
 
 
 class Full(Exception):  # noqa: N818 - not an error, a state
@@ -32,8 +34,9 @@ class Job:
     def paused(self) -> Iterator[None]:
         """Let others compute meanwhile: a job that waits for its client needs no slot.
 
-        Goes on before jobs that have not begun, so that what is begun ends. Leaves without a slot if the
-        block raises; raises :class:`Cancelled` for a job that is cancelled before it has its slot again.
+        Goes on before the owner's jobs that have not begun, so that what is begun ends. Leaves without a
+        slot if the block raises; raises :class:`Cancelled` for a job that is cancelled before it has its slot
+        again.
         """
         self._scheduler._release(self)
         yield
@@ -43,14 +46,16 @@ class Job:
 class Scheduler:
     """Runs jobs, at most ``workers`` of them computing at once and at most ``limit`` waiting to begin.
 
-    Owners take turns; the jobs of one owner go in the order in which they came. As a session has one job at a
-    time, that is round robin between the sessions of an owner too.
+    Owners take turns, also in going on after a pause; the jobs of one owner go in the order in which they
+    came. As a session has one job at a time, that is round robin between the sessions of an owner too. Each
+    of ``owners`` can count on its share of the places in the queue.
     """
 
-    def __init__(self, workers: int, limit: int) -> None:
+    def __init__(self, workers: int, limit: int, owners: int = 1) -> None:
         self._free = workers
         self._workers = workers
         self._limit = limit
+        self._number_of_owners = owners
         self._lock = threading.Lock()
         self._lanes: dict[str, deque[Job]] = {}
         self._turns = 0
@@ -77,7 +82,8 @@ class Scheduler:
         if moved is not None:
             job.moved = moved
         with self._lock:
-            if not self._free and sum(map(len, self._lanes.values())) >= self._limit:
+            waiting = {name: len(lane) for name, lane in self._lanes.items()}
+            if not self._free and not may_have_another(waiting, owner, self._limit, self._number_of_owners):
                 raise Full
             self._lanes.setdefault(owner, deque()).append(job)
         self._dispatch()
@@ -124,12 +130,16 @@ class Scheduler:
         with self._lock:
             while self._free and (self._returning or self._lanes):
                 self._free -= 1
-                if self._returning:
-                    job = self._returning.popleft()
-                    job.has_slot = True
-                    job.woken.set()
+                owner = self._owners([job.owner for job in self._returning], self._lanes)[0]
+                self._turns += 1
+                self._served[owner] = self._turns
+                back = next((job for job in self._returning if job.owner == owner), None)
+                if back is not None:
+                    self._returning.remove(back)
+                    back.has_slot = True
+                    back.woken.set()
                 else:
-                    job = self._next()
+                    job = self._next(owner)
                     job.has_slot = True
                     begun.append(job)
             moved = [(place, job) for place, job in enumerate(self._line()) if place != job.position]
@@ -141,22 +151,20 @@ class Scheduler:
         for place, job in moved:
             job.moved(place)
 
-    def _next(self) -> Job:
-        owner = self._owners()[0]
-        self._turns += 1
-        self._served[owner] = self._turns
+    def _next(self, owner: str) -> Job:
         job = self._lanes[owner].popleft()
         if not self._lanes[owner]:
             del self._lanes[owner]
         return job
 
-    def _owners(self) -> list[str]:
+    def _owners(self, *waiting: Iterable[str]) -> list[str]:
         """Return who waits, the one that was served the longest time ago first."""
-        return sorted(self._lanes, key=lambda owner: self._served.get(owner, 0))
+        owners = dict.fromkeys(chain(*waiting))
+        return sorted(owners, key=lambda owner: self._served.get(owner, 0))
 
     def _line(self) -> Iterator[Job]:
         """Yield the waiting jobs in the order in which they will begin."""
-        lanes = [list(self._lanes[owner]) for owner in self._owners()]
+        lanes = [list(self._lanes[owner]) for owner in self._owners(self._lanes)]
         for turn in range(max(map(len, lanes), default=0)):
             yield from (lane[turn] for lane in lanes if turn < len(lane))
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,7 @@ from cipherlm.serving import protocol
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.computation import HostedModel
 from cipherlm.serving.failures import Failure
+from cipherlm.serving.fairness import may_have_another
 from cipherlm.serving.keys import KeyStore
 from cipherlm.serving.logs import log
 from cipherlm.serving.metrics import Metrics
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 FAREWELL_SECONDS = 5.0
 """For a client to take the server's last words."""
 _LOADS_AT_ONCE = 2
+_UPLOADS_AT_ONCE = 16
+"""Chunks that are in memory at a time."""
+_UNOPENED_SESSIONS = 4
+"""WebSockets of one owner beyond those that can be sessions: what is being opened or closed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Limits:
     sessions: int = 8
     """Sessions at once: each holds its keys and what it remembers in memory."""
     sessions_per_owner: int | None = None
-    """Of one owner; as many as there may be, unless given."""
+    """Of one owner. Unless given, those that the others can do without: each can count on an equal share."""
     connections: int = 128
     """Connections of all kinds at once."""
     max_tokens: int | None = None
@@ -42,6 +50,8 @@ class Limits:
     """From a connection to the head of its request, and from a WebSocket to its "open"."""
     upload_seconds: float = 120
     """For one chunk of a key to arrive."""
+    upload_idle_seconds: float = 10
+    """From one piece of a chunk to the next: who sends nothing holds no place."""
     idle_seconds: float = 900
     """From one evaluation to the next."""
     reply_seconds: float = 120
@@ -66,13 +76,15 @@ class Service:
         self.description["max_tokens"] = min(
             self.limits.max_tokens or self.description["max_tokens"], self.description["max_tokens"]
         )
-        self.scheduler = Scheduler(self.limits.workers, self.limits.queue)
+        self.owners = max(1, len(self.tokens.owners))
+        self.scheduler = Scheduler(self.limits.workers, self.limits.queue, self.owners)
         self.loading = asyncio.Semaphore(_LOADS_AT_ONCE)
         self.draining = False
         self.conversations: set[Session] = set()
-        self._admitted: list[str] = []
+        self._admitted: Counter[str] = Counter()
+        self._uploading: Counter[str] = Counter()
         self.metrics = Metrics()
-        self.metrics.sessions.set_function(lambda: len(self._admitted))
+        self.metrics.sessions.set_function(lambda: self.sessions)
         self.metrics.waiting.set_function(lambda: self.scheduler.waiting)
         self.metrics.running.set_function(lambda: self.scheduler.running)
         self.metrics.key_bytes.set_function(lambda: self.keys.size)
@@ -80,21 +92,47 @@ class Service:
     @property
     def sessions(self) -> int:
         """How many sessions hold keys in memory."""
-        return len(self._admitted)
+        return self._admitted.total()
 
     def admit(self, owner: str) -> None:
         """Count a session in. Raises :class:`Failure` if there are as many as may be."""
         if self.draining:
             raise shutting_down()
-        if len(self._admitted) >= self.limits.sessions:
+        if self.sessions >= self.limits.sessions:
             raise Failure(protocol.BUSY, "the server has all the sessions that it can hold", retry=True)
-        if self._admitted.count(owner) >= (self.limits.sessions_per_owner or self.limits.sessions):
-            raise Failure(protocol.BUSY, "you have all the sessions that you may have", retry=True)
-        self._admitted.append(owner)
+        most = self.limits.sessions_per_owner
+        if most is None:
+            admitted = may_have_another(self._admitted, owner, self.limits.sessions, self.owners)
+        else:
+            admitted = self._admitted[owner] < most
+        if not admitted:
+            raise Failure(
+                protocol.BUSY, "you have all the sessions that you may have: close one first", retry=True
+            )
+        self._admitted[owner] += 1
 
     def dismiss(self, owner: str) -> None:
         """Count a session out."""
-        self._admitted.remove(owner)
+        self._admitted -= Counter([owner])
+
+    def greet(self, owner: str) -> None:
+        """Check whether an owner may have one more connection for a session. Raises :class:`Failure`."""
+        if self.draining:
+            raise shutting_down()
+        there = sum(session.owner == owner for session in self.conversations)
+        if there >= self.limits.sessions + _UNOPENED_SESSIONS:
+            raise Failure(protocol.BUSY, "you have too many connections that are no session", retry=True)
+
+    @contextmanager
+    def uploading(self, owner: str) -> Iterator[None]:
+        """Take a place for a chunk. Raises :class:`Failure` where there is none for this owner now."""
+        if not may_have_another(self._uploading, owner, _UPLOADS_AT_ONCE, self.owners):
+            raise Failure(protocol.BUSY, "too many chunks arrive at once: send this one again", retry=True)
+        self._uploading[owner] += 1
+        try:
+            yield
+        finally:
+            self._uploading -= Counter([owner])
 
     async def drain(self) -> None:
         """End all sessions: idle ones now, others when they have evaluated or the grace time is over."""

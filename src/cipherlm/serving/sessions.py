@@ -26,6 +26,8 @@ from cipherlm.serving.service import FAREWELL_SECONDS, Service, shutting_down
 
 _UNSENT_NEWS = 8
 """Where so many messages wait to be sent, progress is left out."""
+_MOST_UNSENT = 64
+"""A client that asks on without taking so many answers is none."""
 _CLOSED = 1000
 _POLICY_VIOLATION = 1008
 _SERVICE_RESTART = 1012
@@ -39,7 +41,7 @@ class Session:
         self._service = service
         self._limits = service.limits
         self._socket = socket
-        self._owner = owner
+        self.owner = owner
         self._loop = asyncio.get_running_loop()
         self._outbox: Queue[bytes | None] = Queue()
         self._over = asyncio.Event()
@@ -78,6 +80,8 @@ class Session:
     # What the client says.
 
     def _received(self, data: bytes | None) -> None:
+        if self._outbox.qsize() > _MOST_UNSENT:
+            raise ProtocolError("messages from a client that does not take the answers")
         if data is None:
             raise ProtocolError("a text message; messages are binary")
         self._service.metrics.bytes.labels("in").inc(len(data))
@@ -113,9 +117,9 @@ class Session:
         if message.keys.keys() != description["keys"].keys():
             kinds = ", ".join(description["keys"])
             raise Failure(protocol.BAD_REQUEST, f"a session needs keys of exactly these kinds: {kinds}")
-        lease = self._service.keys.lease(self._owner, message.keys)
+        lease = self._service.keys.lease(self.owner, message.keys)
         try:
-            self._service.admit(self._owner)
+            self._service.admit(self.owner)
         except Failure:
             lease.release()
             raise
@@ -134,7 +138,7 @@ class Session:
             self._check(request)
             # Before it starts: it may end before the next line.
             self._evaluation = evaluation
-            evaluation.start(self._service.scheduler, self._owner)
+            evaluation.start(self._service.scheduler, self.owner)
         except (Failure, Full) as error:
             self._evaluation = None
             failure = (
@@ -216,7 +220,7 @@ class Session:
             "evaluation_seconds": int(self._limits.evaluation_seconds),
         }
         self._send(protocol.Opened(self.id, numbers))
-        log("session opened", session=self.id, owner=self._owner)
+        log("session opened", session=self.id, owner=self.owner)
         self._rest()
 
     def _gone(self) -> None:
@@ -230,7 +234,7 @@ class Session:
         """Tell the client why its session ends, and end it."""
         if self._over.is_set():
             return
-        log("session failed", session=self.id, owner=self._owner, code=failure.code)
+        log("session failed", session=self.id, owner=self.owner, code=failure.code)
         self._send(protocol.error(failure.code, failure.message, retry=failure.retry))
         self._close_code = _SERVICE_RESTART if failure.code == protocol.SHUTTING_DOWN else _POLICY_VIOLATION
         self._over.set()
@@ -318,5 +322,5 @@ class Session:
                 log_exception("a session did not close", error, session=self.id)
         if self._lease is not None:
             self._lease.release()
-            self._service.dismiss(self._owner)
-            log("session ended", session=self.id, owner=self._owner)
+            self._service.dismiss(self.owner)
+            log("session ended", session=self.id, owner=self.owner)
