@@ -11,20 +11,27 @@ endif
 
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard engine/build_backend.py) \
+LOCK := requirements.lock
+EXTRAS := tfhe plot serve ray dev
+SOURCES := pyproject.toml setup.py $(LOCK) $(wildcard engine/build_backend.py) \
 	$(shell find engine \( -name '*.go' -o -name 'go.*' \) ! -name '*_test.go' 2>/dev/null)
-PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := -m pip --disable-pip-version-check install --quiet
+# The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
+BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup lock demo test test-ray test-newest test-oldest test-all lint bench clean
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
 	@echo "make test      style, types and the tests that take minutes"
-	@echo "make test-all  the long encrypted tests and the oldest transformers too"
+	@echo "make test-ray  the tests of a cluster"
+	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
 	@echo "make bench     measure what the README's table says"
 	@echo "make setup     make $(VENV) and nothing else (PYTHON=python3.12 chooses the Python)"
+	@echo "make lock      write $(LOCK) anew: the newest versions that pyproject.toml allows"
 	@echo "make clean     remove what was made here"
 
 setup: $(READY)
@@ -36,8 +43,15 @@ $(READY): $(SOURCES)
 		echo "Setting up without TFHE: Concrete has no wheels for $$($(PYTHON) -V). With Python 3.10 to 3.12: make clean setup PYTHON=python3.12"
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); the first time this downloads a few GB, most of it PyTorch"
-	$(BIN)/python $(PIP) -e ".[tfhe,plot,serve,dev]"
+	$(BIN)/python $(PIP) --no-deps --require-hashes -r $(LOCK)
+	@$(call BUILD,$(VENV))
 	@touch $@
+
+# One lock for all platforms and versions of Python, with hashes.
+lock: $(READY)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
+		--custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
+		$(EXTRAS:%=--extra %) pyproject.toml -o $(LOCK)
 
 demo: $(READY)
 	@$(BIN)/cipherlm demo
@@ -50,13 +64,31 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint $(OLDEST)/.ready
+# Set-up brings Ray; on a Python for which there is none the tests say so and fail.
+test-ray: $(READY)
+	$(BIN)/python -c "import ray"
+	$(BIN)/python -m pytest -m "not slow" tests/serving/test_ray.py
+
+COMPATIBILITY := tests/test_loading.py tests/test_models*.py tests/test_cli.py tests/serving
+
+# The newest of everything that pyproject.toml allows, and the oldest of transformers.
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pytest -m "not slow" $(COMPATIBILITY)
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(COMPATIBILITY)
+
+test-all: lint test-newest test-oldest
 	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \
 		else echo "No go on the PATH: the engine's own tests are left out"; fi
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_loading.py tests/test_models*.py tests/test_cli.py
 	$(BIN)/python -m pytest
 
-# The other end of the range of transformers that pyproject.toml allows.
+# Made anew for every run: what is newest changes without a change here.
+.PHONY: $(NEWEST)/.ready
+$(NEWEST)/.ready:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,dev]"
+
 $(OLDEST)/.ready: $(SOURCES)
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,dev]" "transformers==4.57.*"
@@ -66,6 +98,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src engine -name '*.so' -delete
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
