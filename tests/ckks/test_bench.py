@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
-from cipherlm.cli import main
+from cipherlm.cli import bench_attention, main
 from cipherlm.cli.bench_attention import TFHE_ONLY
 from cipherlm.cli.bench_ckks import MeasuredSession
 from cipherlm.cli.bench_primitives import NAMES, Primitives
@@ -31,7 +32,7 @@ FIGURES = {
     "round_trips",
 }
 
-ATTENTION = ["attention", "--scheme", "ckks", "--geometry", "tiny", "--tokens", "4", "--heads", "all"]
+ATTENTION = ["attention", "--scheme", "ckks", "--geometry", "tiny", "--tokens", "4", "--heads", "4"]
 BLOCK = ["block", "--geometry", "tiny", "--runs", "1"]
 
 
@@ -47,6 +48,16 @@ def test_attention(capsys):
     assert (got["scheme"], got["heads"], got["refreshes"]) == ("ckks", 4, 3)
     assert got["rotations"] > 2 * got["rotation_keys"]
     assert got["max_abs_error"] < 1e-3 * got["max_abs_output"]
+
+
+@pytest.mark.parametrize("heads", [[], ["--heads", "all"], ["--heads", "4"]])
+@pytest.mark.parametrize("scheme", ["ckks", "tfhe"])
+def test_all_heads_by_their_number_are_all_heads(monkeypatch, scheme, heads):
+    parser = argparse.ArgumentParser()
+    bench_attention.add_arguments(parser)
+    options = parser.parse_args(["--scheme", scheme, "--geometry", "tiny", *heads])
+    one = [0] if scheme == "tfhe" and not heads else None
+    assert bench_attention._heads(options, bench_attention.GEOMETRIES["tiny"]) == one
 
 
 def test_a_session_is_counted():
@@ -124,6 +135,7 @@ def test_primitive_operations():
     ("arguments", "message"),
     [
         ("attention --scheme ckks --heads 1", "--heads all"),
+        ("attention --scheme ckks --heads 13", "12 heads"),
         ("attention --scheme ckks --heads all --tokens 9", "do not fit"),
         ("block --geometry gpt2 --side-by-side 16", "do not fit"),
         ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 57", "--context 64 has no room for 65"),

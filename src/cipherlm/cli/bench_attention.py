@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         choices=("tfhe", "ckks"),
         default="tfhe",
-        help="the encryption; ckks needs --heads all and knows no --n-bits (default: tfhe)",
+        help="the encryption; ckks takes all heads and knows no --n-bits (default: tfhe)",
     )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="gpt2", help="shape (default: gpt2)")
     parser.add_argument(
@@ -94,9 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads",
         type=_count_of_heads,
-        default=1,
+        default=argparse.SUPPRESS,
         metavar="K",
-        help='how many heads, or "all" for the whole layer with its output projection (default: 1)',
+        help='how many heads; "all", or as many as there are, is the whole layer with its output projection '
+        "(default: 1; all with --scheme ckks)",
     )
     parser.add_argument("--n-bits", type=int, default=4, metavar="B", help="bits, 2 to 8 (default: 4)")
     parser.add_argument(
@@ -124,12 +125,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the figures."""
     if options.weights is None and (options.block is not None or options.wpe is not None):
         raise UsageError("--block and --wpe belong to --weights")
-    if options.scheme == "ckks" and options.heads is not None:
-        raise UsageError("--scheme ckks encrypts the whole layer: --heads all")
     geometry = GEOMETRIES[options.geometry]
-    heads = None if options.heads is None else list(range(options.heads))
-    if heads is not None and len(heads) > geometry.n_heads:
-        raise CommandError(f"{options.geometry} has {geometry.n_heads} heads, not {len(heads)}")
+    heads = _heads(options, geometry)
     rng = np.random.default_rng(options.seed)
     layer = (
         _random_layer(geometry, rng)
@@ -346,6 +343,18 @@ def _read_tensors(
         if shape is not None and tensors[name].shape != shape:
             raise CommandError(f"{path}: {name} has the shape {tensors[name].shape}, not {shape}")
     return tensors
+
+
+def _heads(options: argparse.Namespace, geometry: Geometry) -> list[int] | None:
+    """Return the heads to encrypt, or None for the whole layer."""
+    count = getattr(options, "heads", None if options.scheme == "ckks" else 1)
+    if count is None or count == geometry.n_heads:
+        return None
+    if count > geometry.n_heads:
+        raise CommandError(f"{options.geometry} has {geometry.n_heads} heads, not {count}")
+    if options.scheme == "ckks":
+        raise UsageError("--scheme ckks encrypts the whole layer: --heads all")
+    return list(range(count))
 
 
 def _count_of_heads(text: str) -> int | None:
