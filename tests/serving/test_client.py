@@ -153,8 +153,6 @@ def test_over_tls_with_a_token(tmp_path):
         with session(url, token=TOKEN, verify=str(tmp_path / "ca.pem")) as connection:
             data = os.urandom(3_000_000)
             assert connection.evaluate("echo", 0, 1, [data], upper) == [data[::-1], b"ROUND 0"]
-        with connected(url, token=TOKEN, verify=False) as connection:
-            assert connection.describe()["name"] == "echo"
         with pytest.raises(ConnectionFailed, match=r"not trusted.*authority"):
             connected(url, token=TOKEN).describe()
         with pytest.raises(ConnectionFailed, match=r"disconnected|reset|cannot be reached|HTTP"):
@@ -592,12 +590,30 @@ def test_a_wrong_token(tmp_path, token):
 
 
 @pytest.mark.parametrize("host", ["example.org", "192.0.2.1", "[2001:db8::1]", "localhost.example.org"])
-def test_no_token_in_the_clear_to_another_machine(host):
-    with pytest.raises(InsecureConnection, match=r"plain HTTP.*https") as caught:
-        Connection(f"http://{host}:8470", token=TOKEN)
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_no_plain_http_to_another_machine(host, token):
+    with pytest.raises(InsecureConnection, match=r"https://.*--ca.*--insecure-plain-http") as caught:
+        Connection(f"http://{host}:8470", token=token)
     assert TOKEN not in str(caught.value)
-    Connection(f"http://{host}:8470").close()
-    Connection(f"https://{host}:8470", token=TOKEN).close()
+    Connection(f"http://{host}:8470", token=token, insecure_plain_http=True).close()
+    Connection(f"https://{host}:8470", token=token).close()
+
+
+@pytest.mark.parametrize("url", ["https://example.org", "https://localhost", "http://localhost"])
+def test_no_token_to_who_is_not_verified(url):
+    with pytest.raises(InsecureConnection, match=r"verify=FILE") as caught:
+        Connection(url, token=TOKEN, verify=False)
+    assert TOKEN not in str(caught.value)
+    Connection(url, verify=False).close()
+
+
+def test_an_unverified_server_without_a_token(tmp_path):
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    tls = {"certfile": tmp_path / "cert.pem", "keyfile": tmp_path / "key.pem"}
+    with echo_server(tmp_path, **tls) as url, connected(url, verify=False) as connection:
+        assert connection.describe()["name"] == "echo"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "[::1]"])

@@ -845,12 +845,20 @@ def command(*arguments: str) -> list[str]:
         (["--host", "::"], "--allow-remote"),
         (["--host", ""], "--allow-remote"),
         (["--host", "0.0.0.0", "--allow-remote"], "--api-key"),
+        (["--host", "0.0.0.0", "--allow-remote", "--api-key", "x"], "--insecure-listen-plain-http"),
+        (["--host", "0.0.0.0", "--allow-remote", "--api-key", "x", "--certfile", "y"], "belong together"),
     ],
 )
 def test_other_machines_are_let_in_on_purpose_only(capsys, monkeypatch, arguments, words):
     monkeypatch.delenv("CIPHERLM_PROXY_API_KEY", raising=False)
     assert main(command(*arguments)) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["proxy"], ["generate", "x"], ["keygen"]])
+def test_no_plain_http_to_a_server_on_another_machine(capsys, verb):
+    assert main([*verb, "--server", "http://192.0.2.1:1"]) == 1
+    assert "--insecure-plain-http" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken():

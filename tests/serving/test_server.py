@@ -86,7 +86,7 @@ def raw(harness, data):
 
 
 HANDSHAKE = (
-    b"GET /v1/session HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET /v1/session HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 
@@ -96,8 +96,8 @@ HANDSHAKE = (
     [
         b"",
         b"GET /v1/hea",
-        b"GET /v1/health HTTP/1.1\r\nHost: x\r\n",
-        b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1",
+        b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n",
+        b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1",
         HANDSHAKE[:-2],
         # This one does not answer the server's close either, which takes the server ten seconds.
         pytest.param(HANDSHAKE + b"\x82\xfe\x01\x00", marks=pytest.mark.slow),
@@ -118,7 +118,7 @@ def test_who_sends_nothing_holds_no_place(start):
         with harness.http() as http:
             http.post("/v1/keys", json={"kind": "public", "size": 100, "sha256": sha256(content)})
         head = (
-            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
             f"Upload-Offset: 0\r\nUpload-Checksum: sha256 {sha256(content)}\r\n\r\n"
         )
         with raw(harness, head.encode() + b"x" * 10) as socket:
@@ -133,12 +133,12 @@ def test_a_body_that_never_comes(start):
         with harness.http() as http:
             http.post("/v1/keys", json={"kind": "public", "size": 100, "sha256": sha256(content)})
         head = (
-            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
             f"Upload-Offset: 0\r\nUpload-Checksum: sha256 {sha256(content)}\r\n\r\n"
         )
         for data in (
             head.encode() + b"x" * 10,
-            b"POST /v1/keys HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+            b"POST /v1/keys HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
         ):
             with raw(harness, data) as socket:
                 assert socket.recv(1000).startswith(b"HTTP/1.1 408")
@@ -209,11 +209,47 @@ def test_where_a_server_may_listen(start):
         with pytest.raises(ValueError, match="certificate"):
             create_server(service, certfile=Path("cert.pem"))
     with start(tokens=[("a", "token")]) as harness:
-        create_server(harness.service, "0.0.0.0")
+        with pytest.raises(ValueError, match=r"TLS.*insecure_plain_http"):
+            create_server(harness.service, "0.0.0.0")
+        create_server(harness.service, "0.0.0.0", insecure_plain_http=True)
+        create_server(harness.service, "0.0.0.0", certfile=Path("cert.pem"), keyfile=Path("key.pem"))
     assert is_loopback("127.0.0.1")
     assert is_loopback("::1")
     assert is_loopback("localhost")
     assert not is_loopback("127.0.0.1.example.org")
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("localhost", True),
+        ("127.0.0.1:8470", True),
+        ("[::1]:8470", True),
+        ("evil.example", False),
+        ("evil.example:8470", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+def test_no_rebound_name_reaches_a_server_without_tokens(harness, host, allowed):
+    for path in ("/v1/health", "/v1/model", "/metrics"):
+        response = httpx.get(harness.url + path, headers={"Host": host})
+        assert response.status_code == (200 if allowed else 403)
+        assert allowed or response.json()["error"]["code"] == "unauthorized"
+    address = harness.url.removeprefix("http://")
+    with sockets.create_connection(address.split(":")) as raw:
+        handshake = (
+            f"GET /v1/session HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        raw.sendall(handshake.encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 101" if allowed else b"HTTP/1.1 403")
+
+
+def test_a_server_with_tokens_may_have_any_name(start):
+    with start(tokens=[("a", "token")]) as harness, harness.http("token") as http:
+        assert http.get("/v1/model", headers={"Host": "models.example"}).status_code == 200
+        assert httpx.get(harness.url + "/v1/model", headers={"Host": "models.example"}).status_code == 401
 
 
 def test_tokens(tmp_path):
@@ -419,6 +455,8 @@ def test_the_verb(tmp_path):
     ("arguments", "code", "words"),
     [
         (["--host", "0.0.0.0"], 2, "needs a token"),
+        (["--host", "0.0.0.0", "--insecure-plain-http"], 2, "needs a token"),
+        (["--host", "0.0.0.0", "--token", "a"], 2, "--certfile and --keyfile, or add --insecure-plain-http"),
         (["--certfile", "cert.pem"], 2, "belong together"),
         (["--certfile", "no", "--keyfile", "no"], 1, "no such file"),
         (["--token", "a", "--token-file", "b"], 2, "not allowed with"),

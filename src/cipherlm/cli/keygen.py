@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import add_json_option, human_bytes, print_pairs, quiet_libraries, write_json
 from cipherlm.cli.passphrase import add_passphrase_options, read_passphrase
+from cipherlm.cli.server_options import add_transport_options
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--delete", metavar="NAME", help="delete keys: what they encrypted is lost then")
     parser.add_argument("--name", metavar="NAME", help=f"name for the keys (default: {DEFAULT_NAME})")
     parser.add_argument("--token", metavar="TOKEN", help="the server's token")
-    parser.add_argument("--ca", metavar="FILE", help="certificates to trust the server by, in PEM format")
+    add_transport_options(parser)
     add_passphrase_options(parser)
     add_json_option(parser)
 
@@ -69,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
     for option, value in given.items():
         if value is not None and not making:
             raise UsageError(f"{option} goes with --bundle or --server")
-    if options.server is None and (options.token is not None or options.ca is not None):
-        raise UsageError("--token and --ca go with --server")
+    if options.server is None and (options.token is not None or options.ca or options.insecure_plain_http):
+        raise UsageError("--token, --ca and --insecure-plain-http go with --server")
     if options.list:
         _list(as_json=options.json)
     elif options.delete is not None:
@@ -112,7 +113,12 @@ def _served(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.serving.client import Connection
 
     token = options.token or os.environ.get("CIPHERLM_TOKEN") or None
-    with Connection(options.server, token=token, verify=options.ca or True) as connection:
+    with Connection(
+        options.server,
+        token=token,
+        verify=options.ca or True,
+        insecure_plain_http=options.insecure_plain_http,
+    ) as connection:
         return connection.describe()
 
 

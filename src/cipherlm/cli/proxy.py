@@ -11,11 +11,12 @@ import signal
 import socket
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer, quiet_libraries
-from cipherlm.cli.listening import listen, port_argument
+from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
 from cipherlm.cli.server_options import add_server_options
 from cipherlm.cli.server_options import connect as open_remote
 from cipherlm.progress import TerminalProgress
@@ -60,7 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-remote",
         action="store_true",
-        help="let other machines in, whose prompts then cross the network in the clear; needs --api-key",
+        help="let other machines in, with TLS and an API key; their prompts are in the clear here",
+    )
+    add_tls_options(parser)
+    parser.add_argument(
+        "--insecure-listen-plain-http",
+        action="store_true",
+        help="let other machines in without TLS: whoever is on the way reads prompts, replies and the key",
     )
     parser.add_argument(
         "--waiting",
@@ -89,11 +96,12 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.allow_remote and api_key is None:
         raise UsageError("--allow-remote lets other machines use your keys: it needs --api-key")
+    certfile, keyfile = tls_files(options, "--insecure-listen-plain-http")
     # Before the model is loaded and keys are sent, which takes a while.
     with closing(listen(options.host, options.port)) as listener, quiet_libraries():
         model, tokenizer, name = connect(options)
         try:
-            serve(options, listener, model, tokenizer, name=name, api_key=api_key)
+            serve(options, listener, model, tokenizer, name=name, api_key=api_key, tls=(certfile, keyfile))
         finally:
             model.close()
 
@@ -112,15 +120,17 @@ def serve(
     *,
     name: str,
     api_key: str | None,
+    tls: tuple[Path | None, Path | None] = (None, None),
 ) -> None:
     """Serve on a listening socket until SIGINT or SIGTERM."""
     import uvicorn
 
+    from cipherlm.serving.hosts import LOOPBACK_HOSTS, in_url
     from cipherlm.serving.logs import log_to
-    from cipherlm.serving.proxy import LOOPBACK_HOSTS, create_proxy
+    from cipherlm.serving.proxy import create_proxy
 
     log_to()
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    host = in_url(options.host)
     app = create_proxy(
         model,
         tokenizer,
@@ -132,11 +142,18 @@ def serve(
         default_max_tokens=options.max_tokens,
         context_length=model.context_length,
     )
-    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    certfile, keyfile = tls
+    url = f"http{'s' if certfile else ''}://{host}:{listener.getsockname()[1]}/v1"
     print(f"{name} is served at {url}; stop with Ctrl-C", file=sys.stderr)
     print(f"export OPENAI_BASE_URL={url}", flush=True)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=STOP_SECONDS
+        app,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
     # uvicorn ends gracefully and then sends itself the signal again: this lets the model be closed.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -1,8 +1,7 @@
 """Evaluate a model on ciphertexts, for clients that keep their text and their secret keys.
 
 The server has the model's weights and its clients' evaluation keys. It listens on the loopback, where it
-needs no token; anywhere else it needs one, and TLS or a proxy that does TLS. What it does is on stderr, as
-JSON.
+needs no token; anywhere else it needs one, and TLS. What it does is on stderr, as JSON.
 """
 
 import argparse
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cipherlm.cli import CommandError, UsageError
-from cipherlm.cli.common import existing_file, positive_integer
-from cipherlm.cli.listening import listen, port_argument
+from cipherlm.cli.common import positive_integer
+from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
 
 if TYPE_CHECKING:
     from cipherlm.serving.auth import Tokens
@@ -29,7 +28,6 @@ EXAMPLES = """\
 examples:
   cipherlm serve gpt2-bundle
   cipherlm serve gpt2-bundle --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
-  CIPHERLM_TOKEN="$(openssl rand -hex 32)" cipherlm serve gpt2-bundle --host 10.0.0.5
   cipherlm serve /shared/gpt2-bundle --ray 10.0.0.5:6379
 
 a file of tokens has one a line, each with the name of its owner; owners do not see each other's keys:
@@ -60,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens = access.add_mutually_exclusive_group()
     tokens.add_argument("--token", help="what clients must have; other users of this machine can see it here")
     tokens.add_argument("--token-file", metavar="FILE", help="tokens, one a line, each with its owner's name")
-    access.add_argument("--certfile", metavar="FILE", help="certificate chain for TLS, as PEM")
-    access.add_argument("--keyfile", metavar="FILE", help="the certificate's key, as PEM")
+    add_tls_options(access)
+    access.add_argument(
+        "--insecure-plain-http",
+        action="store_true",
+        help="let other machines in without TLS: whoever is on the way can read tokens and be the server",
+    )
 
     limits = parser.add_argument_group("limits")
     for option, default, text in (
@@ -125,11 +127,8 @@ def size_argument(text: str) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT."""
-    if (options.certfile is None) != (options.keyfile is None):
-        raise UsageError("--certfile and --keyfile belong together")
     if options.ray_workers is not None and options.ray is None:
         raise UsageError("--ray-workers needs --ray")
-    certfile, keyfile = existing_file(options.certfile), existing_file(options.keyfile)
     try:
         from cipherlm.serving.auth import is_loopback
         from cipherlm.serving.keys import KeyStore
@@ -144,8 +143,7 @@ def run(options: argparse.Namespace) -> None:
             f"{options.host} can be reached from other machines, and a server there needs a token: "
             "--token-file, or CIPHERLM_TOKEN"
         )
-    if not certfile and not is_loopback(options.host):
-        print("cipherlm: without --certfile, tokens cross the network in the clear", file=sys.stderr)
+    certfile, keyfile = tls_files(options, "--insecure-plain-http")
 
     # Before the model is loaded, which takes a while.
     with closing(listen(options.host, options.port)) as listener, ExitStack() as stack:
@@ -163,7 +161,14 @@ def run(options: argparse.Namespace) -> None:
             owners=tokens.owners,
         )
         service = Service(model, keys, tokens, limits)
-        server = create_server(service, options.host, options.port, certfile=certfile, keyfile=keyfile)
+        server = create_server(
+            service,
+            options.host,
+            options.port,
+            certfile=certfile,
+            keyfile=keyfile,
+            insecure_plain_http=options.insecure_plain_http,
+        )
         # uvicorn ends gracefully and then sends itself the signal again.
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:

@@ -30,13 +30,23 @@ def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> No
     group.add_argument(
         "--token", metavar="TOKEN", help="the server's token (default: CIPHERLM_TOKEN in the environment)"
     )
-    group.add_argument("--ca", metavar="FILE", help="certificates to trust the server by, in PEM format")
+    add_transport_options(group)
     add_passphrase_options(group)
+
+
+def add_transport_options(group: argparse._ActionsContainer) -> None:
+    """Add what says which server is trusted."""
+    group.add_argument("--ca", metavar="FILE", help="certificates to trust the server by, in PEM format")
+    group.add_argument(
+        "--insecure-plain-http",
+        action="store_true",
+        help="allow http:// to another machine: whoever is on the way can read the token and be the server",
+    )
 
 
 def server_options_given(options: argparse.Namespace) -> list[str]:
     """Return the options that only make sense with ``--server``."""
-    names = ("bundle", "keys", "token", "ca", "passphrase_file", "ask_passphrase")
+    names = ("bundle", "keys", "token", "ca", "insecure_plain_http", "passphrase_file", "ask_passphrase")
     return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
 
 
@@ -51,5 +61,6 @@ def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
         token=options.token or os.environ.get("CIPHERLM_TOKEN") or None,
         passphrase=lambda: read_passphrase(options),
         verify=options.ca or True,
+        insecure_plain_http=options.insecure_plain_http,
         progress=progress,
     )

@@ -5,17 +5,19 @@ import json
 import re
 import time
 from asyncio import TimeoutError, to_thread, wait_for
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cipherlm import __version__
 from cipherlm.serving import protocol
 from cipherlm.serving.failures import Failure
+from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed, in_url
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.service import Service
 from cipherlm.serving.sessions import Session
@@ -43,8 +45,8 @@ _Receive = Callable[[], Awaitable[_Scope]]
 _Send = Callable[[_Scope], Awaitable[None]]
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the ASGI application that serves a model."""
+def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
+    """Return the ASGI application that serves a model on an address of this machine."""
     app = FastAPI(title="CipherLM", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     def owner_of(request: Request) -> str:
@@ -126,16 +128,24 @@ def create_app(service: Service) -> FastAPI:
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return _answer(Failure(protocol.BAD_REQUEST, "the body was cut off", retry=True))
 
-    app.add_middleware(_Watch, service=service)
+    # Where there are tokens, a web page has none, and a server's names are not known.
+    allowed_hosts = None if service.tokens else {*LOOPBACK_HOSTS, in_url(host)}
+    app.add_middleware(_Watch, service=service, allowed_hosts=allowed_hosts)
     return app
 
 
 class _Watch:
     """Counts requests, keeps browsers out, and answers in our own form when something breaks."""
 
-    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]], service: Service) -> None:
+    def __init__(
+        self,
+        app: Callable[[_Scope, _Receive, _Send], Awaitable[None]],
+        service: Service,
+        allowed_hosts: Collection[str] | None,
+    ) -> None:
         self._app = app
         self._service = service
+        self._allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
@@ -151,8 +161,7 @@ class _Watch:
             status = message.get("status", status)
             await send(message)
 
-        # No client is a web page. One that a user of an open server visits must not reach that server.
-        app = _refuse_browser if any(name == b"origin" for name, _ in scope["headers"]) else self._app
+        app = _refuse_browser if self._is_web_page(Headers(scope=scope)) else self._app
         try:
             await app(scope, receive, watch)
         except Exception as error:
@@ -168,9 +177,21 @@ class _Watch:
                 seconds = round(time.monotonic() - began, 3)
                 log("request refused", method=method, route=route, status=status, seconds=seconds)
 
+    def _is_web_page(self, headers: Headers) -> bool:
+        """No client is a web page. One that a user of an open server visits must not reach that server."""
+        if self._allowed_hosts is not None and not host_allowed(headers.getlist("host"), self._allowed_hosts):
+            return True
+        return "origin" in headers
+
 
 async def _refuse_browser(scope: _Scope, receive: _Receive, send: _Send) -> None:
-    answer = _answer(Failure(protocol.UNAUTHORIZED, "no web page is a client"), 403)
+    answer = _answer(
+        Failure(
+            protocol.UNAUTHORIZED,
+            "no web page is a client, and without tokens this server answers to localhost only",
+        ),
+        403,
+    )
     if scope["type"] == "http":
         await answer(scope, receive, send)
     else:

@@ -81,8 +81,10 @@ _Answer = protocol.Opened | protocol.Queued | protocol.Progress | protocol.Refre
 class Connection:
     """A connection to one server with one client's keys, used by one thread at a time.
 
-    - ``url``: such as ``https://example.org:8470``. ``token`` is not sent over plain HTTP to another machine.
-    - ``verify``: True, a file or directory of certificates to trust, or False to trust any certificate.
+    - ``url``: such as ``https://example.org:8470``. Plain HTTP to another machine is refused, with or without
+      a token, unless ``insecure_plain_http``: whoever is on the way could be the server.
+    - ``verify``: True, a file or directory of certificates to trust, or False to trust any certificate, which
+      does not go with a ``token``.
     - ``model``: the model's fingerprint that is expected; any model if it is None.
     - ``timeout``: seconds for a short answer. ``evaluation_timeout``: seconds without a word from the server
       while it reads keys or evaluates. ``patience``: seconds to try again after failures that may pass.
@@ -98,13 +100,14 @@ class Connection:
         *,
         token: str | None = None,
         verify: str | os.PathLike[str] | bool = True,
+        insecure_plain_http: bool = False,
         model: str | None = None,
         timeout: float = 60.0,
         evaluation_timeout: float = 1800.0,
         patience: float = 60.0,
         progress: Progress = silent,
     ) -> None:
-        self._address = Address(url, token, verify)
+        self._address = Address(url, token, verify, insecure_plain_http=insecure_plain_http)
         self._expected = model
         self._timeout = timeout
         self._evaluation_timeout = evaluation_timeout

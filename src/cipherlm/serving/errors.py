@@ -13,7 +13,10 @@ class ConnectionFailed(RemoteError):  # noqa: N818 - says what happened
 
 
 class InsecureConnection(ConnectionFailed):
-    """A token would cross a network in the clear; nothing was sent."""
+    """The server would be another machine without TLS, or an unverified one given a token.
+
+    Nothing was sent.
+    """
 
 
 class TimedOut(ConnectionFailed):

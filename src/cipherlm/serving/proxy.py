@@ -7,7 +7,6 @@ loopback as their host, which stops DNS rebinding, and carry no foreign origin.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.completion import Busy, Job, Piece, Prompt, Settings, Worker, complete
 from cipherlm.serving.errors import ConnectionFailed, RemoteError, ServerError, SessionLost
+from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.openai_format import (
     COMPLETION_TOKENS,
@@ -42,15 +42,11 @@ from cipherlm.serving.openai_format import (
     server_sent_event,
 )
 
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-
 MAX_BODY_BYTES = 4 << 20
 KEEP_ALIVE_SECONDS = 15.0
 """How long a stream is silent before a comment tells the program that its request is alive."""
 
 CLIENT_GONE = 499  # nginx's status for a request whose client has left; nobody reads it
-
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d+)?")
 
 
 def create_proxy(
@@ -453,13 +449,9 @@ class _Guard:
 
     def _check(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
+        if self._allowed_hosts is not None and not host_allowed(hosts, self._allowed_hosts):
+            raise ApiError(403, "This endpoint does not answer to this host name.", code="host_not_allowed")
         host = hosts[0].lower() if len(hosts) == 1 else ""
-        if self._allowed_hosts is not None:
-            name = _HOST.fullmatch(host)
-            if name is None or name[1] not in self._allowed_hosts:
-                raise ApiError(
-                    403, "This endpoint does not answer to this host name.", code="host_not_allowed"
-                )
         # Browsers name the origin of what a page sends; only pages of this endpoint would be its own.
         for origin in headers.getlist("origin"):
             if origin.lower() not in (f"http://{host}", f"https://{host}"):

@@ -76,6 +76,7 @@ class RemoteModel:
         token: str | None = None,
         passphrase: Callable[[], str | None] | str | None = None,
         verify: str | os.PathLike[str] | bool = True,
+        insecure_plain_http: bool = False,
         progress: Progress = silent,
     ) -> RemoteModel:
         """Connect to ``cipherlm serve`` with the client's bundle of the model, and upload keys if need be.
@@ -83,7 +84,8 @@ class RemoteModel:
         ``keys`` names a key set on this machine; without a name, it is one that fits the model. Where there
         is none it is made, under the model's name, and remembers the bundle, which can be left out later.
         ``passphrase``, or what returns it, is asked for only if the keys have one; new keys get it.
-        ``verify`` is True, a file of certificates to trust, or False.
+        ``verify`` is True, a file of certificates to trust, or False, which does not go with a ``token``.
+        A server on another machine needs ``https://``, unless ``insecure_plain_http``.
 
         Raises ``BundleError``, ``KeyStoreError``, ``PassphraseError``, and for the server's side
         :class:`~cipherlm.serving.errors.RemoteError`; ``WrongModel`` if it hosts another model.
@@ -93,6 +95,7 @@ class RemoteModel:
             url,
             token=token,
             verify=verify,
+            insecure_plain_http=insecure_plain_http,
             model=None if expected is None else str(expected["fingerprint"]),
             progress=progress,
         )

@@ -62,15 +62,22 @@ def create_server(
     *,
     certfile: Path | None = None,
     keyfile: Path | None = None,
+    insecure_plain_http: bool = False,
 ) -> Server:
     """Return a server that ``run()`` starts.
 
-    Raises :class:`ValueError` where others could reach it without a token, and for half a certificate.
+    Raises :class:`ValueError` where others could reach it without a token, or without TLS unless
+    ``insecure_plain_http``, and for half a certificate.
     """
     if not service.tokens and not is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: a server there needs a token")
     if (certfile is None) != (keyfile is None):
         raise ValueError("TLS needs a certificate and its key")
+    if certfile is None and not insecure_plain_http and not is_loopback(host):
+        raise ValueError(
+            f"{host} can be reached from other machines, and anybody on the way could answer in its name: "
+            "give certfile and keyfile for TLS, or insecure_plain_http=True"
+        )
     limits = service.limits
 
     class Protocol(_ImpatientProtocol):
@@ -78,7 +85,7 @@ def create_server(
         head_seconds = limits.head_seconds
 
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, host),
         host=host,
         port=port,
         http=Protocol,

@@ -26,14 +26,21 @@ UNAUTHORIZED = "the server wants a token, or another one: give it with --token o
 
 
 class Address:
-    """A server's address, checked: ``https://host[:port][/path]``, or ``http://`` without a token elsewhere.
+    """A server's address, checked: ``https://host[:port][/path]``, or ``http://`` on this machine.
 
     ``verify`` is True for the certificates that this machine trusts, a file or directory of others, or False
     to trust anybody. Raises :class:`ValueError` for what is no address, and :class:`InsecureConnection` for
-    a token over plain HTTP to another machine.
+    another machine over plain HTTP, unless ``insecure_plain_http``, and for a token without ``verify``.
     """
 
-    def __init__(self, url: str, token: str | None = None, verify: str | os.PathLike[str] | bool = True):
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        verify: str | os.PathLike[str] | bool = True,
+        *,
+        insecure_plain_http: bool = False,
+    ) -> None:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -47,9 +54,16 @@ class Address:
             raise ValueError("a token is printable ASCII without spaces")
         self.loopback = is_loopback(host)
         self.secure = parts.scheme == "https"
-        if token is not None and not self.secure and not self.loopback:
+        if not self.secure and not self.loopback and not insecure_plain_http:
             raise InsecureConnection(
-                f"{host} would get the token over plain HTTP, for everybody on the way to read: use https://"
+                f"{host} is another machine, and over plain HTTP anybody on the way can answer in its name: "
+                "use https://, with --ca FILE (verify=FILE) for an authority of your own; or add "
+                "--insecure-plain-http (insecure_plain_http=True)"
+            )
+        if token is not None and verify is False:
+            raise InsecureConnection(
+                "verify=False would give the token to whoever answers: name the certificates to trust, "
+                "verify=FILE (--ca FILE), or leave the token out"
             )
         name = f"[{host}]" if ":" in host else host
         self._place = f"{name}:{port}" if port is not None else name
