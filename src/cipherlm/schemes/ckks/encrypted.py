@@ -36,8 +36,15 @@ A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C", bound="CiphertextTensor")
 
-SCALE_STEPS = 16
-"""How large an integer, at least, a ciphertext is multiplied by to give it a scale: right to 1 in 32."""
+PLAIN_SHIFT, MAPPING_SHIFT = 8, 16
+"""The bits by which a refresh divides: one number where scales stay near the default one, another before
+polynomials, whose intervals scales may map. They are fixed, so that a request tells nothing of ranges.
+
+A ciphertext is given its scale by a product with an integer, 2^shift times the ratio of the scales.
+"""
+
+LEAST_FACTOR = 2
+"""The least of them. Below 8 it may miss a scale by so much that a polynomial takes one more level."""
 
 
 class Encodings:
@@ -123,18 +130,20 @@ class Arithmetic:
         return self.parameters.scale * 2 / (high - low)
 
     def refresh(
-        self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float], level: int
+        self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float], level: int, shift: int = PLAIN_SHIFT
     ) -> list[Ciphertext]:
         """Return real ciphertexts at a level and near the given scales.
 
-        Two travel as real and imaginary part of one.
+        Two travel as real and imaginary part of one. Raises ``ValueError`` for a scale that is too far below
+        that of its ciphertext.
         """
         evaluator = self.evaluator
         # A pair is split into twice its real and twice its imaginary part.
         copies = [1 if i == len(ciphertexts) - 1 and i % 2 == 0 else 2 for i in range(len(ciphertexts))]
         wanted = [scale / copy / c.scale for c, scale, copy in zip(ciphertexts, scales, copies, strict=True)]
-        shift = max(0, math.ceil(math.log2(SCALE_STEPS / min(wanted))))
         factors = [round(2**shift * ratio) for ratio in wanted]
+        if min(factors) < LEAST_FACTOR:
+            raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
         # Declared scales do not matter on the way, but they must be equal to be added.
         common = self.parameters.scale * 2**shift
         scaled = [
@@ -156,9 +165,8 @@ class Arithmetic:
 
     def refresh_complex(self, ciphertext: Ciphertext, level: int) -> Ciphertext:
         """Return a ciphertext of complex numbers at a level, with its scale."""
-        factor = self.evaluator.multiply(self.evaluator.drop_level(ciphertext, MASK_LEVEL), SCALE_STEPS)
-        shift = round(math.log2(SCALE_STEPS))
-        (fresh,) = self._exchange([factor], level, shift)
+        factor = self.evaluator.multiply(self.evaluator.drop_level(ciphertext, MASK_LEVEL), 2**PLAIN_SHIFT)
+        (fresh,) = self._exchange([factor], level, PLAIN_SHIFT)
         return self.evaluator.set_scale(fresh, ciphertext.scale)
 
     def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
@@ -259,7 +267,7 @@ class CiphertextTensor(Tensor):
         if self.level - MASK_LEVEL < depth(before) + 3:
             # A refresh can bring a copy in that scale for nothing.
             copy = self._with(self.parts)
-            self._refresh([self, copy], [self.arithmetic.parameters.scale, lower])
+            self._refresh([self, copy], [self.arithmetic.parameters.scale, lower], shift=MAPPING_SHIFT)
             scaled = list(copy.parts)
         else:
             scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
@@ -280,16 +288,22 @@ class CiphertextTensor(Tensor):
         scales = [parameters.scale] * len(tensors)
         if before:
             scales[-1] = self.arithmetic.scale_before(before)
-        self._refresh(tensors, scales, MASK_LEVEL + levels if last else None)
+        shift = MAPPING_SHIFT if before else PLAIN_SHIFT
+        self._refresh(tensors, scales, MASK_LEVEL + levels if last else None, shift=shift)
 
     def _refresh(
-        self, tensors: Sequence[CiphertextTensor], scales: Sequence[float], level: int | None = None
+        self,
+        tensors: Sequence[CiphertextTensor],
+        scales: Sequence[float],
+        level: int | None = None,
+        *,
+        shift: int,
     ) -> None:
         """Refresh tensors together, in place, to a level (the highest, if None) and near these scales."""
         parts = [part for tensor in tensors for part in tensor.parts]
         wanted = [scale for tensor, scale in zip(tensors, scales, strict=True) for _ in tensor.parts]
         top = self.arithmetic.parameters.max_level if level is None else level
-        fresh = iter(self.arithmetic.refresh(parts, wanted, top))
+        fresh = iter(self.arithmetic.refresh(parts, wanted, top, shift))
         for tensor in tensors:
             tensor.parts = tuple(next(fresh) for _ in tensor.parts)
 
