@@ -1,0 +1,115 @@
+"""What only who has the secret key can see: that encryptions have the errors that hide what is in them.
+
+Wrong errors, seeds and secrets decrypt as well as right ones, or better. So these tests open what the engine
+encrypts, with arithmetic of their own, and look at what is left.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+
+from cipherlm.engine import Parameters, Plaintext, SecretKey
+from cipherlm.engine.parameters import PRESETS
+
+from .distributions import (
+    assert_fresh,
+    assert_gaussian,
+    assert_ternary,
+    assert_uniform,
+    assert_unrelated,
+)
+from .reference import Expansion, Opener, PrimeRing, blake2b
+
+# Every preset there is, a new one by itself. Big rings are slow, and their errors come from the same code.
+CLIENTS = [pytest.param(name, marks=pytest.mark.slow if name in (15, 16) else ()) for name in PRESETS]
+COUNT = 12  # polynomials for one test of their distribution
+
+
+class Client:
+    """A client whose encryptions are opened."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.secret_key = SecretKey.generate(parameters)
+        self.opener = Opener(self.secret_key)
+        self.random = np.random.default_rng(1)
+
+    def message(self, level: int) -> Plaintext:
+        return Plaintext.encode(self.parameters, self.random.normal(size=self.parameters.slots), level)
+
+    @cached_property
+    def fresh(self) -> tuple[list[bytes], np.ndarray]:
+        """Seeds and errors (count, N) of fresh encryptions, at every level in turn."""
+        seeds, errors = [], []
+        for i in range(COUNT):
+            level = min(i // 2, self.parameters.max_level)
+            plaintext = self.message(level)
+            ciphertext = self.secret_key.encrypt(plaintext)
+            seed, error = self.opener.fresh(ciphertext.to_bytes(), plaintext.to_bytes())
+            seeds.append(seed)
+            errors.append(error)
+        return seeds, np.stack(errors)
+
+
+@pytest.fixture(scope="module", params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> Client:
+    return Client(Parameters.preset(request.param))
+
+
+# The arithmetic of these tests.
+
+
+def test_blake2b_as_published():
+    """The digest of "abc" from appendix A of RFC 7693: one of 64 bytes, without a key, tree of one node."""
+    parameters = np.zeros((8, 1), np.uint64)
+    parameters[0] = 64 | 1 << 16 | 1 << 24
+    digest = blake2b(parameters, b"abc").T.astype("<u8").tobytes()
+    assert digest.hex().startswith("ba80a53f981c4d0d6a2797b69f12f6e94c212f14685ac4b74b12bb6fdbffa2d1")
+
+
+def test_the_transform_is_a_ring_isomorphism():
+    """Products of values are products of polynomials, by the schoolbook and modulo X^N + 1."""
+    ring = PrimeRing(64, Parameters.preset(12).q[0])
+    a, b = np.random.default_rng(0).integers(0, ring.prime, (2, ring.degree))
+    product = np.zeros(ring.degree, object)
+    for i, x in enumerate(a.tolist()):
+        for j, y in enumerate(b.tolist()):
+            sign = 1 if i + j < ring.degree else -1
+            product[(i + j) % ring.degree] += sign * x * y
+    assert (ring.intt(ring.ntt(a)) == a).all()
+    assert (ring.intt(ring.multiply(ring.ntt(a), ring.ntt(b))) == product % ring.prime).all()
+
+
+# Secret keys.
+
+
+def test_secrets_are_ternary(client: Client):
+    secrets = [client.opener.secret]
+    secrets += [Opener(SecretKey.generate(client.parameters)).secret for _ in range(3)]
+    assert_ternary(np.stack(secrets))
+    assert_unrelated(np.stack(secrets))
+
+
+# Fresh encryptions under the secret key, whose second component is a seed.
+
+
+def test_fresh_errors_are_gaussian(client: Client):
+    assert_gaussian(client.fresh[1])
+
+
+def test_fresh_errors_are_independent(client: Client):
+    assert_unrelated(np.concatenate([client.fresh[1], client.opener.secret[None]]))
+
+
+def test_fresh_masks_are_uniform(client: Client):
+    ring = client.opener.q[0]
+    assert_uniform(np.stack([Expansion(seed).polynomial([ring])[0] for seed in client.fresh[0]]), ring.prime)
+
+
+def test_no_seed_serves_twice(client: Client):
+    plaintext = client.message(0)
+    headers = [client.secret_key.encrypt(plaintext).to_bytes()[92:124] for _ in range(80)]
+    assert_fresh(headers + client.fresh[0])
