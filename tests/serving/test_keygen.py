@@ -100,7 +100,10 @@ def test_keys_for_a_server(capsys, bundles, monkeypatch):
     monkeypatch.setattr(client, "Connection", Connection)
     monkeypatch.setenv("CIPHERLM_TOKEN", "sesame")
     keygen_json(capsys, "--server", "https://example.org:8470", "--ca", "ca.pem")
-    assert asked == [("https://example.org:8470", {"token": "sesame", "verify": "ca.pem", "insecure_plain_http": False}), "closed"]
+    assert asked == [
+        ("https://example.org:8470", {"token": "sesame", "verify": "ca.pem", "insecure_plain_http": False}),
+        "closed",
+    ]
     assert bundles.made == [DESCRIPTION]
 
 
