@@ -164,6 +164,18 @@ def test_other_architectures(copy, architecture):
         load_model(copy)
 
 
+def test_an_activation_that_transformers_lacks(copy):
+    edit_config(copy, activation_function="gelu_of_tomorrow")
+    with pytest.raises(ValueError, match="activation 'gelu_of_tomorrow', which transformers does not know"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "relu"])
+def test_another_activation(copy, name):
+    edit_config(copy, activation_function=name)
+    assert load_model(copy).config.activation_function == name
+
+
 def test_damaged_config(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -16,6 +16,7 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
+from transformers.activations import ACT2FN
 
 from cipherlm import (
     EncryptedGPT2LMHeadModel,
@@ -25,9 +26,11 @@ from cipherlm import (
     load_tokenizer,
 )
 from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_sentences
+from cipherlm.models.activations import ACTIVATIONS, activation
 from cipherlm.models.ckks import Simulated, TextLost
 from cipherlm.models.gpt2 import Ends, caches
 from cipherlm.models.remote import NotCalibratedError
+from cipherlm.schemes.ckks.functions import Activation
 from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
 
 ATTENTION, MLP, BLOCK = "transformer.h.0.attn", "transformer.h.0.mlp", "transformer.h.0"
@@ -483,14 +486,53 @@ def test_models_that_cannot_be(changes, settings, message):
     assert type(clear) is GPT2LMHeadModel
 
 
-def test_another_activation():
-    for target in ("all", [MLP]):
-        with pytest.raises(ValueError, match="gelu_new, not relu"):
-            encrypted(target, activation_function="relu").calibrate(ids())
+SMOOTH, KINKED = 2e-5, 5e-3  # errors, next to the largest logit
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        *((name, SMOOTH) for name in ("gelu", "gelu_pytorch_tanh", "mish", "quick_gelu", "silu", "tanh")),
+        *((name, KINKED) for name in ("relu", "leaky_relu")),
+    ],
+)
+def test_another_activation(name, tolerance):
+    clear = logits(new_model(activation_function=name), ids())
     assert near(
-        logits(calibrated(ATTENTION, activation_function="relu"), ids()),
-        logits(new_model(activation_function="relu"), ids()),
+        logits(calibrated("all", "simulate", activation_function=name), ids()),
+        clear,
+        tolerance * clear.abs().max(),
     )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_listed_activation_has_a_polynomial(name):
+    function = activation(name)
+    x = torch.linspace(-6, 5, 999, dtype=torch.float64)
+    expected = ACT2FN[name](x).numpy()
+    assert np.allclose(function(x.numpy()), expected, rtol=0, atol=1e-12)
+    curve = Activation.fit((-6.0, 5.0), function)
+    assert np.abs(curve(SimulatedTensor(x.numpy())).values - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_an_activation_that_has_no_polynomial():
+    """One with weights of its own: refused before anything changes, unless it stays in the clear."""
+    for target in ("all", [MLP]):
+        clear = new_model(activation_function="prelu")
+        with pytest.raises(ValueError, match=r"'prelu' cannot be .* these can: gelu, .*relu.*, tanh"):
+            get_encrypted_model(clear, config(target))
+        assert type(clear) is GPT2LMHeadModel
+    assert near(
+        logits(calibrated(ATTENTION, activation_function="prelu"), ids()),
+        logits(new_model(activation_function="prelu"), ids()),
+    )
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_another_activation_on_ciphertexts(name):
+    model = calibrated([MLP], "execute", activation_function=name)
+    clear = logits(new_model(activation_function=name), ids())
+    assert near(logits(model, ids()), clear, KINKED * clear.abs().max())
 
 
 def test_weights_in_another_form():

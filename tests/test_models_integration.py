@@ -162,6 +162,12 @@ def test_same_logits_as_the_clear_model(heads, mode):
     assert runs(model) == ([] if mode == "disable" else [mode] * 3)
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu", "silu", "prelu"])
+def test_any_activation_stays_in_the_clear(name):
+    model, clear = compiled(activation_function=name), new_model(activation_function=name)
+    assert torch.allclose(logits(model, ids(3)), logits(clear, ids(3)), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -56,7 +56,7 @@ def test_linear_layers(small, features):
 def random_block(width, heads):
     exact = ExactFunctions(1e-5)
     attention = Attention(heads, linear(width, 3 * width), linear(width, width).centred(), exact.softmax)
-    mlp = MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.gelu)
+    mlp = MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.activation)
     return Block(exact.ln_1, attention, exact.ln_2, mlp), exact
 
 

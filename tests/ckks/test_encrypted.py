@@ -110,7 +110,7 @@ def test_block(small):
         exact.ln_1,
         Attention(layout.heads, linear(width, 3 * width), linear(width, width).centred(), exact.softmax),
         exact.ln_2,
-        MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.gelu),
+        MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.activation),
     )
     hidden = RANDOM.normal(size=(layout.tokens - 1, width))
     hidden -= hidden.mean(-1, keepdims=True)

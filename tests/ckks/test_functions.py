@@ -1,4 +1,4 @@
-"""Softmax, layer normalisation and GELU from polynomials agree with the functions, on clear numbers."""
+"""Polynomials for softmax, layer normalisation and activations agree with the functions, on clear numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cipherlm.schemes.ckks.approximation import gelu_new
-from cipherlm.schemes.ckks.calibration import ExactFunctions, ExactGelu, ExactSoftmax
-from cipherlm.schemes.ckks.functions import Gelu, LayerNorm, Softmax
+from cipherlm.schemes.ckks.calibration import ExactActivation, ExactFunctions, ExactSoftmax
+from cipherlm.schemes.ckks.functions import Activation, LayerNorm, Softmax
 from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor, visible
 from cipherlm.schemes.ckks.tensor import Linear
 
@@ -82,14 +82,26 @@ def test_layer_norm(squares):
 
 def test_gelu_outside_its_range_goes_on_as_gelu():
     x = np.linspace(-12, 12, 1000)
-    assert np.abs(Gelu.fit((-8, 8))(SimulatedTensor(x)).values - gelu_new(x)).max() < 1e-3
+    assert np.abs(Activation.fit((-8, 8))(SimulatedTensor(x)).values - gelu_new(x)).max() < 1e-3
+
+
+def test_a_kink_takes_the_higher_degree_and_what_no_degree_serves_is_refused():
+    def relu(x):
+        return np.maximum(x, 0)
+
+    x = np.linspace(-8, 8, 1000)
+    curve = Activation.fit((-8, 8), relu)
+    assert (Activation.fit((-8, 8)).curve.degree, curve.curve.degree) == (63, 127)
+    assert np.abs(curve(SimulatedTensor(x)).values - relu(x)).max() < 0.02
+    with pytest.raises(ValueError, match="no polynomial of degree 127 on inputs from -80 to 80: error"):
+        Activation.fit((-80, 80), np.sign)
 
 
 def test_calibration():
     functions = ExactFunctions(1e-5)
     with pytest.raises(ValueError, match="not calibrated"):
         functions.fit(8)
-    gelu = ExactGelu()
+    gelu = ExactActivation()
     gelu(SimulatedTensor(np.array([-2.0, 4.0])))
     gelu(SimulatedTensor(np.array([-1.0, 3.0])))
     assert gelu.inputs.around_zero == (-2.5, 5.0)

@@ -62,11 +62,3 @@ def test_without_a_prefix(tiny):
     with torch.inference_mode():
         want = tiny.clear(torch.tensor([tiny.texts[0]])).logits[0].double().numpy()
     assert np.abs(tiny.ends.logits(tiny.exact(SimulatedTensor(hidden)).values) - want).max() < 1e-3
-
-
-def test_another_activation_is_refused(tiny):
-    class Other:
-        config = type("Config", (), {"activation_function": "relu"})
-
-    with pytest.raises(ValueError, match="gelu_new, not relu"):
-        GPT2.from_transformers(Other())

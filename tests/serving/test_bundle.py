@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers.activations import ACT2FN
 
 from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.models.ckks import Simulated
@@ -24,7 +25,7 @@ from cipherlm.serving.bundle import (
     generate_keys,
     load_hosted_model,
 )
-from cipherlm.serving.ckks import geometry_of, load_modules, parameters_of
+from cipherlm.serving.ckks import MODULES_NAME, geometry_of, load_modules, parameters_of, save_modules
 from cipherlm.serving.remote import RemoteModel
 
 from . import small
@@ -83,6 +84,27 @@ def test_the_server_s_bundle_computes_what_the_model_does(placement):
         ours, theirs = (side.evaluate(name, hidden, 1) for side in (expected, backend))
         assert np.abs(ours).max() > 0.1
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max()  # weights are in single precision
+
+
+@pytest.mark.parametrize("target", ["all", ["transformer.h.0.mlp"]])
+def test_a_server_knows_the_activation(target, tmp_path):
+    clear = small.clear_model()
+    clear.config.activation_function = "quick_gelu"
+    clear.transformer.h[0].mlp.act = ACT2FN["quick_gelu"]
+    model = get_encrypted_model(
+        clear, EncryptionConfig(target, scheme="ckks", tokens=small.TOKENS, context=small.CONTEXT)
+    )
+    model.compile([small.prompt_ids("The old man looked at the sea and saw a ship")])
+    ((name, module),) = model.remote_modules.items()
+    save_modules(tmp_path, {name: module.exact.part}, {name: module.exact.prefix}, {name: module.ranges})
+    hidden = 0.1 * np.random.default_rng(1).normal(size=(3, small.WIDTH))
+    hidden -= hidden.mean(1, keepdims=True)
+    expected = model.placement.backend("disable").evaluate(name, hidden, 1)
+    served = Simulated(load_modules(tmp_path, small.GEOMETRY), small.GEOMETRY, noise=False)
+    assert np.abs(served.evaluate(name, hidden, 1) - expected).max() < 1e-5 * np.abs(expected).max()
+    (tmp_path / MODULES_NAME).write_text((tmp_path / MODULES_NAME).read_text().replace("quick_gelu", "prelu"))
+    with pytest.raises(ValueError, match="'prelu' cannot be computed on ciphertexts"):
+        load_modules(tmp_path, small.GEOMETRY)
 
 
 def test_both_parties_say_the_same(copy):

@@ -222,7 +222,7 @@ def _random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Sub
     def block() -> Block:
         exact = ExactFunctions(1e-5)
         attn = Attention(HEADS, linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH).centred(), exact.softmax)
-        mlp = MLP(linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH).centred(), exact.gelu)
+        mlp = MLP(linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH).centred(), exact.activation)
         return Block(exact.ln_1, attn, exact.ln_2, mlp)
 
     def hidden() -> Float64:

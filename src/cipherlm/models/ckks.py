@@ -14,10 +14,11 @@ import numpy as np
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 
 from cipherlm.engine import EvaluationKeys, PublicKey, RefreshReply, RefreshRequest
+from cipherlm.models.activations import DEFAULT_ACTIVATION, activation
 from cipherlm.models.gpt2 import GPT2, MLP, Attention, Block, attention_layers, caches, linear
 from cipherlm.models.modules import Float64
-from cipherlm.schemes.ckks.calibration import ExactGelu, ExactSoftmax
-from cipherlm.schemes.ckks.functions import AnySoftmax, Gelu, Ranges
+from cipherlm.schemes.ckks.calibration import ExactActivation, ExactSoftmax
+from cipherlm.schemes.ckks.functions import Activation, AnySoftmax, Ranges
 from cipherlm.schemes.ckks.session import Client, Geometry, Module
 from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
 from cipherlm.schemes.ckks.tensor import Cache, KeyValue, T
@@ -123,6 +124,8 @@ class MLPPart:
     """An MLP alone: its input has been normalised, with gain and shift, and its output has its mean."""
 
     mlp: MLP
+    activation: str = DEFAULT_ACTIVATION
+    """By its name in transformers."""
     centred = False
 
     def __call__(self, x: T, caches: Sequence[Cache], report: Report) -> T:
@@ -135,31 +138,32 @@ class MLPPart:
 
     def calibrated(self, texts: Iterable[Float64], prefix: Sequence[KeyValue]) -> list[BlockRanges]:
         """See :class:`Part`."""
-        exact = ExactGelu()
+        exact = ExactActivation(activation(self.activation))
         for hidden in texts:
-            replace(self.mlp, gelu=exact)(SimulatedTensor(hidden))
+            replace(self.mlp, activation=exact)(SimulatedTensor(hidden))
         return [{"gelu": exact.inputs.around_zero}]
 
     def fitted(self, ranges: Sequence[BlockRanges], keys: int) -> MLPPart:
         """See :class:`Part`."""
-        return MLPPart(replace(self.mlp, gelu=Gelu.fit(ranges[0]["gelu"])))
+        fitted = Activation.fit(ranges[0]["gelu"], activation(self.activation))
+        return replace(self, mlp=replace(self.mlp, activation=fitted))
 
 
 def part_of(target: Any, config: Any) -> Part:
     """Return the exact arithmetic of a module of a ``GPT2LMHeadModel`` with this configuration.
 
     ``target`` is a ``GPT2Attention``, ``GPT2MLP`` or ``GPT2Block``, or a list of blocks. Raises
-    ``ValueError`` for another activation than ``gelu_new``.
+    ``ValueError`` for an activation that is none of ``ACTIVATIONS``.
     """
     if isinstance(target, GPT2Attention):
         return AttentionPart(Attention(target.num_heads, *attention_layers(target), ExactSoftmax()))
-    if config.activation_function != "gelu_new":
-        raise ValueError(f"GPT-2's activation is gelu_new, not {config.activation_function}")
+    name = config.activation_function
     if isinstance(target, GPT2MLP):
-        return MLPPart(MLP(linear(target.c_fc), linear(target.c_proj), ExactGelu()))
+        exact = ExactActivation(activation(name))
+        return MLPPart(MLP(linear(target.c_fc), linear(target.c_proj), exact), name)
     blocks = [target] if isinstance(target, GPT2Block) else target
-    epsilon = config.layer_norm_epsilon
-    return BlocksPart(GPT2(tuple(Block.from_transformers(block, config) for block in blocks), epsilon))
+    parts = tuple(Block.from_transformers(block, config) for block in blocks)
+    return BlocksPart(GPT2(parts, config.layer_norm_epsilon, name))
 
 
 def function_names(target: Any) -> list[tuple[str, ...]]:

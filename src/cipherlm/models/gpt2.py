@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cipherlm.models.activations import DEFAULT_ACTIVATION, activation
 from cipherlm.schemes.ckks.calibration import ExactFunctions
 from cipherlm.schemes.ckks.functions import Attend, Functions, Map, Ranges
 from cipherlm.schemes.ckks.simulation import SimulatedTensor
@@ -44,15 +45,15 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """Two linear layers with GELU between them."""
+    """Two linear layers with an activation between them."""
 
     c_fc: Linear
     c_proj: Linear
-    gelu: Map
+    activation: Map
 
     def __call__(self, x: T) -> T:
         """Return what is added to the hidden states."""
-        return self.gelu(x @ self.c_fc) @ self.c_proj
+        return self.activation(x @ self.c_fc) @ self.c_proj
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Block:
     @classmethod
     def from_transformers(cls, block: Any, config: Any) -> Block:
         """Return a ``GPT2Block`` of a model with this configuration, with exact functions."""
-        exact = ExactFunctions(config.layer_norm_epsilon)
+        exact = ExactFunctions(config.layer_norm_epsilon, activation(config.activation_function))
         attn = attention_layers(block.attn)
         c_attn = attn[0].after(array(block.ln_1.weight), array(block.ln_1.bias))
         c_fc = linear(block.mlp.c_fc).after(array(block.ln_2.weight), array(block.ln_2.bias))
@@ -80,7 +81,7 @@ class Block:
             exact.ln_1,
             Attention(config.n_head, c_attn, attn[1].centred(), exact.softmax),
             exact.ln_2,
-            MLP(c_fc, linear(block.mlp.c_proj).centred(), exact.gelu),
+            MLP(c_fc, linear(block.mlp.c_proj).centred(), exact.activation),
         )
 
     def with_functions(self, functions: Functions) -> Block:
@@ -89,7 +90,7 @@ class Block:
             functions.ln_1,
             replace(self.attn, softmax=functions.softmax),
             functions.ln_2,
-            replace(self.mlp, gelu=functions.gelu),
+            replace(self.mlp, activation=functions.activation),
         )
 
 
@@ -99,6 +100,8 @@ class GPT2:
 
     blocks: tuple[Block, ...]
     epsilon: float
+    activation: str = DEFAULT_ACTIVATION
+    """By its name in transformers."""
 
     def __call__(
         self, x: T, caches: Sequence[Cache] | None = None, report: Callable[[int, int], None] | None = None
@@ -119,13 +122,11 @@ class GPT2:
     def from_transformers(cls, model: Any) -> GPT2:
         """Return the blocks of a ``GPT2LMHeadModel`` with exact functions.
 
-        Raises ``ValueError`` for a model with another activation than ``gelu_new``.
+        Raises ``ValueError`` for an activation that is none of ``ACTIVATIONS``.
         """
         config = model.config
-        if config.activation_function != "gelu_new":
-            raise ValueError(f"GPT-2's activation is gelu_new, not {config.activation_function}")
         blocks = [Block.from_transformers(block, config) for block in model.transformer.h]
-        return cls(tuple(blocks), config.layer_norm_epsilon)
+        return cls(tuple(blocks), config.layer_norm_epsilon, config.activation_function)
 
     def keys_values(self, hidden: Float64) -> list[KeyValue]:
         """Return each block's keys and values (heads, tokens, head_dim) for centred clear hidden states.
@@ -133,7 +134,7 @@ class GPT2:
         They are computed exactly: GPT-2's first token has values far outside the ranges of others, and so
         nothing of it is remembered either.
         """
-        model = self._with_functions([ExactFunctions(self.epsilon) for _ in self.blocks])
+        model = self._with_functions(self._exact_functions())
         empty = [Cache() for _ in self.blocks]
         model(SimulatedTensor(hidden), empty)
         found = []
@@ -148,7 +149,7 @@ class GPT2:
 
         ``texts`` are centred hidden states (tokens, width), and ``prefix`` the keys and values before each.
         """
-        exact = [ExactFunctions(self.epsilon) for _ in self.blocks]
+        exact = self._exact_functions()
         model = self._with_functions(exact)
         for hidden in texts:
             model(SimulatedTensor(hidden), caches(prefix))
@@ -156,7 +157,12 @@ class GPT2:
 
     def fitted(self, ranges: Sequence[Ranges], keys: int) -> GPT2:
         """Return the model with polynomials in place of functions, for at most ``keys`` keys to a query."""
-        return self._with_functions([own.fit(self.epsilon, keys) for own in ranges])
+        return self._with_functions(
+            [own.fit(self.epsilon, keys, activation(self.activation)) for own in ranges]
+        )
+
+    def _exact_functions(self) -> list[ExactFunctions]:
+        return [ExactFunctions(self.epsilon, activation(self.activation)) for _ in self.blocks]
 
     def _with_functions(self, functions: Sequence[Functions]) -> GPT2:
         blocks = (block.with_functions(own) for block, own in zip(self.blocks, functions, strict=True))

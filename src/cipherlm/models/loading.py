@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 EMBEDDED_MODEL = "tiny"
@@ -35,6 +36,11 @@ def load_model(name: ModelName) -> GPT2LMHeadModel:
         raise ValueError(
             f"{os.fspath(name)!r} has the architecture {architecture!r}; "
             f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    function = config.get("activation_function")
+    if function is not None and function not in ACT2FN:
+        raise ValueError(
+            f"{os.fspath(name)!r} has the activation {function!r}, which transformers does not know"
         )
     try:
         with _no_progress_bar_over(source):

@@ -3,11 +3,13 @@
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
+from cipherlm.models.activations import activation
 from cipherlm.models.config import ALL, EncryptionConfig
 
 _LISTED = 12
@@ -42,7 +44,8 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
     """Return what CKKS is to encrypt of ``model``, in the model's order.
 
     Attention modules, MLPs, blocks, or the list of all blocks. Raises ``ValueError`` if a name fits none of
-    these, if one lies in another, or if something in them is not as in GPT-2.
+    these, if one lies in another, if something in them is not as in GPT-2, or for an activation that no
+    polynomial serves.
     """
     modules = dict(model.named_modules())
     available = [
@@ -58,11 +61,11 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
         inner = [other for other in names if other.startswith(f"{name}.")]
         if inner:
             raise ValueError(f"{inner[0]} lies in {name}, which is encrypted too: name one of them")
-        _check_remote(name, modules[name])
+        _check_remote(name, modules[name], model.config)
     return {name: modules[name] for name in names}
 
 
-def _check_remote(name: str, target: nn.Module) -> None:
+def _check_remote(name: str, target: nn.Module, config: Any) -> None:
     for module in target.modules():
         if isinstance(module, GPT2Block) and hasattr(module, "crossattention"):
             raise ValueError(f"{name} has cross-attention, which cannot be encrypted")
@@ -70,6 +73,7 @@ def _check_remote(name: str, target: nn.Module) -> None:
             layers, known = (module.c_attn, module.c_proj), not module.is_cross_attention
         elif isinstance(module, GPT2MLP):
             layers, known = (module.c_fc, module.c_proj), True
+            activation(config.activation_function)
         else:
             continue
         if not known or not all(isinstance(layer, Conv1D) for layer in layers):

@@ -22,6 +22,7 @@ from cipherlm.engine import (
     SecretKey,
 )
 from cipherlm.engine.errors import EngineError, InternalError
+from cipherlm.models.activations import DEFAULT_ACTIVATION
 from cipherlm.models.ckks import (
     AttentionPart,
     BlockRanges,
@@ -273,21 +274,22 @@ def _module(
 
     def mlp(at: str) -> MLP:
         inner = len(array(f"{at}c_fc.bias"))
-        return MLP(layer(f"{at}c_fc", width, inner), layer(f"{at}c_proj", inner, width), exact.gelu)
+        return MLP(layer(f"{at}c_fc", width, inner), layer(f"{at}c_proj", inner, width), exact.activation)
 
+    used = facts.get("activation", DEFAULT_ACTIVATION)  # bundles of the first version name none
     exact = ExactFunctions(float(facts.get("epsilon", 0.0)))
     part: Part
     count = 1
     if facts["kind"] == "attention":
         part = AttentionPart(attention(""))
     elif facts["kind"] == "mlp":
-        part, count = MLPPart(mlp("")), 0
+        part, count = MLPPart(mlp(""), used), 0
     elif facts["kind"] == "blocks":
         count = int(facts["blocks"])
         blocks = [
             Block(exact.ln_1, attention(f"{i}.attn."), exact.ln_2, mlp(f"{i}.mlp.")) for i in range(count)
         ]
-        part = BlocksPart(GPT2(tuple(blocks), exact.epsilon))
+        part = BlocksPart(GPT2(tuple(blocks), exact.epsilon, used))
     else:
         raise ValueError(f"a module of the kind {facts['kind']!r}")
     pair = (geometry.heads, geometry.prefix, geometry.head_dim)
@@ -303,14 +305,16 @@ def _taken_apart(part: Part) -> tuple[str, dict[str, Linear], dict[str, Any]]:
     if isinstance(part, AttentionPart):
         return "attention", {"c_attn": part.attention.c_attn, "c_proj": part.attention.c_proj}, {}
     if isinstance(part, MLPPart):
-        return "mlp", {"c_fc": part.mlp.c_fc, "c_proj": part.mlp.c_proj}, {}
+        layers = {"c_fc": part.mlp.c_fc, "c_proj": part.mlp.c_proj}
+        return "mlp", layers, {"activation": part.activation}
     if not isinstance(part, BlocksPart):
         raise TypeError(f"{type(part).__name__} cannot be saved")
-    layers: dict[str, Linear] = {}
-    for i, block in enumerate(part.model.blocks):
+    model, layers = part.model, {}
+    for i, block in enumerate(model.blocks):
         layers[f"{i}.attn.c_attn"], layers[f"{i}.attn.c_proj"] = block.attn.c_attn, block.attn.c_proj
         layers[f"{i}.mlp.c_fc"], layers[f"{i}.mlp.c_proj"] = block.mlp.c_fc, block.mlp.c_proj
-    return "blocks", layers, {"blocks": len(part.model.blocks), "epsilon": part.model.epsilon}
+    facts = {"blocks": len(model.blocks), "epsilon": model.epsilon, "activation": model.activation}
+    return "blocks", layers, facts
 
 
 def modules_fingerprint(directory: Path) -> str:

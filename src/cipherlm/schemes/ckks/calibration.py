@@ -12,8 +12,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.schemes.ckks.approximation import Interval, gelu_new
-from cipherlm.schemes.ckks.functions import AnySoftmax, FittedFunctions, Gelu, LayerNorm, Ranges, T
+from cipherlm.schemes.ckks.approximation import Function, Interval, gelu_new
+from cipherlm.schemes.ckks.functions import Activation, AnySoftmax, FittedFunctions, LayerNorm, Ranges, T
 from cipherlm.schemes.ckks.simulation import SimulatedTensor, visible
 
 Float64 = NDArray[np.float64]
@@ -68,21 +68,22 @@ class ExactLayerNorm:
         return LayerNorm.fit(self.squares.above_zero, self.epsilon)
 
 
-class ExactGelu:
-    """GELU; remembers its inputs."""
+class ExactActivation:
+    """The function between the two layers of an MLP; remembers its inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Function = gelu_new) -> None:
+        self.function = function
         self.inputs = Range()
 
     def __call__(self, x: T) -> T:
-        """Return GELU of every value."""
+        """Return the function of every value."""
         values = _clear(x)
         self.inputs.see(values)
-        return cast(T, SimulatedTensor(gelu_new(values)))
+        return cast(T, SimulatedTensor(self.function(values)))
 
-    def fit(self) -> Gelu:
+    def fit(self) -> Activation:
         """Return the approximation for what was seen."""
-        return Gelu.fit(self.inputs.around_zero)
+        return Activation.fit(self.inputs.around_zero, self.function)
 
 
 class ExactSoftmax:
@@ -106,10 +107,10 @@ class ExactSoftmax:
 class ExactFunctions:
     """The functions of one block, which remember what they meet."""
 
-    def __init__(self, epsilon: float) -> None:
+    def __init__(self, epsilon: float, activation: Function = gelu_new) -> None:
         self.epsilon = epsilon
         self.ln_1, self.ln_2 = ExactLayerNorm(epsilon), ExactLayerNorm(epsilon)
-        self.softmax, self.gelu = ExactSoftmax(), ExactGelu()
+        self.softmax, self.activation = ExactSoftmax(), ExactActivation(activation)
 
     @property
     def ranges(self) -> Ranges:
@@ -118,12 +119,12 @@ class ExactFunctions:
             self.ln_1.squares.above_zero,
             self.softmax.scores.around_zero,
             self.ln_2.squares.above_zero,
-            self.gelu.inputs.around_zero,
+            self.activation.inputs.around_zero,
         )
 
     def fit(self, keys: int) -> FittedFunctions:
         """Return the approximations for what was met, with at most ``keys`` keys to a query."""
-        return self.ranges.fit(self.epsilon, keys)
+        return self.ranges.fit(self.epsilon, keys, self.activation.function)
 
 
 def _clear(x: object) -> Float64:

@@ -1,4 +1,4 @@
-"""Softmax, layer normalisation and GELU in the arithmetic that ciphertexts know.
+"""Softmax, layer normalisation and activations in the arithmetic that ciphertexts know.
 
 They work on any :class:`~cipherlm.schemes.ckks.tensor.Tensor`. Their polynomials are fitted to ranges that
 :mod:`~cipherlm.schemes.ckks.calibration` finds on text, once.
@@ -12,13 +12,22 @@ from typing import Protocol, TypeVar
 
 from cipherlm.engine import Chebyshev
 from cipherlm.schemes.ckks import approximation
-from cipherlm.schemes.ckks.approximation import Interval
+from cipherlm.schemes.ckks.approximation import Function, Interval, gelu_new
 from cipherlm.schemes.ckks.tensor import Tensor, depth
 
 T = TypeVar("T", bound=Tensor)
 
 GUARD = 0.25
-"""How far outside their interval GELU and the inverse square root stay near the function, in its lengths."""
+"""How far outside their interval, in its lengths, activations and the inverse root stay near the function."""
+
+ACTIVATION_DEGREES = (63, 127)
+"""Of the polynomials for activations: six levels, or all seven that a refresh gives."""
+
+CLOSE = 1e-3
+"""The error, next to the largest value of an activation, with which the lower degree is enough."""
+
+COARSEST = 0.03
+"""The error, next to the largest value of an activation, above which there is no use in it."""
 
 NEAR_ONE = 0.35
 """How far from 1 sums of softmax weights may be after a normalisation that another one follows."""
@@ -55,7 +64,7 @@ class Functions(Protocol):
     @property
     def ln_2(self) -> Map: ...  # noqa: D102
     @property
-    def gelu(self) -> Map: ...  # noqa: D102
+    def activation(self) -> Map: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +112,34 @@ class LayerNorm:
 
 
 @dataclass(frozen=True, eq=False)
-class Gelu:
-    """GELU as GPT-2 computes it, as one polynomial."""
+class Activation:
+    """The function between the two layers of an MLP, as one polynomial."""
 
     curve: Chebyshev
 
     @classmethod
-    def fit(cls, inputs: Interval, *, degree: int = 63) -> Gelu:
-        """Return the function for inputs in an interval."""
-        return cls(approximation.gelu(inputs, degree, guard=GUARD))
+    def fit(cls, inputs: Interval, function: Function = gelu_new) -> Activation:
+        """Return the function for inputs in an interval.
+
+        Smooth ones do with the least of :data:`ACTIVATION_DEGREES`; a kink, as in ReLU, takes the highest.
+        Raises ``ValueError`` where the error is above :data:`COARSEST` even then, as on an interval that is
+        wide next to what the function does there.
+        """
+        size = approximation.largest(function, inputs)
+        for degree in ACTIVATION_DEGREES:
+            curve = approximation.minimax(function, inputs, degree, guard=GUARD)
+            error = approximation.largest_error(curve, function, inputs)
+            if error <= CLOSE * size:
+                break
+        if error > COARSEST * size:
+            raise ValueError(
+                f"the activation has no polynomial of degree {degree} on inputs from {inputs[0]:.3g} to "
+                f"{inputs[1]:.3g}: error {error:.2g}, values up to {size:.2g}"
+            )
+        return cls(curve)
 
     def __call__(self, x: T) -> T:
-        """Return GELU of every value."""
+        """Return the function of every value."""
         x.ready(depth(self.curve), before=self.curve)
         return x.polynomial(self.curve)
 
@@ -236,14 +261,15 @@ class Ranges:
     scores: Interval
     ln_2: Interval
     gelu: Interval
+    """What the activation meets, whichever it is: files know it by the name of GPT-2's own."""
 
-    def fit(self, epsilon: float, keys: int) -> FittedFunctions:
+    def fit(self, epsilon: float, keys: int, activation: Function = gelu_new) -> FittedFunctions:
         """Return the functions for these ranges, with at most ``keys`` keys to a query."""
         return FittedFunctions(
             LayerNorm.fit(self.ln_1, epsilon),
             AnySoftmax(self.scores, keys),
             LayerNorm.fit(self.ln_2, epsilon),
-            Gelu.fit(self.gelu),
+            Activation.fit(self.gelu, activation),
         )
 
 
@@ -254,7 +280,7 @@ class FittedFunctions:
     ln_1: LayerNorm
     softmax: AnySoftmax
     ln_2: LayerNorm
-    gelu: Gelu
+    activation: Activation
 
 
 def _inverse(interval: Interval, tolerance: float) -> tuple[Chebyshev, float]:
