@@ -26,7 +26,10 @@ CONFIGS: dict[str, tuple[type[nn.Module], t.PretrainedConfig]] = {
     "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**_COMMON, num_key_value_heads=2, tie_word_embeddings=True)),
     "gpt_neox": (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**_COMMON)),
     "phi": (t.PhiForCausalLM, t.PhiConfig(**_COMMON)),
-    "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**_COMMON, head_dim=8, num_key_value_heads=2)),
+    "gemma2": (
+        t.Gemma2ForCausalLM,
+        t.Gemma2Config(**_COMMON, head_dim=8, num_key_value_heads=2, sliding_window=6),
+    ),
     "gpt2": (
         t.GPT2LMHeadModel,
         t.GPT2Config(

@@ -148,7 +148,8 @@ class RemoteLinear(nn.Linear):
         self.out_features = product.group.out_features[product.group.members.index(name)]
         self.bias = bias  # type: ignore[assignment]
         # Follows .to(), so that the weight's type and device do.
-        self.register_buffer("_like", like.detach().new_empty(0), persistent=False)
+        device = "cpu" if like.is_meta else like.device
+        self.register_buffer("_like", torch.empty(0, dtype=like.dtype, device=device), persistent=False)
 
     @property
     def weight(self) -> RemoteWeight:  # type: ignore[override]
