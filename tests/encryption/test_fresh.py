@@ -6,58 +6,15 @@ encrypts, with arithmetic of their own, and look at what is left.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
-import pytest
 
-from cipherlm.engine import Parameters, Plaintext, SecretKey
-from cipherlm.engine.parameters import PRESETS
+from cipherlm.engine import Parameters, SecretKey
 
-from .distributions import (
-    assert_fresh,
-    assert_gaussian,
-    assert_ternary,
-    assert_uniform,
-    assert_unrelated,
-)
-from .reference import Expansion, Opener, PrimeRing, blake2b
-
-# Every preset there is, a new one by itself. Big rings are slow, and their errors come from the same code.
-CLIENTS = [pytest.param(name, marks=pytest.mark.slow if name in (15, 16) else ()) for name in PRESETS]
-COUNT = 12  # polynomials for one test of their distribution
-
-
-class Client:
-    """A client whose encryptions are opened."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-        self.secret_key = SecretKey.generate(parameters)
-        self.opener = Opener(self.secret_key)
-        self.random = np.random.default_rng(1)
-
-    def message(self, level: int) -> Plaintext:
-        return Plaintext.encode(self.parameters, self.random.normal(size=self.parameters.slots), level)
-
-    @cached_property
-    def fresh(self) -> tuple[list[bytes], np.ndarray]:
-        """Seeds and errors (count, N) of fresh encryptions, at every level in turn."""
-        seeds, errors = [], []
-        for i in range(COUNT):
-            level = min(i // 2, self.parameters.max_level)
-            plaintext = self.message(level)
-            ciphertext = self.secret_key.encrypt(plaintext)
-            seed, error = self.opener.fresh(ciphertext.to_bytes(), plaintext.to_bytes())
-            seeds.append(seed)
-            errors.append(error)
-        return seeds, np.stack(errors)
-
-
-@pytest.fixture(scope="module", params=CLIENTS)
-def client(request: pytest.FixtureRequest) -> Client:
-    return Client(Parameters.preset(request.param))
-
+from .conftest import Client
+from .distributions import assert_fresh, assert_gaussian, assert_ternary, assert_uniform, assert_unrelated
+from .expansion import Expansion, blake2b
+from .opener import Opener
+from .rings import PrimeRing
 
 # The arithmetic of these tests.
 

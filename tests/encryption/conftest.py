@@ -1,0 +1,49 @@
+"""One client for each preset, whose encryptions are opened."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+
+from cipherlm.engine import Parameters, Plaintext, SecretKey
+from cipherlm.engine.parameters import PRESETS
+
+from .opener import Opener
+
+# Every preset there is, a new one by itself. Big rings are slow, and their errors come from the same code.
+CLIENTS = [pytest.param(name, marks=pytest.mark.slow if name in (15, 16) else ()) for name in PRESETS]
+SAMPLES = 1 << 16  # coefficients for one test of their distribution
+
+
+class Client:
+    """A secret key, and what opens its encryptions."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.secret_key = SecretKey.generate(parameters)
+        self.opener = Opener(self.secret_key)
+        self.count = SAMPLES // parameters.degree + 2  # polynomials
+        self.random = np.random.default_rng(1)
+
+    def message(self, level: int) -> Plaintext:
+        return Plaintext.encode(self.parameters, self.random.normal(size=self.parameters.slots), level)
+
+    @cached_property
+    def fresh(self) -> tuple[list[bytes], np.ndarray]:
+        """Seeds and errors (count, N) of fresh encryptions, at every level in turn."""
+        seeds, errors = [], []
+        for i in range(self.count):
+            level = min(i // 2, self.parameters.max_level)
+            plaintext = self.message(level)
+            ciphertext = self.secret_key.encrypt(plaintext)
+            seed, error = self.opener.fresh(ciphertext.to_bytes(), plaintext.to_bytes())
+            seeds.append(seed)
+            errors.append(error)
+        return seeds, np.stack(errors)
+
+
+@pytest.fixture(scope="session", params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> Client:
+    return Client(Parameters.preset(request.param))

@@ -1,0 +1,149 @@
+"""Encryptions opened with the secret key: what is left of them is their error.
+
+Frames are read, seeds expanded and transforms undone without the engine's help.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from cipherlm.engine import Parameters, SecretKey
+
+from .expansion import Expansion
+from .frames import SCALE, SEED, Payload
+from .rings import PrimeRing, small
+
+
+class Opener:
+    """Opens encryptions with the secret key."""
+
+    def __init__(self, secret_key: SecretKey) -> None:
+        self.parameters: Parameters = secret_key.parameters
+        degree = self.parameters.degree
+        self.q = [PrimeRing(degree, prime) for prime in self.parameters.q]
+        self.p = [PrimeRing(degree, prime) for prime in self.parameters.p]
+        payload = Payload(secret_key.to_bytes(), 2)
+        packed = np.frombuffer(payload.bytes(degree // 4), np.uint8)
+        payload.end()
+        codes = (packed[:, None] >> np.arange(0, 8, 2) & 3).reshape(-1)
+        assert codes.max() < 3
+        self.secret = np.where(codes == 2, -1, codes).astype(np.int64)
+        self._transformed: dict[int, np.ndarray] = {}
+
+    def secret_at(self, ring: PrimeRing) -> np.ndarray:
+        """Return the secret in NTT form."""
+        if ring.prime not in self._transformed:
+            self._transformed[ring.prime] = ring.ntt(self.secret)
+        return self._transformed[ring.prime]
+
+    def phase(
+        self, rings: list[PrimeRing], first: list[np.ndarray], second: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Return c0 + c1 s, in coefficients, by prime."""
+        return [
+            ring.intt(ring.reduce(c0 + ring.multiply(c1, self.secret_at(ring))))
+            for ring, c0, c1 in zip(rings, first, second, strict=True)
+        ]
+
+    def fresh(self, ciphertext: bytes, plaintext: bytes) -> tuple[bytes, np.ndarray]:
+        """Return the seed and the error of a seeded ciphertext of a plaintext."""
+        payload = Payload(ciphertext, 6)
+        kind, level = payload.integers("II")
+        assert kind == 0
+        rings = self.q[: level + 1]
+        scale = payload.bytes(SCALE)
+        seed, first = payload.bytes(SEED), payload.polynomial(rings)
+        payload.end()
+        message = Payload(plaintext, 5)
+        assert (*message.integers("Q"), message.bytes(SCALE)) == (level, scale)
+        for c0, m in zip(first, message.polynomial(rings), strict=True):
+            c0 -= m
+        message.end()
+        return seed, small(rings, self.phase(rings, first, Expansion(seed).polynomial(rings)))
+
+    def public_key(self, key: bytes) -> tuple[bytes, np.ndarray]:
+        """Return the seed and the error of a public key: an encryption of zero modulo QP."""
+        payload = Payload(key, 3)
+        seed = payload.bytes(SEED)
+        secret = [self.secret_at(ring) for ring in self.q + self.p]
+        error = self._key_error(payload, Expansion(seed), self.q, secret)
+        payload.end()
+        return seed, error
+
+    def evaluation_keys(self, keys: bytes) -> tuple[list[bytes], list[np.ndarray]]:
+        """Return the seeds of evaluation keys, and for each its digits' errors (digits, N).
+
+        A digit's message is P times what the key switches from, modulo the digit's primes, and zero modulo
+        the others: "Better Bootstrapping for Approximate Homomorphic Encryption" (Han and Ki, 2019).
+        """
+        payload = Payload(keys, 4)
+        count, padding = payload.integers("II")
+        assert padding == 0
+        seeds, errors = [], []
+        for _ in range(count):
+            element, level = payload.integers("QQ")
+            q, step = self.q[: level + 1], len(self.p)
+            secret = [self.secret_at(ring) for ring in q + self.p]
+            if element == 0:  # the relinearisation key: from s^2 to s
+                source = [ring.multiply(s, s) for ring, s in zip(q, secret, strict=False)]
+            else:  # from s to its image under the inverse of the automorphism
+                source = secret[: level + 1]
+                secret = [ring.ntt(self._image(element)) for ring in q + self.p]
+            factor = math.prod(self.parameters.p)
+            source = [ring.multiply(s, factor % ring.prime) for ring, s in zip(q, source, strict=True)]
+            seed = payload.bytes(SEED)
+            expansion = Expansion(seed)
+            digits = [
+                self._key_error(
+                    payload, expansion, q, secret, {j: source[j] for j in range(level + 1)[i : i + step]}
+                )
+                for i in range(0, level + 1, step)
+            ]
+            seeds.append(seed)
+            errors.append(np.stack(digits))
+        payload.end()
+        return seeds, errors
+
+    def _image(self, element: int) -> np.ndarray:
+        """Return the secret's image under the inverse of X -> X^element."""
+        degree = self.parameters.degree
+        places = np.arange(degree) * pow(element, -1, 2 * degree) % (2 * degree)
+        image = np.empty_like(self.secret)
+        image[places % degree] = np.where(places < degree, self.secret, -self.secret)
+        return image
+
+    def _key_error(
+        self,
+        payload: Payload,
+        expansion: Expansion,
+        q: list[PrimeRing],
+        secret: list[np.ndarray],
+        message: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ) -> np.ndarray:
+        """Return the error of an encryption modulo QP, which is in Montgomery form: times 2^64."""
+        rings = q + self.p
+        first = payload.polynomial(rings)
+        second = expansion.polynomial(q) + expansion.polynomial(self.p)
+        phases = []
+        for i, (ring, c0, c1, s) in enumerate(zip(rings, first, second, secret, strict=True)):
+            phase = ring.reduce(c0 + ring.multiply(c1, s))
+            phase = ring.multiply(phase, pow(1 << 64, -1, ring.prime))
+            phases.append(ring.intt(ring.reduce(phase - message.get(i, 0))))
+        return small(rings, phases)
+
+    def seeds(self, keys: bytes) -> list[bytes]:
+        """Return the seeds of evaluation keys, which are not opened."""
+        payload = Payload(keys, 4)
+        count, _ = payload.integers("II")
+        seeds = []
+        for _ in range(count):
+            _, level = payload.integers("QQ")
+            seeds.append(payload.bytes(SEED))
+            for _ in range(0, level + 1, len(self.p)):
+                payload.skip(self.q[: level + 1] + self.p)
+        payload.end()
+        return seeds

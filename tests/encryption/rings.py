@@ -1,0 +1,82 @@
+"""Polynomials modulo X^N + 1 and a prime, in NumPy: the ring that encryption works in."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from sympy import primitive_root
+
+
+class PrimeRing:
+    """Polynomials modulo X^N + 1 and a prime: int64 arrays (..., N) of values in [0, prime)."""
+
+    def __init__(self, degree: int, prime: int) -> None:
+        assert prime < 1 << 51, "a float64 finds the quotient of a product up to here"
+        self.degree, self.prime = degree, prime
+        self.root = pow(int(primitive_root(prime)), (prime - 1) // (2 * degree), prime)
+
+    def multiply(self, a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
+        """Multiply modulo the prime; int64 products wrap, and so does what is taken off them."""
+        quotient = (a.astype(float) * b / self.prime).astype(np.int64)
+        rest = a * b - quotient * self.prime
+        rest += np.where(rest < 0, self.prime, 0)
+        return rest - np.where(rest >= self.prime, self.prime, 0)
+
+    def reduce(self, a: np.ndarray) -> np.ndarray:
+        return a % self.prime
+
+    def centred(self, a: np.ndarray) -> np.ndarray:
+        """Return residues as integers of the least size."""
+        return np.where(a > self.prime // 2, a - self.prime, a)
+
+    def _powers(self, base: int) -> np.ndarray:
+        """Return base^0 ... base^(N - 1), at bit-reversed places."""
+        powers = np.ones(1, np.int64)
+        while len(powers) < self.degree:
+            step = pow(base, self.degree // (2 * len(powers)), self.prime)
+            powers = np.concatenate([powers, self.multiply(powers, step)])
+        return powers
+
+    @cached_property
+    def _forward(self) -> np.ndarray:
+        return self._powers(self.root)
+
+    @cached_property
+    def _backward(self) -> np.ndarray:
+        return self._powers(pow(self.root, -1, self.prime))
+
+    def ntt(self, coefficients: np.ndarray) -> np.ndarray:
+        """Return the values at the primitive 2N-th roots of unity, in bit-reversed order.
+
+        Longa and Naehrig, "Speeding up the Number Theoretic Transform for Faster Ideal
+        Lattice-Based Cryptography", algorithm 1.
+        """
+        a, blocks = self.reduce(coefficients), 1
+        while blocks < self.degree:
+            parts = a.reshape(*a.shape[:-1], blocks, 2, -1)
+            twisted = self.multiply(parts[..., 1, :], self._forward[blocks : 2 * blocks, None])
+            halves = parts[..., 0, :] + twisted, parts[..., 0, :] - twisted
+            a = self.reduce(np.stack(halves, axis=-2)).reshape(a.shape)
+            blocks *= 2
+        return a
+
+    def intt(self, values: np.ndarray) -> np.ndarray:
+        """Return the coefficients: algorithm 2 of the same paper."""
+        a, blocks = values, self.degree
+        while blocks > 1:
+            blocks //= 2
+            parts = a.reshape(*a.shape[:-1], blocks, 2, -1)
+            total = self.reduce(parts[..., 0, :] + parts[..., 1, :])
+            twisted = self.reduce(parts[..., 0, :] - parts[..., 1, :])
+            twisted = self.multiply(twisted, self._backward[blocks : 2 * blocks, None])
+            a = np.stack([total, twisted], axis=-2).reshape(a.shape)
+        return self.multiply(a, pow(self.degree, -1, self.prime))
+
+
+def small(rings: list[PrimeRing], residues: list[np.ndarray]) -> np.ndarray:
+    """Return the integers that residues stand for, which must be the same modulo every prime."""
+    integers = [ring.centred(values) for ring, values in zip(rings, residues, strict=True)]
+    for other in integers[1:]:
+        assert (other == integers[0]).all(), "the residues are not those of one small polynomial"
+    return integers[0]

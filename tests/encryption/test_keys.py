@@ -1,0 +1,69 @@
+"""The keys that a server gets are encryptions too: their errors, by digit, and their seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .conftest import Client
+from .distributions import assert_fresh, assert_gaussian, assert_uniform, assert_unrelated
+from .expansion import Expansion
+
+Opened = dict[str, tuple[list[bytes], np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def opened(client: Client) -> Opened:
+    """Seeds, and errors (count, N), of each kind of key: of every digit of the evaluation keys."""
+    secret_key, opener = client.secret_key, client.opener
+    public = [opener.public_key(secret_key.public_key().to_bytes()) for _ in range(client.count)]
+    result = {"public": ([seed for seed, _ in public], np.stack([error for _, error in public]))}
+    conjugation = not client.parameters.real
+    for name, rotations, options in (
+        ("relinearisation", (), {}),
+        ("rotation", (1, 2), {"relinearization": False}),
+        ("conjugation", (), {"relinearization": False, "conjugation": conjugation}),
+    ):
+        seeds: list[bytes] = []
+        errors: list[np.ndarray] = []
+        # One key of the highest level, and as many of lower ones as give enough digits.
+        level = client.parameters.max_level
+        while sum(map(len, errors)) < client.count:
+            keys = secret_key.evaluation_keys(rotations, level=level, **options)
+            new_seeds, new_errors = opener.evaluation_keys(keys.to_bytes())
+            seeds += new_seeds
+            errors += new_errors
+            level = min(level, 1)
+        result[name] = seeds, np.concatenate(errors)
+    return result
+
+
+KINDS = ["public", "relinearisation", "rotation", "conjugation"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_keys_are_gaussian(opened: Opened, kind: str):
+    assert_gaussian(opened[kind][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_keys_are_independent(client: Client, opened: Opened, kind: str):
+    """Of each other, of the secret, and of fresh encryptions."""
+    assert_unrelated(np.concatenate([opened[kind][1], client.opener.secret[None], client.fresh[1][:3]]))
+
+
+def test_errors_of_different_keys_are_independent(opened: Opened):
+    assert_unrelated(np.concatenate([opened[kind][1][:4] for kind in KINDS]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_keys_are_uniform(client: Client, opened: Opened, kind: str):
+    ring = client.opener.q[0]
+    masks = [Expansion(seed).polynomial([ring])[0] for seed in opened[kind][0]]
+    assert_uniform(np.stack(masks), ring.prime)
+
+
+def test_no_seed_of_a_key_serves_twice(client: Client, opened: Opened):
+    rotations = client.secret_key.evaluation_keys(range(1, 81), level=0, relinearization=False)
+    seeds = client.opener.seeds(rotations.to_bytes())
+    assert_fresh(seeds + client.fresh[0] + [seed for kind in KINDS for seed in opened[kind][0]])
