@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +112,24 @@ def test_arguments_that_do_not_go_together(capsys, arguments, words):
 )
 def test_a_run_that_fails_says_why_in_one_line(capsys, arguments, words):
     assert words in failure(capsys, *arguments)
+
+
+@pytest.mark.parametrize("scheme", ["tfhe", "ckks"])
+@pytest.mark.parametrize(
+    "command",
+    ["generate x --model MODEL", "inspect --model MODEL", "evaluate --model MODEL", "export MODEL OUT"],
+)
+def test_a_model_without_a_tokenizer_is_told_before_anything_runs(
+    capsys, monkeypatch, tmp_path, command, scheme
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.from_pretrained", None)
+    tiny = files("cipherlm.models").joinpath("tiny")
+    Path("MODEL").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("MODEL", name).write_bytes(tiny.joinpath(name).read_bytes())
+    error = failure(capsys, *command.split(), "--scheme", scheme)
+    assert "no tokenizer with the model 'MODEL': looked for tokenizer.json, vocab.json with" in error
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -208,6 +208,30 @@ def test_absent_weights(copy):
         load_model(copy)
 
 
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",), ("vocab.json",), ("merges.txt",)])
+def test_no_tokenizer(copy, left):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    for name in left:
+        (copy / name).write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer .*model'.* tokenizer\.json, vocab\.json with"
+    ) as e:
+        load_tokenizer(copy)
+    assert "\n" not in str(e.value)
+    load_model(copy)
+
+
+def test_vocabulary_and_merges_are_a_tokenizer(copy, tokenizer):
+    model = json.loads((copy / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    (copy / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (copy / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert load_tokenizer(copy)("The old man").input_ids == tokenizer("The old man").input_ids
+
+
 def test_damaged_tokenizer(copy):
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot load the tokenizer"):

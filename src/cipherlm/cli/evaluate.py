@@ -177,8 +177,8 @@ def _evaluate_remote(options: argparse.Namespace) -> None:
         if getattr(options, name) is None:
             delattr(options, name)
     progress = TerminalProgress()
-    model = load_encrypted(options, progress)
     tokenizer = load_tokenizer(options.model)
+    model = load_encrypted(options, progress)
     room = model.encryption_config.context - len(model.prefix)
     texts = read_sentences(options.sentences) if options.sentences else evaluation_sentences()
     length = min(options.tokens or room, room)
@@ -247,7 +247,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
-    clear, tokenizer = load_model(options.model), load_tokenizer(options.model)
+    tokenizer, clear = load_tokenizer(options.model), load_model(options.model)
     length = options.tokens or (SIMULATED_TOKENS if options.mode == "simulate" else clear.config.n_positions)
     texts = read_sentences(options.sentences) if options.sentences else evaluation_sentences()
     sentences = encode(tokenizer, texts[: options.limit], max_tokens=length)
@@ -365,7 +365,7 @@ def _illustrate(options: argparse.Namespace) -> None:
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
-    clear, tokenizer = load_model(options.model), load_tokenizer(options.model)
+    tokenizer, clear = load_tokenizer(options.model), load_model(options.model)
     ids = prompt_ids(tokenizer, options.prompt or ILLUSTRATION_PROMPT)
     length = compiled_length(clear, ids.shape[1], new_tokens, options.tokens)
 

@@ -86,8 +86,8 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):  # before what takes minutes
         raise CommandError(f"{root} is there already and not empty: export to a new directory")
     progress = TerminalProgress()
-    model = load_encrypted(options, progress)
     tokenizer = load_tokenizer(options.model)
+    model = load_encrypted(options, progress)
     ckks = model.encryption_config.scheme == "ckks"
     tokens = options.tokens or DEFAULT_TOKENS
     if not model.is_calibrated:

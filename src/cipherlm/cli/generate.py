@@ -121,8 +121,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     progress = TerminalProgress()
     clear = options.mode == "clear"
-    model: Any = load_model(options.model) if clear else load_encrypted(options, progress)
     tokenizer = load_tokenizer(options.model)
+    model: Any = load_model(options.model) if clear else load_encrypted(options, progress)
     ids = prompt_ids(tokenizer, options.prompt)
     length = compiled_length(model, ids.shape[1], options.max_new_tokens, options.tokens)
 
@@ -145,8 +145,8 @@ def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.tokens is not None:
         raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
-    model = load_encrypted(options, TerminalProgress())
     tokenizer = load_tokenizer(options.model)
+    model = load_encrypted(options, TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     check_length(model, ids.shape[1], options.max_new_tokens)
     clear = options.mode == "clear"

@@ -87,8 +87,8 @@ def _show_remote(options: argparse.Namespace) -> None:
     from cipherlm.cli.ckks import calibrate, described, remote_figures, traffic_figures, who_learns_what
     from cipherlm.models.loading import load_tokenizer
 
-    model = load_encrypted(options, TerminalProgress())
     tokenizer = load_tokenizer(options.model)
+    model = load_encrypted(options, TerminalProgress())
     calibrate(model, options, tokenizer)
     result: dict[str, Any] = {"model": options.model, **remote_figures(model, tokenizer)}
     result["keygen_seconds"] = model.make_keys() if options.keys else None
@@ -108,9 +108,10 @@ def _show_circuits(options: argparse.Namespace) -> None:
     from cipherlm.models.loading import load_tokenizer
 
     options.tokens = options.tokens or DEFAULT_TOKENS
+    tokenizer = load_tokenizer(options.model)
     model = load_encrypted(options, TerminalProgress())
     if not model.is_calibrated:
-        model.calibrate(calibration_ids(options, load_tokenizer(options.model), options.tokens))
+        model.calibrate(calibration_ids(options, tokenizer, options.tokens))
     circuits = compile_circuits(model, options.tokens)
     config = model.encryption_config
     modules = {}

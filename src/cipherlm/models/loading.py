@@ -16,6 +16,14 @@ from transformers.utils import logging
 EMBEDDED_MODEL = "tiny"
 SUPPORTED_ARCHITECTURES = ("gpt2",)
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json with merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
 ModelName = str | os.PathLike[str]
 
 
@@ -62,15 +70,33 @@ def load_model(name: ModelName) -> GPT2LMHeadModel:
 
 
 def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
-    """Return the tokeniser of the model ``name``, named as for ``load_model`` and with the same errors."""
+    """Return the tokeniser of the model ``name``, named as for ``load_model`` and with the same errors.
+
+    ``FileNotFoundError`` also where the model comes without one.
+    """
     source = _source(name)
     _read_config(name, source)
+    nothing = FileNotFoundError(
+        f"no tokenizer with the model {os.fspath(name)!r}: looked for {', '.join(TOKENIZER_FILES[:-1])} and "
+        f"{TOKENIZER_FILES[-1]}; save one there with tokenizer.save_pretrained"
+    )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     # The tokenizers library raises bare exceptions on a damaged file.
     except Exception as error:
+        if Path(source).is_dir() and not _has_tokenizer(Path(source)):
+            raise nothing from error
         raise ValueError(f"cannot load the tokenizer of {os.fspath(name)!r}: {_first_line(error)}") from error
+    # Where there is no file, some versions of transformers make a tokeniser of its special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise nothing
     return tokenizer
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any(
+        all((directory / name).is_file() for name in names.split(" with ")) for names in TOKENIZER_FILES
+    )
 
 
 def _source(name: ModelName) -> str:
