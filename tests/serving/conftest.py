@@ -1,7 +1,9 @@
 """A model that computes nothing, a server for it on a loopback port, and clients that speak by hand."""
 
 import hashlib
+import io
 import json
+import logging
 import struct
 import threading
 import time
@@ -11,9 +13,11 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from cipherlm.errors import Refused
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.computation import Cancelled
 from cipherlm.serving.keys import KeyStore
+from cipherlm.serving.logs import log_to
 from cipherlm.serving.run import create_server, running
 from cipherlm.serving.service import Limits, Service
 
@@ -28,7 +32,7 @@ class FakeModel:
         self.description = {
             "scheme": "fake",
             "name": "fake",
-            "modules": ["reverse", "refresh", "gate", "ticket", "stuck", "break", "refuse"],
+            "modules": ["reverse", "refresh", "gate", "ticket", "stuck", "break", "stumble", "refuse"],
             "parameters": {},
             "fingerprint": FINGERPRINT,
             "keys": {"evaluation": 20 * MEGABYTE, "public": MEGABYTE},
@@ -46,7 +50,9 @@ class FakeModel:
     def open(self, keys):
         content = keys["evaluation"].read_bytes()
         if content.startswith(b"damaged"):
-            raise ValueError("the evaluation keys are damaged")
+            raise Refused("the evaluation keys are damaged")
+        if content.startswith(b"unforeseen"):
+            raise ValueError("PAYLOAD in an exception")
         if content.startswith(b"explosive"):
             raise RuntimeError("PAYLOAD in an exception")
         with self.lock:
@@ -102,8 +108,11 @@ class FakeComputation:
     def break_(self, *_):
         raise RuntimeError("PAYLOAD in an exception")
 
+    def stumble(self, *_):
+        raise ValueError("PAYLOAD in an exception")
+
     def refuse(self, *_):
-        raise ValueError("inputs of another shape")
+        raise Refused("inputs of another shape")
 
     def close(self):
         if self.closed or self.running:
@@ -285,3 +294,21 @@ def harness(shared):
     yield shared
     shared.model.gate.set()
     shared.serves()
+
+
+@pytest.fixture
+def logged():
+    """What the server logs meanwhile."""
+    names = ("cipherlm.serving", "uvicorn", "asyncio")
+    before = [(logging.getLogger(name), vars(logging.getLogger(name)).copy()) for name in names]
+    stream = io.StringIO()
+    log_to(stream)
+    yield stream
+    for logger, attributes in before:
+        vars(logger).update(attributes)
+
+
+def entries(logged, event):
+    """Return what was logged of an event."""
+    lines = [json.loads(line) for line in logged.getvalue().splitlines()]
+    return [line for line in lines if line.get("event") == event]

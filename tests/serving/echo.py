@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from cipherlm.errors import Refused
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.computation import Exchange, Report
 from cipherlm.serving.keys import KeyStore
@@ -38,7 +39,7 @@ class EchoModel:
 
     def open(self, keys: Mapping[str, Path]) -> "Echo":
         if keys["public"].read_bytes() == b"damaged":
-            raise ValueError("these keys are damaged")
+            raise Refused("these keys are damaged")
         return Echo(self)
 
 
@@ -51,7 +52,7 @@ class Echo:
         self, module: str, start: int, count: int, inputs: Sequence[bytes], exchange: Exchange, report: Report
     ) -> list[bytes]:
         if module == "refuse":
-            raise ValueError("inputs that\nno module takes")
+            raise Refused("inputs that\nno module takes")
         if module == "remember":
             self._remembered += inputs
             return list(self._remembered)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cipherlm.engine import Ciphertext, PublicKey, RefreshRequest
+from cipherlm.errors import Refused
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client, Geometry
 from cipherlm.serving.ckks import (
@@ -182,7 +183,7 @@ def test_damaged_ciphertexts_are_refused(computation, client):
     frame = ciphertext.to_bytes()
 
     def refused(*inputs: bytes) -> str:
-        with pytest.raises(ValueError, match=r".{10}") as caught:
+        with pytest.raises(Refused, match=r".{10}") as caught:
             computation.evaluate(MODULE, 1, 1, list(inputs), exchange_with(client), unheard)
         return str(caught.value)
 
@@ -195,12 +196,15 @@ def test_damaged_ciphertexts_are_refused(computation, client):
         assert "another level or scale" in refused(other.to_bytes())
     public = small.paths()[PUBLIC].read_bytes()
     assert "frame of type" in refused(public)
+    # With a key of its own a client could choose the second half, and read the weights off the result's.
+    unseeded = PublicKey.from_bytes(public, small.GEOMETRY.parameters).encrypt(np.ones(8), ATTENTION_LEVEL)
+    assert "from a seed" in refused(unseeded.to_bytes())
     serves(computation, client)
 
 
 def test_ciphertexts_of_another_client_are_refused(computation, client):
     stranger = Client.generate(small.GEOMETRY)
-    with pytest.raises(ValueError, match="under another key"):
+    with pytest.raises(Refused, match="under another key"):
         evaluate(computation, stranger, hidden(1))
     # Whoever puts another name on it gets noise, and nobody else is concerned.
     [ciphertext] = stranger.encrypt(hidden(1), 1)
@@ -227,9 +231,9 @@ def test_ciphertexts_of_another_client_are_refused(computation, client):
 )
 def test_wrong_requests_are_refused(computation, client, module, start, count, message):
     inputs = [ciphertext.to_bytes() for ciphertext in client.encrypt(hidden(1), 1)]
-    with pytest.raises(ValueError, match="expected"):  # whatever was before it, is forgotten
+    with pytest.raises(Refused, match="expected"):  # whatever was before it, is forgotten
         computation.evaluate(MODULE, small.CONTEXT - 1, 1, inputs, exchange_with(client), unheard)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         computation.evaluate(module, start, count, inputs, exchange_with(client), unheard)
 
 
@@ -237,7 +241,7 @@ def test_a_closed_session(model, client):
     computation = model.open(small.paths())
     computation.close()
     computation.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(Refused, match="closed"):
         computation.evaluate(MODULE, 1, 1, [], exchange_with(client), unheard)
 
 
@@ -246,9 +250,9 @@ def test_what_failed_starts_anew(computation, client):
     x = hidden(6)
     evaluate(computation, client, x[:3])
     assert np.abs(evaluate(computation, client, x[3:4], 4) - expected(x[3:4])).max() < 0.05
-    with pytest.raises(ValueError, match="where 5 was expected"):
+    with pytest.raises(Refused, match="where 5 was expected"):
         evaluate(computation, client, x[5:], 6)
-    with pytest.raises(ValueError, match="where 1 was expected"):
+    with pytest.raises(Refused, match="where 1 was expected"):
         evaluate(computation, client, x[4:5], 5)
     serves(computation, client)
 
@@ -268,14 +272,14 @@ def test_damaged_refresh_replies_are_refused(computation, client):
     evaluate(computation, client, x, exchange=exchange_with(client, keep))
     assert kept
     for _, data in damaged(kept[0]):
-        with pytest.raises(ValueError, match=r".{10}"):
+        with pytest.raises(Refused, match=r".{10}"):
             evaluate(computation, client, x, exchange=lambda request, data=data: data)
     [ciphertext] = client.encrypt(x, 1)
     stranger = Client.generate(small.GEOMETRY)
     for reply in (ciphertext.to_bytes(), stranger.public_key().to_bytes()):
-        with pytest.raises(ValueError, match="frame of type"):
+        with pytest.raises(Refused, match="frame of type"):
             evaluate(computation, client, x, exchange=lambda request, reply=reply: reply)
-    with pytest.raises(ValueError, match="frame of type"):
+    with pytest.raises(Refused, match="frame of type"):
         evaluate(computation, client, x, exchange=lambda request: request)
     serves(computation, client)
 
@@ -293,12 +297,12 @@ def test_a_reply_to_something_else_is_refused(model, computation, client):
 
     x = hidden(1)
     for reply, message in ((answer(3, 8), "3 ciphertexts"), (answer(1, 2), "level 2|1 ciphertexts")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(Refused, match=message):
             evaluate(computation, client, x, exchange=lambda request, reply=reply: reply)
     reply = answer(1, 8)
     stranger = Client.generate(small.GEOMETRY).public_key().to_bytes()[24:40]
     named = forged(reply[:24] + stranger + reply[40:])
-    with pytest.raises(ValueError, match="key"):
+    with pytest.raises(Refused, match="key"):
         evaluate(computation, client, x, exchange=lambda request: named)
     serves(computation, client)
 

@@ -16,7 +16,8 @@ import pytest
 
 from cipherlm import engine
 from cipherlm.cli import main
-from cipherlm.serving.computation import Cancelled, WorkerLost
+from cipherlm.errors import Refused
+from cipherlm.serving.computation import Cancelled, WorkerBroke, WorkerLost
 
 ray = pytest.importorskip("ray")
 
@@ -55,7 +56,7 @@ class FakeModel:
 
     def open(self, keys):
         if keys["public"].read_bytes() == b"damaged":
-            raise ValueError("the public key is damaged")
+            raise Refused("the public key is damaged")
         self.sessions += 1
         return FakeComputation(self, keys["evaluation"].read_bytes())
 
@@ -94,7 +95,7 @@ class FakeComputation:
             time.sleep(0.01)
 
     def do_refuse(self, *_):
-        raise ValueError("inputs of another shape")
+        raise Refused("inputs of another shape")
 
     def do_break(self, *_):
         raise KeyError("PAYLOAD in an exception")
@@ -238,8 +239,9 @@ def test_errors_leave_a_session_as_it_was(model, keys):
         run(session, "remember", b"a")
         with pytest.raises(ValueError, match="inputs of another shape"):
             run(session, "refuse")
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(WorkerBroke, match=r"under [0-9a-f]{8}$") as caught:
             run(session, "break")
+        assert caught.value.reference in str(caught.value)
         assert "PAYLOAD" not in str(caught.value)
         assert run(session, "remember", b"b") == [b"a", b"b"]
 

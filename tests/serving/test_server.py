@@ -1,8 +1,6 @@
 """The server as a whole: its routes, slow and many clients, TLS, logs, what it leaves behind, and its end."""
 
-import io
 import json
-import logging
 import os
 import random
 import signal
@@ -22,7 +20,6 @@ from websockets.sync.client import connect
 
 from cipherlm import __version__
 from cipherlm.serving.auth import ANONYMOUS, Tokens, is_loopback
-from cipherlm.serving.logs import log_to
 from cipherlm.serving.run import create_server
 
 from .conftest import FINGERPRINT, MEGABYTE, FakeModel, eventually, frame, patch, sha256
@@ -281,18 +278,6 @@ def test_tokens(tmp_path):
             Tokens.read(path)
 
 
-@pytest.fixture
-def logged():
-    """What the server logs meanwhile."""
-    names = ("cipherlm.serving", "uvicorn", "asyncio")
-    before = [(logging.getLogger(name), vars(logging.getLogger(name)).copy()) for name in names]
-    stream = io.StringIO()
-    log_to(stream)
-    yield stream
-    for logger, attributes in before:
-        vars(logger).update(attributes)
-
-
 def test_logs_have_no_payloads_and_no_tokens(start, logged):
     token = "CORRECT-HORSE"
     with start(tokens=[("alice", token)]) as harness:
@@ -428,11 +413,12 @@ def test_the_verb(tmp_path):
     """``cipherlm serve`` starts, serves and ends on SIGTERM with 0."""
     code = SERVER.format(conftest="conftest")
     arguments = ["serve", "bundle", "--port", "0", "--data-dir", str(tmp_path), "--grace-seconds", "5"]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "CIPHERLM_TOKEN": "verb-token"},
+        env={**os.environ, "PYTHONPATH": path, "CIPHERLM_TOKEN": "verb-token"},
     )
     with process:
         entry = json.loads(process.stderr.readline())

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from .conftest import FINGERPRINT, MEGABYTE, eventually, frame, parse
+from .conftest import FINGERPRINT, MEGABYTE, entries, eventually, frame, parse
 
 
 def error(message):
@@ -82,14 +82,18 @@ def test_keys_of_the_wrong_kind_are_unknown(harness):
         assert error(client.open(dict(zip(keys, reversed(keys.values()), strict=True)))) == "unknown_keys"
 
 
-@pytest.mark.parametrize(("content", "code"), [(b"damaged", "bad_keys"), (b"explosive", "internal")])
-def test_keys_that_do_not_open(harness, content, code):
+@pytest.mark.parametrize(
+    ("content", "code"), [(b"damaged", "bad_keys"), (b"explosive", "internal"), (b"unforeseen", "internal")]
+)
+def test_keys_that_do_not_open(harness, content, code, logged):
     keys = {**harness.keys(), "evaluation": harness.put(content)}
     with harness.socket() as client:
         refused = client.open(keys)
         assert error(refused) == code
         assert "PAYLOAD" not in refused["message"]
         assert client.closed() == 1008
+    for entry in entries(logged, "keys could not be opened"):
+        assert entry["reference"] in refused["message"]
 
 
 @pytest.mark.parametrize(
@@ -201,15 +205,20 @@ def test_bad_requests_leave_the_session_open(harness, module, start, count):
         assert client.receive()[1] == [b"cba"]
 
 
-def test_what_the_computation_refuses_and_what_breaks_in_it(harness):
+def test_what_the_computation_refuses_and_what_breaks_in_it(harness, logged):
+    """The texts of errors that nobody meant for a client do not reach it, whatever their type is."""
     with harness.session() as client:
         client.ask("refuse")
         header, _ = client.receive()
         assert (error(header), header["message"]) == ("bad_request", "inputs of another shape")
-        client.ask("break")
-        header, _ = client.receive()
-        assert error(header) == "internal"
-        assert "PAYLOAD" not in str(header)
+        for count, module in enumerate(("break", "stumble"), 1):
+            client.ask(module)
+            header, _ = client.receive()
+            assert error(header) == "internal"
+            assert "PAYLOAD" not in str(header)
+            broken = entries(logged, "evaluation broke")
+            assert len(broken) == count
+            assert header["message"].endswith(f"under the reference {broken[-1]['reference']}")
         client.ask("reverse", b"abc")
         assert client.receive()[1] == [b"cba"]
 

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from cipherlm import __version__
 from cipherlm.serving import protocol
-from cipherlm.serving.failures import Failure
+from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed, in_url
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.service import Service
@@ -165,9 +165,9 @@ class _Watch:
         try:
             await app(scope, receive, watch)
         except Exception as error:
-            log_exception("request broke", error)
+            reference = log_exception("request broke", error)
             if scope["type"] == "http" and not status:
-                await _answer(Failure(protocol.INTERNAL, "the server broke"))(scope, receive, watch)
+                await _answer(broken("the server broke", reference))(scope, receive, watch)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             method = scope.get("method", "WEBSOCKET")

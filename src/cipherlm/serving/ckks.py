@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from cipherlm.engine import (
     SecretKey,
 )
 from cipherlm.engine.errors import EngineError, InternalError
+from cipherlm.errors import Refused
 from cipherlm.models.activations import DEFAULT_ACTIVATION
 from cipherlm.models.ckks import (
     AttentionPart,
@@ -40,6 +41,7 @@ from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
 
 Float64 = NDArray[np.float64]
+Read = TypeVar("Read")
 
 WEIGHTS_NAME = "weights.safetensors"
 MODULES_NAME = "modules.json"
@@ -80,17 +82,17 @@ class CkksHostedModel:
         }
 
     def open(self, keys: Mapping[str, Path]) -> CkksComputation:
-        """Start a session with a client's keys. Raises ``ValueError`` for any that are not for this model."""
+        """Start a session with a client's keys. Raises ``Refused`` for any that are not for this model."""
         if set(keys) != {EVALUATION, PUBLIC}:
-            raise ValueError(f"a CKKS session needs keys of the kinds {EVALUATION!r} and {PUBLIC!r}")
+            raise Refused(f"a CKKS session needs keys of the kinds {EVALUATION!r} and {PUBLIC!r}")
         parameters = self.geometry.parameters
         with keys[EVALUATION].open("rb") as file:
-            evaluation = _answer_for(lambda: EvaluationKeys.read_from(file, parameters))
+            evaluation = _parsed(lambda: EvaluationKeys.read_from(file, parameters))
             if file.read(1):
-                raise ValueError("the evaluation keys are followed by something else")
-        public = _answer_for(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
+                raise Refused("the evaluation keys are followed by something else")
+        public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
         if evaluation.fingerprint != public.fingerprint:
-            raise ValueError("the evaluation keys and the public key belong to different secret keys")
+            raise Refused("the evaluation keys and the public key belong to different secret keys")
         _check_complete(evaluation, self.geometry)
         return CkksComputation(self._server, evaluation, public)
 
@@ -110,13 +112,13 @@ class CkksComputation:
         """See ``Computation.evaluate``."""
         session = self._session
         if session is None:
-            raise ValueError("the session is closed")
-        ciphertexts = _answer_for(lambda: [self._input(data) for data in inputs])
-        if len(ciphertexts) != 1:
-            raise ValueError(f"tokens come in one ciphertext, not in {len(ciphertexts)}")
+            raise Refused("the session is closed")
+        if len(inputs) != 1:
+            raise Refused(f"tokens come in one ciphertext, not in {len(inputs)}")
+        ciphertext = self._input(inputs[0])
         self._exchange = exchange
         try:
-            results = _answer_for(lambda: session.evaluate(module, start, ciphertexts, count, report))
+            results = session.evaluate(module, start, [ciphertext], count, report)
         finally:
             self._exchange = None
         return [result.to_bytes() for result in results]
@@ -128,16 +130,21 @@ class CkksComputation:
             self._session = None
 
     def _input(self, data: bytes) -> Ciphertext:
-        """Return a ciphertext as :meth:`Client.encrypt` makes it. Raises ``ValueError`` for any other."""
-        ciphertext = Ciphertext.from_bytes(data, self._parameters)
+        """Return a ciphertext as :meth:`Client.encrypt` makes it. Raises ``Refused`` for any other."""
+        ciphertext = _parsed(lambda: Ciphertext.from_bytes(data, self._parameters))
+        if not ciphertext.seeded:
+            raise Refused(
+                "a ciphertext whose second half is not expanded from a seed: a client may not choose it"
+            )
         about = (ciphertext.level, ciphertext.degree, ciphertext.key_fingerprint)
         if about != (ATTENTION_LEVEL, 1, self._fingerprint) or ciphertext.scale != self._parameters.scale:
-            raise ValueError("a ciphertext of another level or scale, or under another key")
+            raise Refused("a ciphertext of another level or scale, or under another key")
         return ciphertext
 
     def _refresh(self, request: RefreshRequest) -> RefreshReply:
         assert self._exchange is not None
-        return RefreshReply.from_bytes(self._exchange(request.to_bytes()), self._parameters)
+        reply = self._exchange(request.to_bytes())
+        return _parsed(lambda: RefreshReply.from_bytes(reply, self._parameters))
 
 
 class CkksBackend:
@@ -338,7 +345,7 @@ def _key_bytes(geometry: Geometry) -> int:
 
 
 def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
-    """Raise ``ValueError`` unless keys serve all that is computed in a geometry."""
+    """Raise ``Refused`` unless keys serve all that is computed in a geometry."""
     parameters = geometry.parameters
     held = keys.galois_levels
     wanted = geometry.layout.rotations(parameters.max_level)
@@ -346,16 +353,16 @@ def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
     conjugation = 2 * parameters.degree - 1
     for element, level in {**elements, conjugation: parameters.max_level}.items():
         if held.get(element, -1) < level:
-            raise ValueError("the evaluation keys are for another model: make keys for this one")
+            raise Refused("the evaluation keys are for another model: make keys for this one")
     if (keys.relinearization_level or -1) < parameters.max_level:
-        raise ValueError("the evaluation keys lack the one for products: make keys for this model")
+        raise Refused("the evaluation keys lack the one for products: make keys for this model")
 
 
-def _answer_for(call: Callable[[], Any]) -> Any:
-    """Call, and raise ``ValueError`` for whatever of the engine's errors a client's bytes can lead to."""
+def _parsed(read: Callable[[], Read]) -> Read:
+    """Read what a client sent. Raises ``Refused`` with what the engine finds wrong with these bytes."""
     try:
-        return call()
+        return read()
     except InternalError:
         raise
     except EngineError as error:
-        raise ValueError(str(error)) from error
+        raise Refused(str(error)) from error

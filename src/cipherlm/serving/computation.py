@@ -22,6 +22,14 @@ class WorkerLost(Exception):  # noqa: N818 - nobody's error
     """
 
 
+class WorkerBroke(RuntimeError):  # noqa: N818 - says what happened
+    """A fault on the machine that computes for a session; its log has it under ``reference``."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"a computation broke: its worker's log has it under {reference}")
+        self.reference = reference
+
+
 class Computation(Protocol):
     """What is evaluated for one session: a model with one client's keys, and what it remembers (KV cache).
 
@@ -34,7 +42,7 @@ class Computation(Protocol):
         """Evaluate a remote module on the ciphertexts of ``count`` tokens, from position ``start`` on.
 
         Calls ``report`` often, so that a client that has gone does not keep the machine busy. Raises
-        :class:`ValueError` for what the client got wrong, in words for the client, and :class:`WorkerLost`.
+        :class:`~cipherlm.errors.Refused` for what the client got wrong, and :class:`WorkerLost`.
         """
 
     def close(self) -> None:
@@ -56,7 +64,7 @@ class HostedModel(Protocol):
     def open(self, keys: Mapping[str, Path]) -> Computation:
         """Start a session with a client's keys, by kind.
 
-        Raises :class:`ValueError` for keys that are damaged or another model's, in words for the client, and
+        Raises :class:`~cipherlm.errors.Refused` for keys that are damaged or another model's, and
         :class:`WorkerLost` where no machine can take the session now.
         """
 

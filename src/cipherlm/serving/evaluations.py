@@ -8,9 +8,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Protocol
 
+from cipherlm.errors import Refused
 from cipherlm.serving import protocol
 from cipherlm.serving.computation import Cancelled, Computation, WorkerLost
-from cipherlm.serving.failures import Failure
+from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.logs import log_exception
 from cipherlm.serving.protocol import ProtocolError, pack
 from cipherlm.serving.scheduler import Job, Scheduler
@@ -111,11 +112,11 @@ class Evaluation:
             outcome = self._failed(self._reason or Failure(protocol.CANCELLED, "the evaluation gave up"))
         except WorkerLost as error:
             outcome = self._failed(Failure(protocol.SHUTTING_DOWN, str(error), retry=True))
-        except ValueError as error:
+        except Refused as error:
             outcome = self._failed(Failure(protocol.BAD_REQUEST, str(error)))
         except Exception as error:
-            log_exception("evaluation broke", error)
-            outcome = self._failed(Failure(protocol.INTERNAL, "the server could not evaluate this"))
+            reference = log_exception("evaluation broke", error)
+            outcome = self._failed(broken("the server could not evaluate this", reference))
         self._in_loop(self._end, *outcome)
 
     def _report(self, done: int, total: int) -> None:

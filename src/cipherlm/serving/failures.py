@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cipherlm.serving import protocol
+
 
 class Failure(Exception):  # noqa: N818 - the client's more often than ours
     """A code of the protocol, one line for the person at the client, and whether trying again may help.
@@ -15,3 +17,8 @@ class Failure(Exception):  # noqa: N818 - the client's more often than ours
         self.message = message
         self.retry = retry
         self.details = details
+
+
+def broken(what: str, reference: str) -> Failure:
+    """Return what a client is told of a fault of ours: a fixed text, and where the log has more."""
+    return Failure(protocol.INTERNAL, f"{what}: its log has more under the reference {reference}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import sys
 import traceback
 from datetime import datetime, timezone
@@ -15,12 +16,15 @@ def log(event: str, *, level: int = logging.INFO, **fields: Any) -> None:
     LOGGER.log(level, event, extra={"fields": fields})
 
 
-def log_exception(event: str, error: BaseException, **fields: Any) -> None:
-    """Log an error of ours: its type and where it was raised.
+def log_exception(event: str, error: BaseException, **fields: Any) -> str:
+    """Log an error of ours: its type and where it was raised. Returns the reference under which it is found.
 
-    Not its text and not the values in its frames: those may be a client's.
+    Not its text and not the values in its frames: those may be a client's. The reference is all that a client
+    is told, an error's own if it has one already, such as from another machine's log.
     """
-    log(event, level=logging.ERROR, **fields, **_where(error))
+    reference = str(getattr(error, "reference", None) or secrets.token_hex(4))
+    log(event, level=logging.ERROR, reference=reference, **fields, **_where(error))
+    return reference
 
 
 class JsonFormatter(logging.Formatter):

@@ -408,7 +408,7 @@ def _as_api_error(error: Exception) -> ApiError:
 
     What the server says about itself is passed on: those texts hold nothing of a prompt.
     """
-    log_exception("generation failed", error)
+    reference = log_exception("generation failed", error)
     if isinstance(error, RemoteError):
         for_now = isinstance(error, (ConnectionFailed, SessionLost))
         if isinstance(error, ServerError):
@@ -417,7 +417,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return _remote_error(f"The encrypted model's server: {error}", code, for_now=for_now)
     if isinstance(error, (ConnectionError, TimeoutError)):
         return _remote_error("The encrypted model's server cannot be reached.", None, for_now=True)
-    return ApiError(500, "The generation failed.", code="internal_error")
+    message = f"The generation failed; the log has more under the reference {reference}."
+    return ApiError(500, message, code="internal_error")
 
 
 def _remote_error(message: str, code: str | None, *, for_now: bool) -> ApiError:

@@ -28,7 +28,16 @@ from typing import Any, NamedTuple
 
 from cipherlm import __version__
 from cipherlm.engine import set_threads
-from cipherlm.serving.computation import Cancelled, Computation, Exchange, HostedModel, Report, WorkerLost
+from cipherlm.errors import Refused
+from cipherlm.serving.computation import (
+    Cancelled,
+    Computation,
+    Exchange,
+    HostedModel,
+    Report,
+    WorkerBroke,
+    WorkerLost,
+)
 from cipherlm.serving.logs import log, log_exception, log_to
 
 try:
@@ -103,7 +112,7 @@ class RayHostedModel:
     def open(self, keys: Mapping[str, Path]) -> RayComputation:
         """Start a session on the worker that has the fewest, and bring the keys there.
 
-        Raises ``ValueError`` for keys that are refused, and :class:`WorkerLost` if there is no worker.
+        Raises ``Refused`` for keys that are refused, and :class:`WorkerLost` if there is no worker.
         """
         left = list(self._workers)
         while left:
@@ -209,13 +218,13 @@ class RayComputation:
 
     def _check(self, event: Event) -> Event:
         if event.kind == "refused":
-            raise ValueError(event.text)
+            raise Refused(event.text)
         if event.kind == "cancelled":
             raise Cancelled
         if event.kind == "lost":  # the worker has been started again since
             raise WorkerLost("the machine that computed for this session has lost it")
         if event.kind == "broke":
-            raise RuntimeError("a computation broke: its worker's log says where")
+            raise WorkerBroke(event.text)
         return event
 
 
@@ -259,11 +268,11 @@ class Worker:
             return Event("lost")
         try:
             self._sessions[session] = await asyncio.to_thread(self._model.open, paths)
-        except ValueError as error:
+        except Refused as error:
             return Event("refused", text=str(error))
         except Exception as error:
-            log_exception("keys could not be opened", error, session=session)
-            return Event("broke")
+            reference = log_exception("keys could not be opened", error, session=session)
+            return Event("broke", text=reference)
         finally:
             await self._discard(session)
         return Event("opened")
@@ -380,10 +389,10 @@ class _Evaluation:
             event = Event("result", results)
         except Cancelled:
             event = Event("cancelled")
-        except ValueError as error:
+        except Refused as error:
             event = Event("refused", text=str(error))
         except Exception as error:
-            log_exception("evaluation broke", error)
+            event = Event("broke", text=log_exception("evaluation broke", error))
         finally:
             self.ended.set()
             self._tell(event)

@@ -14,10 +14,11 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
+from cipherlm.errors import Refused
 from cipherlm.serving import protocol
 from cipherlm.serving.computation import Computation, WorkerLost
 from cipherlm.serving.evaluations import Evaluation
-from cipherlm.serving.failures import Failure
+from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.keys import Lease
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.protocol import CLIENT_MESSAGES, ProtocolError, message_limit, pack, unpack
@@ -273,8 +274,8 @@ class Session:
                 else:
                     self._happen(self._received, event.get("bytes"))
         except Exception as error:
-            log_exception("session broke", error, session=self.id)
-            self._fail(Failure(protocol.INTERNAL, "the server could not go on"))
+            reference = log_exception("session broke", error, session=self.id)
+            self._fail(broken("the server could not go on", reference))
 
     async def _write(self) -> None:
         while (data := await self._outbox.get()) is not None:
@@ -289,13 +290,13 @@ class Session:
         try:
             async with self._service.loading:
                 self._computation = await to_thread(self._service.model.open, lease.paths)
-        except ValueError as error:
+        except Refused as error:
             self._fail(Failure(protocol.BAD_KEYS, str(error)))
         except WorkerLost as error:
             self._fail(Failure(protocol.BUSY, str(error), retry=True))
         except Exception as error:
-            log_exception("keys could not be opened", error, session=self.id)
-            self._fail(Failure(protocol.INTERNAL, "the server could not open these keys"))
+            reference = log_exception("keys could not be opened", error, session=self.id)
+            self._fail(broken("the server could not open these keys", reference))
         else:
             if not self._over.is_set():
                 self._opened()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cipherlm.errors import Refused
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.client import ClientCircuit
 from cipherlm.schemes.tfhe.errors import NotCompiledError
@@ -81,19 +82,19 @@ class TfheHostedModel:
     def open(self, keys: Mapping[str, Path]) -> TfheComputation:
         """Start a session with a client's evaluation keys, those of all circuits in the order of their names.
 
-        Raises ``ValueError`` for keys that are damaged or another model's. Takes seconds.
+        Raises ``Refused`` for keys that are damaged or another model's. Takes seconds.
         """
         if set(keys) != {KEY_KIND}:
-            raise ValueError(f"a TFHE session needs keys of the kind {KEY_KIND!r} and no others")
+            raise Refused(f"a TFHE session needs keys of the kind {KEY_KIND!r} and no others")
         loaded: dict[str, ServerKeys] = {}
         with keys[KEY_KIND].open("rb") as file:
             for module in sorted(self.circuits):
                 try:
                     loaded[module] = self.circuits[module].load_keys(file)
                 except ValueError as error:
-                    raise ValueError(f"the keys for {module} are refused: {error}") from error
+                    raise Refused(f"the keys for {module} are refused: {error}") from error
             if file.read(1):
-                raise ValueError("the keys are followed by something else")
+                raise Refused("the keys are followed by something else")
         return TfheComputation(self.circuits, loaded)
 
 
@@ -114,10 +115,10 @@ class TfheComputation:
         """
         circuit, keys = self._circuits.get(module), self._keys.get(module)
         if circuit is None or keys is None:
-            raise ValueError(f"no module {module!r}: this model's are {', '.join(self._circuits)}")
+            raise Refused(f"no module {module!r}: this model's are {', '.join(self._circuits)}")
         check_span(module, start, count, circuit.description.tokens)
         if len(inputs) != 1:
-            raise ValueError(f"{module} takes one ciphertext for all tokens, not {len(inputs)}")
+            raise Refused(f"{module} takes one ciphertext for all tokens, not {len(inputs)}")
         report(0, 1)
         result = circuit.run(inputs[0], keys)
         report(1, 1)
@@ -273,11 +274,11 @@ def bundle_fingerprint(circuits: Mapping[str, ServerCircuit] | Mapping[str, Clie
 
 
 def check_span(module: str, start: int, count: int, limit: int) -> None:
-    """Raise ``ValueError`` unless ``count`` tokens from ``start`` on can run in a circuit of ``limit``."""
+    """Raise ``Refused`` unless ``count`` tokens from ``start`` on can run in a circuit of ``limit``."""
     if start != 0:
-        raise ValueError(f"{module} sees all tokens at once: start must be 0, not {start}")
+        raise Refused(f"{module} sees all tokens at once: start must be 0, not {start}")
     if not 1 <= count <= limit:
-        raise ValueError(f"{module} takes 1 to {limit} tokens, not {count}")
+        raise Refused(f"{module} takes 1 to {limit} tokens, not {count}")
 
 
 def _module_names(directory: Path) -> list[str]:

@@ -14,6 +14,8 @@ from cipherlm.engine import (
     RefreshRequest,
     SecretKey,
 )
+from cipherlm.engine.errors import EngineError, InternalError
+from cipherlm.errors import Refused
 
 MASK_LEVEL = 1
 """Where ciphertexts are masked: the modulus there is what hides them."""
@@ -42,11 +44,17 @@ class MaskedRefresh:
         self._evaluator, self._public_key, self._exchange = evaluator, public_key, exchange
 
     def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        """Return the ciphertexts at ``level``."""
+        """Return the ciphertexts at ``level``. Raises ``Refused`` for a reply to another request."""
         request, mask = self._evaluator.mask(
             ciphertexts, self._public_key, level=MASK_LEVEL, to_level=level, shift=shift
         )
-        return self._evaluator.unmask(self._exchange(request), mask)
+        reply = self._exchange(request)
+        try:
+            return self._evaluator.unmask(reply, mask)
+        except InternalError:
+            raise
+        except EngineError as error:  # all that unmasking checks is whether the reply answers the request
+            raise Refused(f"a reply to another refresh: {error}") from error
 
 
 class InProcessRefresh:

@@ -21,6 +21,7 @@ from cipherlm.engine import (
     SecretKey,
 )
 from cipherlm.engine.linear import Storage
+from cipherlm.errors import Refused
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import Arithmetic, CiphertextTensor, Encodings
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
@@ -192,21 +193,21 @@ class Session:
         """Evaluate a module on one chunk of tokens, whose first is at position ``start``.
 
         A chunk right behind the prefix starts a new text; any other goes on where the last one ended. What
-        failed has to start anew. Raises ``ValueError`` for an unknown module and for a chunk that does not
-        fit.
+        failed has to start anew. Raises ``Refused`` for an unknown module, for a chunk that does not fit, and
+        for a client's reply that does not answer a refresh.
         """
         geometry = self._server.geometry
         if name not in self._server.modules:
-            raise ValueError(f"there is no module {name!r} here")
+            raise Refused(f"there is no module {name!r} here")
         module = self._server.modules[name]
         room = geometry.tokens - start if start == geometry.prefix else 1
         if not 1 <= count <= room or start + count > geometry.context:
-            raise ValueError(f"{count} tokens from position {start} on do not fit")
+            raise Refused(f"{count} tokens from position {start} on do not fit")
         caches, seen = self._seen.pop(name, ([], 0))
         if start == geometry.prefix:
             caches = [Cache(past if geometry.prefix else None) for past in module.prefix]
         elif start != (expected := seen or geometry.prefix):
-            raise ValueError(f"tokens from position {start} on, where {expected} was expected")
+            raise Refused(f"tokens from position {start} on, where {expected} was expected")
         x: CiphertextTensor
         if start == geometry.prefix:
             x = self.arithmetic.tensor(ciphertexts, count, start)

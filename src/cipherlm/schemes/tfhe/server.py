@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cipherlm.errors import Refused
 from cipherlm.schemes.tfhe.description import CircuitDescription
 from cipherlm.schemes.tfhe.files import read_json, sha256_of
 from cipherlm.schemes.tfhe.library import import_concrete, load_server
@@ -56,7 +57,7 @@ class ServerCircuit:
     def run(self, ciphertext: bytes, keys: ServerKeys | bytes | Path) -> bytes:
         """Run the circuit on an input that ``ClientCircuit.encrypt`` made; return the result's bytes.
 
-        Raises ``ValueError`` for anything but an input of this circuit under these keys. The first run with
+        Raises ``Refused`` for anything but an input of this circuit under these keys. The first run with
         keys unpacks them and takes seconds longer.
         """
         if not isinstance(keys, ServerKeys):
@@ -64,17 +65,24 @@ class ServerCircuit:
         description = self.description
         if keys.circuit != description.fingerprint:
             raise ValueError("the evaluation keys are another circuit's")
+        try:
+            value = self._input(ciphertext, keys)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        result = self._server.run(value, evaluation_keys=keys._keys)
+        return seal(Kind.RESULT, description.fingerprint, keys.fingerprint, result.serialize())
+
+    def _input(self, ciphertext: bytes, keys: ServerKeys) -> Any:
         header = Header.unpack(ciphertext)
-        header.check(Kind.INPUT, description.fingerprint)
+        header.check(Kind.INPUT, self.description.fingerprint)
         if header.keys != keys.fingerprint:
             raise ValueError("the input is encrypted under other keys than the session's")
         file = io.BytesIO(ciphertext)
         file.seek(HEADER_BYTES)
-        value = _read(_deserialize_value, read_message(file, header, description.inputs))
+        value = _read(_deserialize_value, read_message(file, header, self.description.inputs))
         if file.read(1):
             raise ValueError("the message is followed by something else")
-        result = self._server.run(value, evaluation_keys=keys._keys)
-        return seal(Kind.RESULT, description.fingerprint, keys.fingerprint, result.serialize())
+        return value
 
     def save(self, directory: Path, name: str, **facts: Any) -> list[Path]:
         """Write ``<name>.zip`` and ``<name>.json``, which says ``facts`` too; return their paths."""
