@@ -15,7 +15,7 @@ NEWEST := .venv-newest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCK := requirements.lock
-EXTRAS := tfhe plot serve ray dev
+EXTRAS := tfhe plot serve ray gguf train smollm2 dev
 SOURCES := pyproject.toml setup.py $(LOCK) $(wildcard engine/build_backend.py) \
 	$(shell find engine \( -name '*.go' -o -name 'go.*' \) ! -name '*_test.go' 2>/dev/null)
 PIP := -m pip --disable-pip-version-check install --quiet
@@ -87,11 +87,11 @@ test-all: lint test-newest test-oldest
 .PHONY: $(NEWEST)/.ready
 $(NEWEST)/.ready:
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,dev]"
+	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,dev]"
 
 $(OLDEST)/.ready: $(SOURCES)
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,dev]" "transformers==4.57.*"
+	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,dev]" "transformers==4.57.*"
 	@touch $@
 
 bench: $(READY)
