@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 ALARM = 1e-14
-SIGMA, BOUND = 3.2, 19  # of errors: a Gaussian rounded to integers, cut off at six deviations
+SIGMA = 3.2  # of errors: a Gaussian rounded to integers, cut off at six deviations
 
 
 def deviations(comparisons: int) -> float:
@@ -37,18 +37,15 @@ def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
     assert distance.max() < limit, f"chi-square of {distance.max():.0f}, where {limit:.0f} is the limit"
 
 
-def assert_gaussian(errors: np.ndarray) -> None:
-    """Assert that polynomials (count, N) are errors: rounded Gaussians of deviation 3.2, up to 19."""
-    assert np.abs(errors).max() <= BOUND
-    # The variance of a sum of squares of n Gaussians is 2 n sigma^4.
-    variance = SIGMA**2 + 1 / 12  # of rounding, too (Sheppard)
-    ratio = (errors.astype(float) ** 2).mean(1) / variance
+def assert_gaussian(errors: np.ndarray, sigma: float = SIGMA) -> None:
+    """Assert that polynomials (count, N) are errors: Gaussians rounded to integers, up to six deviations."""
+    assert np.abs(errors).max() <= 6 * sigma
+    # The variance of a sum of squares of n Gaussians is 2 n sigma^4. Rounding adds 1/12 to each (Sheppard).
+    ratio = (errors.astype(float) ** 2).mean(1) / (sigma**2 + 1 / 12)
     limit = deviations(len(ratio)) * math.sqrt(2 / errors.shape[1])
-    assert np.abs(ratio - 1).max() < limit, (
-        f"variances of {ratio.min():.3f} to {ratio.max():.3f} of what is right"
-    )
-    edges = np.arange(-8.5, 9)
-    below = np.array([NormalDist(0, SIGMA).cdf(edge) for edge in edges])
+    assert np.abs(ratio - 1).max() < limit, f"variances {ratio.min():.3f} to {ratio.max():.3f} times theirs"
+    edges = np.round(sigma * np.linspace(-2.7, 2.7, 18)) + 0.5
+    below = np.array([NormalDist(0, sigma).cdf(edge) for edge in edges])
     counts = np.bincount(np.searchsorted(edges, errors.reshape(-1)), minlength=len(edges) + 1)
     assert_frequencies(counts, np.diff(below, prepend=0, append=1))
 

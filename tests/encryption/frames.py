@@ -58,3 +58,10 @@ def frame(header: bytes, payload: bytes) -> bytes:
     """Put a payload behind a header of the same kind, with the right length and checksum."""
     body = header[:40] + struct.pack("<Q", len(payload) + CHECKSUM) + bytes(16) + payload
     return body + hashlib.blake2b(body, digest_size=CHECKSUM).digest()
+
+
+def packed(ring: PrimeRing, residues: np.ndarray) -> bytes:
+    """Write residues, each in the bits of its prime: the inverse of Payload.polynomial for one prime."""
+    width = ring.prime.bit_length()
+    bits = np.unpackbits(residues.astype("<i8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    return np.packbits(bits[:, :width], bitorder="little").tobytes()

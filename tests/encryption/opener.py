@@ -15,7 +15,7 @@ from cipherlm.engine import Parameters, SecretKey
 
 from .expansion import Expansion
 from .frames import SCALE, SEED, Payload
-from .rings import PrimeRing, small
+from .rings import Polynomial, PrimeRing, minus, small
 
 
 class Opener:
@@ -40,30 +40,70 @@ class Opener:
             self._transformed[ring.prime] = ring.ntt(self.secret)
         return self._transformed[ring.prime]
 
-    def phase(
-        self, rings: list[PrimeRing], first: list[np.ndarray], second: list[np.ndarray]
-    ) -> list[np.ndarray]:
+    def phase(self, rings: list[PrimeRing], first: Polynomial, second: Polynomial) -> Polynomial:
         """Return c0 + c1 s, in coefficients, by prime."""
         return [
             ring.intt(ring.reduce(c0 + ring.multiply(c1, self.secret_at(ring))))
             for ring, c0, c1 in zip(rings, first, second, strict=True)
         ]
 
-    def fresh(self, ciphertext: bytes, plaintext: bytes) -> tuple[bytes, np.ndarray]:
-        """Return the seed and the error of a seeded ciphertext of a plaintext."""
+    def plaintext(self, plaintext: bytes) -> Polynomial:
+        """Return a plaintext, in NTT form."""
+        payload = Payload(plaintext, 5)
+        (level,) = payload.integers("Q")
+        payload.bytes(SCALE)
+        result = payload.polynomial(self.q[: level + 1])
+        payload.end()
+        return result
+
+    def ciphertext(self, ciphertext: bytes) -> tuple[Polynomial, Polynomial]:
+        """Return the components of a ciphertext that has no seed, in NTT form."""
+        payload = Payload(ciphertext, 6)
+        degree, level = payload.integers("II")
+        assert degree == 1
+        payload.bytes(SCALE)
+        first, second = (payload.polynomial(self.q[: level + 1]) for _ in range(2))
+        payload.end()
+        return first, second
+
+    def seeded(self, ciphertext: bytes) -> tuple[bytes, Polynomial, Polynomial]:
+        """Return the seed of a seeded ciphertext and its components, in NTT form."""
         payload = Payload(ciphertext, 6)
         kind, level = payload.integers("II")
         assert kind == 0
-        rings = self.q[: level + 1]
-        scale = payload.bytes(SCALE)
-        seed, first = payload.bytes(SEED), payload.polynomial(rings)
+        payload.bytes(SCALE)
+        result = self._seeded(payload, self.q[: level + 1])
         payload.end()
-        message = Payload(plaintext, 5)
-        assert (*message.integers("Q"), message.bytes(SCALE)) == (level, scale)
-        for c0, m in zip(first, message.polynomial(rings), strict=True):
-            c0 -= m
-        message.end()
-        return seed, small(rings, self.phase(rings, first, Expansion(seed).polynomial(rings)))
+        return result
+
+    def _seeded(self, payload: Payload, rings: list[PrimeRing]) -> tuple[bytes, Polynomial, Polynomial]:
+        seed = payload.bytes(SEED)
+        return seed, payload.polynomial(rings), Expansion(seed).polynomial(rings)
+
+    def fresh(self, ciphertext: bytes, plaintext: bytes) -> tuple[bytes, np.ndarray]:
+        """Return the seed and the error of a seeded ciphertext of a plaintext."""
+        seed, first, second = self.seeded(ciphertext)
+        rings = self.q[: len(first)]
+        return seed, small(rings, self.phase(rings, minus(first, self.plaintext(plaintext)), second))
+
+    def request(self, request: bytes) -> list[tuple[Polynomial, Polynomial]]:
+        """Return the masked ciphertexts of a refresh request, in NTT form."""
+        payload = Payload(request, 7)
+        level, _to_level, _shift, padding = payload.bytes(4)
+        (count,) = payload.integers("I")
+        assert padding == 0
+        rings = self.q[: level + 1]
+        masked = [(payload.polynomial(rings), payload.polynomial(rings)) for _ in range(count)]
+        payload.end()
+        return masked
+
+    def reply(self, reply: bytes) -> list[tuple[bytes, Polynomial, Polynomial]]:
+        """Return the seeds and the fresh ciphertexts of a refresh reply, in NTT form."""
+        payload = Payload(reply, 8)
+        level, count = payload.integers("II")
+        fresh = [self._seeded(payload, self.q[: level + 1]) for _ in range(count)]
+        payload.end()
+        return fresh
 
     def public_key(self, key: bytes) -> tuple[bytes, np.ndarray]:
         """Return the seed and the error of a public key: an encryption of zero modulo QP."""

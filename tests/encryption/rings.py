@@ -7,6 +7,8 @@ from functools import cached_property
 import numpy as np
 from sympy import primitive_root
 
+Polynomial = list[np.ndarray]  # its residues, by prime
+
 
 class PrimeRing:
     """Polynomials modulo X^N + 1 and a prime: int64 arrays (..., N) of values in [0, prime)."""
@@ -18,10 +20,16 @@ class PrimeRing:
 
     def multiply(self, a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
         """Multiply modulo the prime; int64 products wrap, and so does what is taken off them."""
-        quotient = (a.astype(float) * b / self.prime).astype(np.int64)
-        rest = a * b - quotient * self.prime
-        rest += np.where(rest < 0, self.prime, 0)
-        return rest - np.where(rest >= self.prime, self.prime, 0)
+        quotient = (a.astype(float) * b * (1 / self.prime)).astype(np.int64)
+        rest = a * b
+        rest -= quotient * self.prime
+        return self._corrected(rest)
+
+    def _corrected(self, a: np.ndarray) -> np.ndarray:
+        """Bring integers in (-prime, 2 prime) into [0, prime), in place."""
+        a += (a < 0) * self.prime
+        a -= (a >= self.prime) * self.prime
+        return a
 
     def reduce(self, a: np.ndarray) -> np.ndarray:
         return a % self.prime
@@ -57,7 +65,7 @@ class PrimeRing:
             parts = a.reshape(*a.shape[:-1], blocks, 2, -1)
             twisted = self.multiply(parts[..., 1, :], self._forward[blocks : 2 * blocks, None])
             halves = parts[..., 0, :] + twisted, parts[..., 0, :] - twisted
-            a = self.reduce(np.stack(halves, axis=-2)).reshape(a.shape)
+            a = self._corrected(np.stack(halves, axis=-2)).reshape(a.shape)
             blocks *= 2
         return a
 
@@ -67,16 +75,21 @@ class PrimeRing:
         while blocks > 1:
             blocks //= 2
             parts = a.reshape(*a.shape[:-1], blocks, 2, -1)
-            total = self.reduce(parts[..., 0, :] + parts[..., 1, :])
-            twisted = self.reduce(parts[..., 0, :] - parts[..., 1, :])
+            total = self._corrected(parts[..., 0, :] + parts[..., 1, :])
+            twisted = self._corrected(parts[..., 0, :] - parts[..., 1, :])
             twisted = self.multiply(twisted, self._backward[blocks : 2 * blocks, None])
             a = np.stack([total, twisted], axis=-2).reshape(a.shape)
         return self.multiply(a, pow(self.degree, -1, self.prime))
 
 
-def small(rings: list[PrimeRing], residues: list[np.ndarray]) -> np.ndarray:
+def small(rings: list[PrimeRing], residues: Polynomial) -> np.ndarray:
     """Return the integers that residues stand for, which must be the same modulo every prime."""
-    integers = [ring.centred(values) for ring, values in zip(rings, residues, strict=True)]
-    for other in integers[1:]:
-        assert (other == integers[0]).all(), "the residues are not those of one small polynomial"
-    return integers[0]
+    integers = rings[0].centred(residues[0])
+    for ring, values in zip(rings, residues, strict=True):
+        assert (ring.reduce(integers) == values).all(), "the residues are not those of one small polynomial"
+    return integers
+
+
+def minus(a: Polynomial, b: Polynomial) -> Polynomial:
+    """Return a difference, which is reduced no further."""
+    return [x - y for x, y in zip(a, b, strict=True)]

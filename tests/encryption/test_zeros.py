@@ -1,0 +1,112 @@
+"""Encryptions of zero under a public key: in what it encrypts, in results and in refresh requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from .conftest import Client
+from .distributions import (
+    SIGMA,
+    assert_frequencies,
+    assert_gaussian,
+    assert_ternary,
+    assert_uniform,
+    assert_unrelated,
+)
+from .rings import Polynomial, small
+from .zeros import encrypted, masked, refreshed, rerandomised, telltale
+
+SOURCES = [encrypted, rerandomised, refreshed]
+
+
+def coefficients(client: Client, values: Polynomial) -> Polynomial:
+    """Return the coefficients, by prime, of a polynomial in NTT form."""
+    return [ring.intt(ring.reduce(v)) for ring, v in zip(client.opener.q, values, strict=False)]
+
+
+def integers(client: Client, values: Polynomial) -> np.ndarray:
+    """Return the small integers that are the coefficients of a polynomial in NTT form."""
+    return small(client.opener.q[: len(values)], coefficients(client, values))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_zeros_have_the_error_that_rounding_makes(client: Client, source: Callable):
+    """With the true key: two roundings r0 + r1 s, uniform in [-1/2, 1/2], beside which the rest vanishes.
+
+    Their variance is (1 + h) / 12 for a secret with h coefficients that are not zero.
+    """
+    opener = client.opener
+    zeros = source(client, client.secret_key.public_key(), client.count, 1)
+    rings = opener.q[:2]
+    errors = np.stack([small(rings, opener.phase(rings, *zero)) for zero in zeros])
+    assert_gaussian(errors, ((1 + np.count_nonzero(opener.secret)) / 12) ** 0.5)
+    assert_unrelated(np.concatenate([errors, opener.secret[None]]))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_zero_has_a_random_factor_of_its_own(client: Client, source: Callable):
+    """u is ternary, and what the second component hides behind: (u a + e1) / P, rounded."""
+    opener, special = client.opener, client.opener.p[0]
+    key, a = telltale(client, special.prime)
+    zeros = source(client, key, client.count, 1)
+    factors = np.stack([integers(client, first) for first, _ in zeros])
+    assert_ternary(factors)
+    assert_unrelated(np.concatenate([factors, opener.secret[None]]))
+    for u, (_, second) in zip(factors[:3], zeros, strict=False):
+        rest = special.centred(special.intt(special.multiply(a[len(opener.q)], special.ntt(u))))
+        for ring, k, values in zip(opener.q, a, coefficients(client, second), strict=False):
+            product = ring.intt(ring.multiply(k, ring.ntt(u)))
+            expected = ring.multiply(ring.reduce(product - rest), pow(special.prime, -1, ring.prime))
+            # e1 moves a rounding in one of 2^30 coefficients, P having 38 bits or more.
+            assert (np.abs(ring.centred(ring.reduce(values - expected))) > 0).sum() <= 2
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_zero_has_an_error_of_its_own(client: Client, source: Callable):
+    """c = (P - 1) / 2 + t makes the first component 1 where u is 1 and e0 above -t, and -1 where u is -1 and
+    e0 below t: rounding turns on the error, whose distribution is measured at some t."""
+    special = client.opener.p[0].prime
+    for threshold in (-6, -1, 0, 4):
+        key, _ = telltale(client, special // 2 + threshold)
+        zeros = source(client, key, client.count, 0)
+        signs = np.stack([integers(client, first) for first, _ in zeros])
+        assert set(np.unique(signs)) <= {-1, 0, 1}
+        counts = np.array([(signs == value).sum() for value in (-1, 0, 1)])
+        above = NormalDist(0, SIGMA).cdf(threshold - 0.5)
+        assert_frequencies(counts, np.array([above, 3 - 2 * above, above]) / 3)
+        assert_unrelated(signs)
+
+
+@pytest.mark.parametrize("flood", [16, 24])
+def test_flooding_is_uniform_and_new_each_time(client: Client, flood: int):
+    """c = K P makes the first component K u and the flooding noise; it tells them apart."""
+    room = 1 << (flood + 2)
+    key, _ = telltale(client, room * client.opener.p[0].prime)
+    zeros = rerandomised(client, key, client.count, 1, flood)
+    sums = np.stack([integers(client, first) for first, _ in zeros])
+    factors = (sums + room // 2) // room
+    assert_ternary(factors)
+    noise = sums - room * factors
+    assert noise.min() >= -(1 << flood)
+    assert noise.max() < 1 << flood
+    assert_uniform(noise + (1 << flood), 2 << flood)
+    assert_unrelated(np.concatenate([noise, factors]))
+
+
+def test_masks_are_uniform_and_serve_once(client: Client):
+    """Uniform modulo Q, not only modulo each prime; neither equal nor near to each other."""
+    opener = client.opener
+    _, masks = masked(client, client.secret_key.public_key(), client.count, 1)
+    residues = [coefficients(client, mask) for mask in masks]
+    for ring, values in zip(opener.q, zip(*residues, strict=True), strict=False):
+        assert_uniform(np.stack(values), ring.prime)
+        assert_unrelated(np.stack([ring.centred(v) for v in values]))
+    p, q = (ring.prime for ring in opener.q[:2])
+    joined = np.stack([a + p * ((b - a) * pow(p, -1, q) % q) for a, b in np.array(residues, object)])
+    assert_uniform(joined, p * q)
+    for i in range(1, len(joined)):
+        assert_uniform((joined[i:] - joined[:-i]) % (p * q), p * q)

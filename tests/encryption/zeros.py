@@ -1,0 +1,100 @@
+"""The encryptions of zero that come from a public key, taken off what they were added to.
+
+A public key is (e - a s, a). One whose first component is a constant c instead makes encryptions of zero that
+tell what they are made of. With a random ternary u and errors e0 and e1 they are, rounded to integers,
+((u c + e0) / P, (u a + e1) / P), where P is the first prime of the key-switching modulus: for c = P the first
+component is u.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from cipherlm.engine import Ciphertext, Evaluator, PublicKey
+
+from .conftest import Client
+from .expansion import Expansion
+from .frames import SEED, frame, packed
+from .rings import Polynomial, minus
+
+Zero = tuple[Polynomial, Polynomial]  # in NTT form
+
+
+def telltale(client: Client, constant: int) -> tuple[PublicKey, Polynomial]:
+    """Return a public key whose first component is a constant, and the second, modulo QP in NTT form."""
+    opener, degree, seed = client.opener, client.parameters.degree, os.urandom(SEED)
+    payload = seed
+    for ring in opener.q + opener.p:
+        # In Montgomery form, and equal everywhere in NTT form.
+        payload += packed(ring, np.full(degree, (constant << 64) % ring.prime))
+    header = client.secret_key.public_key().to_bytes()
+    expansion = Expansion(seed)
+    second = [
+        ring.multiply(values, pow(1 << 64, -1, ring.prime))
+        for rings in (opener.q, opener.p)
+        for ring, values in zip(rings, expansion.polynomial(rings), strict=True)
+    ]
+    return PublicKey.from_bytes(frame(header, payload), client.parameters), second
+
+
+def results(client: Client, count: int, level: int) -> list[Ciphertext]:
+    """Return computed ciphertexts, which have no seed."""
+    evaluator = Evaluator(client.parameters)
+    fresh = [client.secret_key.encrypt(client.message(level)) for _ in range(count)]
+    return [evaluator.add(ciphertext, ciphertext) for ciphertext in fresh]
+
+
+def encrypted(client: Client, key: PublicKey, count: int, level: int) -> list[Zero]:
+    """Return the zeros of encryptions under a public key."""
+    zeros = []
+    for _ in range(count):
+        plaintext = client.message(level)
+        first, second = client.opener.ciphertext(key.encrypt(plaintext).to_bytes())
+        zeros.append((minus(first, client.opener.plaintext(plaintext.to_bytes())), second))
+    return zeros
+
+
+def rerandomised(client: Client, key: PublicKey, count: int, level: int, flood: int = 0) -> list[Zero]:
+    """Return what rerandomisation adds to results."""
+    evaluator, zeros = Evaluator(client.parameters), []
+    for before in results(client, count, level):
+        after = evaluator.rerandomize(before, key, flood=flood)
+        zeros.append(difference(client, after, before))
+    return zeros
+
+
+def difference(client: Client, after: Ciphertext, before: Ciphertext) -> Zero:
+    """Return what was added to a ciphertext."""
+    parts = zip(*(client.opener.ciphertext(c.to_bytes()) for c in (after, before)), strict=True)
+    first, second = (minus(new, old) for new, old in parts)
+    return first, second
+
+
+def refreshed(client: Client, key: PublicKey, count: int, level: int) -> list[Zero]:
+    """Return the zeros of ciphertexts that are masked to be refreshed, in two requests."""
+    return masked(client, key, count, level)[0]
+
+
+def masked(client: Client, key: PublicKey, count: int, level: int) -> tuple[list[Zero], list[Polynomial]]:
+    """Return the zeros, and the masks, of ciphertexts that are masked to be refreshed, in two requests.
+
+    A mask is what taking it off takes off the client's reply.
+    """
+    evaluator, opener = Evaluator(client.parameters), client.opener
+    zeros, masks = [], []
+    for size in (count - count // 2, count // 2):
+        before = results(client, size, level)
+        request, kept = evaluator.mask(before, key, level=level, to_level=level)
+        reply = client.secret_key.refresh(request)
+        after = evaluator.unmask(reply, kept)
+        for old, (first, second), (_, fresh, _), new in zip(
+            before, opener.request(request.to_bytes()), opener.reply(reply.to_bytes()), after, strict=True
+        ):
+            unmasked, _ = opener.ciphertext(new.to_bytes())
+            mask = minus(fresh, unmasked)
+            c0, c1 = opener.ciphertext(old.to_bytes())
+            zeros.append((minus(minus(first, c0), mask), minus(second, c1)))
+            masks.append(mask)
+    return zeros, masks
