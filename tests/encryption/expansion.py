@@ -30,8 +30,14 @@ ORDER = [
 ]
 
 
+LEFT = [np.roll(range(4), -shift) for shift in range(4)]
+
+
 def rotated(words: np.ndarray, bits: int) -> np.ndarray:
-    return words >> np.uint64(bits) | words << np.uint64(64 - bits)
+    low = words << np.uint64(64 - bits)
+    words >>= np.uint64(bits)
+    words |= low
+    return words
 
 
 def blake2b(parameters: np.ndarray, message: bytes) -> np.ndarray:
@@ -45,21 +51,19 @@ def blake2b(parameters: np.ndarray, message: bytes) -> np.ndarray:
     v[12] ^= np.uint64(len(message))
     v[14] = ~v[14]  # the last block
     # The four columns at once, then the four diagonals.
-    a, b, c, d = v[0:4], v[4:8], v[8:12], v[12:16]
+    a, b, c, d = v.reshape(4, 4, -1)
     for turn in range(12):
         order = words[ORDER[turn % 10]]
         for half in range(2):
             x, y = order[8 * half : 8 * half + 8].reshape(4, 2, 1).transpose(1, 0, 2)
-            a = a + b + x
-            d = rotated(d ^ a, 32)
-            c = c + d
-            b = rotated(b ^ c, 24)
-            a = a + b + y
-            d = rotated(d ^ a, 16)
-            c = c + d
-            b = rotated(b ^ c, 63)
-            sign = 2 * half - 1
-            b, c, d = (np.roll(part, sign * shift, 0) for part, shift in ((b, 1), (c, 2), (d, 3)))
+            for term, right, left in ((x, 32, 24), (y, 16, 63)):
+                a += b
+                a += term
+                d = rotated(d ^ a, right)
+                c += d
+                b = rotated(b ^ c, left)
+            turns = (3, 2, 1) if half else (1, 2, 3)
+            b, c, d = (part[LEFT[turn]] for part, turn in zip((b, c, d), turns, strict=True))
     return state ^ np.concatenate([a ^ c, b ^ d])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from statistics import NormalDist
 
@@ -17,6 +18,8 @@ from .distributions import (
     assert_uniform,
     assert_unrelated,
 )
+from .expansion import Expansion
+from .frames import SEED
 from .rings import Polynomial, small
 from .zeros import encrypted, masked, refreshed, rerandomised, telltale
 
@@ -50,19 +53,25 @@ def test_zeros_have_the_error_that_rounding_makes(client: Client, source: Callab
 @pytest.mark.parametrize("source", SOURCES)
 def test_each_zero_has_a_random_factor_of_its_own(client: Client, source: Callable):
     """u is ternary, and what the second component hides behind: (u a + e1) / P, rounded."""
-    opener, special = client.opener, client.opener.p[0]
-    key, a = telltale(client, special.prime)
-    zeros = source(client, key, client.count, 1)
+    opener, special, seed = client.opener, client.opener.p[0], os.urandom(SEED)
+    zeros = source(client, telltale(client, special.prime, seed), client.count, 1)
     factors = np.stack([integers(client, first) for first, _ in zeros])
     assert_ternary(factors)
     assert_unrelated(np.concatenate([factors, opener.secret[None]]))
+    expansion = Expansion(seed)
+    rings = [*opener.q[:2], special]
+    a = [*expansion.polynomial(opener.q)[:2], *expansion.polynomial([special])]
     for u, (_, second) in zip(factors[:3], zeros, strict=False):
-        rest = special.centred(special.intt(special.multiply(a[len(opener.q)], special.ntt(u))))
-        for ring, k, values in zip(opener.q, a, coefficients(client, second), strict=False):
-            product = ring.intt(ring.multiply(k, ring.ntt(u)))
-            expected = ring.multiply(ring.reduce(product - rest), pow(special.prime, -1, ring.prime))
+        # Keys are in Montgomery form: a is what the seed generates, divided by 2^64.
+        *products, rest = (
+            ring.intt(ring.multiply(ring.multiply(k, ring.ntt(u)), pow(1 << 64, -1, ring.prime)))
+            for ring, k in zip(rings, a, strict=True)
+        )
+        for ring, product, values in zip(rings, products, coefficients(client, second), strict=False):
+            rounded = ring.reduce(product - special.centred(rest))
+            expected = ring.multiply(rounded, pow(special.prime, -1, ring.prime))
             # e1 moves a rounding in one of 2^30 coefficients, P having 38 bits or more.
-            assert (np.abs(ring.centred(ring.reduce(values - expected))) > 0).sum() <= 2
+            assert np.count_nonzero(values - expected) <= 2
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -71,7 +80,7 @@ def test_each_zero_has_an_error_of_its_own(client: Client, source: Callable):
     e0 below t: rounding turns on the error, whose distribution is measured at some t."""
     special = client.opener.p[0].prime
     for threshold in (-6, -1, 0, 4):
-        key, _ = telltale(client, special // 2 + threshold)
+        key = telltale(client, special // 2 + threshold)
         zeros = source(client, key, client.count, 0)
         signs = np.stack([integers(client, first) for first, _ in zeros])
         assert set(np.unique(signs)) <= {-1, 0, 1}
@@ -85,7 +94,7 @@ def test_each_zero_has_an_error_of_its_own(client: Client, source: Callable):
 def test_flooding_is_uniform_and_new_each_time(client: Client, flood: int):
     """c = K P makes the first component K u and the flooding noise; it tells them apart."""
     room = 1 << (flood + 2)
-    key, _ = telltale(client, room * client.opener.p[0].prime)
+    key = telltale(client, room * client.opener.p[0].prime)
     zeros = rerandomised(client, key, client.count, 1, flood)
     sums = np.stack([integers(client, first) for first, _ in zeros])
     factors = (sums + room // 2) // room

@@ -8,35 +8,25 @@ component is u.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from cipherlm.engine import Ciphertext, Evaluator, PublicKey
 
 from .conftest import Client
-from .expansion import Expansion
 from .frames import SEED, frame, packed
 from .rings import Polynomial, minus
 
 Zero = tuple[Polynomial, Polynomial]  # in NTT form
 
 
-def telltale(client: Client, constant: int) -> tuple[PublicKey, Polynomial]:
-    """Return a public key whose first component is a constant, and the second, modulo QP in NTT form."""
-    opener, degree, seed = client.opener, client.parameters.degree, os.urandom(SEED)
+def telltale(client: Client, constant: int, seed: bytes = bytes(SEED)) -> PublicKey:
+    """Return a public key whose first component is a constant, and whose second a seed generates."""
+    opener, degree = client.opener, client.parameters.degree
     payload = seed
     for ring in opener.q + opener.p:
         # In Montgomery form, and equal everywhere in NTT form.
         payload += packed(ring, np.full(degree, (constant << 64) % ring.prime))
-    header = client.secret_key.public_key().to_bytes()
-    expansion = Expansion(seed)
-    second = [
-        ring.multiply(values, pow(1 << 64, -1, ring.prime))
-        for rings in (opener.q, opener.p)
-        for ring, values in zip(rings, expansion.polynomial(rings), strict=True)
-    ]
-    return PublicKey.from_bytes(frame(header, payload), client.parameters), second
+    return PublicKey.from_bytes(frame(client.public_header, payload), client.parameters)
 
 
 def results(client: Client, count: int, level: int) -> list[Ciphertext]:
