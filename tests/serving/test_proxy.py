@@ -844,8 +844,9 @@ def command(*arguments: str) -> list[str]:
         (["--host", "192.0.2.1", "--api-key", "x"], "--allow-remote"),
         (["--host", "::"], "--allow-remote"),
         (["--host", ""], "--allow-remote"),
-        (["--host", "0.0.0.0", "--allow-remote"], "--api-key"),
-        (["--host", "0.0.0.0", "--allow-remote", "--api-key", "x"], "--insecure-listen-plain-http"),
+        (["--host", "0.0.0.0", "--allow-remote", "--no-api-key"], "leave --no-api-key out"),
+        (["--host", "0.0.0.0", "--allow-remote"], "--insecure-listen-plain-http"),
+        (["--no-api-key", "--api-key", "x"], "not allowed with"),
         (["--host", "0.0.0.0", "--allow-remote", "--api-key", "x", "--certfile", "y"], "belong together"),
     ],
 )
@@ -866,8 +867,23 @@ def test_a_port_that_is_taken():
         verb.listen("127.0.0.1", taken.getsockname()[1])
 
 
-def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer):
-    closed = []
+@pytest.mark.parametrize(
+    ("arguments", "environment", "key"),
+    [
+        ([], None, None),
+        (["--api-key", "sesame"], "barley", "sesame"),
+        ([], "barley", "barley"),
+        (["--no-api-key"], "barley", ""),
+        (["--no-api-key"], None, ""),
+    ],
+)
+def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer, arguments, environment, key):
+    """With the key that is given, with one of its own, or with none. Its own is another one each time."""
+    closed, keys = [], []
+    if environment is None:
+        monkeypatch.delenv("CIPHERLM_PROXY_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("CIPHERLM_PROXY_API_KEY", environment)
     remote = SimpleNamespace(
         config=model.config,
         context_length=256,
@@ -882,8 +898,15 @@ def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer):
         serve = uvicorn.Server(server.config)
         thread = threading.Thread(target=original, args=(serve, sockets))
         thread.start()
-        url = capsys.readouterr().out.removeprefix("export OPENAI_BASE_URL=").strip()
-        with openai_client(url) as client:
+        printed = capsys.readouterr()
+        exported = dict(line.removeprefix("export ").split("=", 1) for line in printed.out.splitlines())
+        url = exported.pop("OPENAI_BASE_URL")
+        used = key or exported.pop("OPENAI_API_KEY")
+        assert not exported
+        assert used not in printed.err
+        keys.append(used)
+        assert httpx.get(url + "/models").status_code == (200 if key == "" else 401)
+        with openai_client(url, api_key=used) as client:
             assert client.models.list().data[0].id == "remote"
             assert client.completions.create(model="remote", prompt="x").usage.completion_tokens <= 3
         serve.should_exit = True
@@ -891,5 +914,11 @@ def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer):
 
     original = uvicorn.Server.run
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    assert main(command("--port", "0", "--max-tokens", "3")) == 0
-    assert closed == [True]
+    for _ in range(2):
+        assert main(command("--port", "0", "--max-tokens", "3", *arguments)) == 0
+    assert closed == [True, True]
+    if key is None:
+        assert len({*keys}) == 2
+        assert min(map(len, keys)) == 32
+    else:
+        assert {*keys} == {key or "unused"}

@@ -2,11 +2,13 @@
 
 Speaks OpenAI's HTTP API (models, completions, chat completions, streamed or not) to programs on this machine,
 and sends only ciphertexts on to the server. Prompts and replies are in the clear here, so it listens on the
-loopback unless told otherwise, and web pages cannot reach it.
+loopback unless told otherwise, web pages cannot reach it, and programs need an API key: without --api-key,
+one is made at each start and printed.
 """
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -24,11 +26,11 @@ from cipherlm.progress import TerminalProgress
 EXAMPLES = """\
 examples:
   cipherlm proxy --server https://models.example.org:8470
-  cipherlm proxy --server http://127.0.0.1:8470 --port 9000 --api-key "$(openssl rand -hex 16)"
+  CIPHERLM_PROXY_API_KEY="$(openssl rand -hex 16)" cipherlm proxy --server http://127.0.0.1:8470 --port 9000
 
 then, in another terminal:
   export OPENAI_BASE_URL=http://127.0.0.1:8471/v1
-  export OPENAI_API_KEY=unused        # or what --api-key says
+  export OPENAI_API_KEY=...           # both lines as the proxy prints them
   python -c 'import openai; client = openai.OpenAI(); print(client.models.list().data)'
 
 environment:
@@ -57,7 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"port to listen on, 0 for any that is free (default: {DEFAULT_PORT})",
     )
-    parser.add_argument("--api-key", metavar="KEY", help="what programs must give as their API key")
+    access = parser.add_mutually_exclusive_group()
+    access.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what programs must give as their API key; other users of this machine can see it here "
+        "(default: CIPHERLM_PROXY_API_KEY in the environment, or a new one that is printed)",
+    )
+    access.add_argument(
+        "--no-api-key",
+        action="store_true",
+        help="let every program and every user of this machine in: they spend your keys and your token",
+    )
     parser.add_argument(
         "--allow-remote",
         action="store_true",
@@ -88,20 +101,19 @@ def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from cipherlm.serving.auth import is_loopback
 
-    api_key = options.api_key or os.environ.get("CIPHERLM_PROXY_API_KEY") or None
     if not is_loopback(options.host) and not options.allow_remote:
         raise UsageError(
             f"{options.host} can be reached from other machines, and prompts are in the clear here: "
-            "leave --host out, or add --allow-remote and --api-key"
+            "leave --host out, or add --allow-remote"
         )
-    if options.allow_remote and api_key is None:
-        raise UsageError("--allow-remote lets other machines use your keys: it needs --api-key")
+    if options.allow_remote and options.no_api_key:
+        raise UsageError("--allow-remote lets other machines use your keys: leave --no-api-key out")
     certfile, keyfile = tls_files(options, "--insecure-listen-plain-http")
     # Before the model is loaded and keys are sent, which takes a while.
     with closing(listen(options.host, options.port)) as listener, quiet_libraries():
         model, tokenizer, name = connect(options)
         try:
-            serve(options, listener, model, tokenizer, name=name, api_key=api_key, tls=(certfile, keyfile))
+            serve(options, listener, model, tokenizer, name=name, tls=(certfile, keyfile))
         finally:
             model.close()
 
@@ -119,7 +131,6 @@ def serve(
     tokenizer: Any,
     *,
     name: str,
-    api_key: str | None,
     tls: tuple[Path | None, Path | None] = (None, None),
 ) -> None:
     """Serve on a listening socket until SIGINT or SIGTERM."""
@@ -131,6 +142,8 @@ def serve(
 
     log_to()
     host = in_url(options.host)
+    given = options.api_key or os.environ.get("CIPHERLM_PROXY_API_KEY")
+    api_key = None if options.no_api_key else given or secrets.token_urlsafe(24)
     app = create_proxy(
         model,
         tokenizer,
@@ -146,6 +159,8 @@ def serve(
     url = f"http{'s' if certfile else ''}://{host}:{listener.getsockname()[1]}/v1"
     print(f"{name} is served at {url}; stop with Ctrl-C", file=sys.stderr)
     print(f"export OPENAI_BASE_URL={url}", flush=True)
+    if api_key is None or not given:  # a key that was given is known, and need not be on a screen
+        print(f"export OPENAI_API_KEY={api_key or 'unused'}", flush=True)
     config = uvicorn.Config(
         app,
         ssl_certfile=certfile,
