@@ -445,6 +445,20 @@ def test_ctrl_c_while_waiting_cancels(url, model):
         assert connection.evaluate("echo", 0, 1, [b"ab"], upper) == [b"ba", b"ROUND 0"]
 
 
+def test_what_is_closed_stays_closed(url):
+    """Even where the evaluation that it was closed in would begin again."""
+    with session(url) as connection:
+
+        def close(request: bytes) -> bytes:
+            connection.close()
+            return request
+
+        with pytest.raises(RemoteError, match=r"closed|broke off"):
+            connection.evaluate("echo", 0, 1, [b"ab"], close)
+        with pytest.raises(RemoteError, match="is closed"):
+            connection.reopen()
+
+
 def test_closing_cancels(url, model):
     def close(done, total):
         connection.close()

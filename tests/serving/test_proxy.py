@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from cipherlm.serving import proxy as proxy_module
 from cipherlm.serving.completion import Job, Text
 from cipherlm.serving.errors import ConnectionFailed, ServerError
 from cipherlm.serving.proxy import create_proxy
+from cipherlm.serving.proxy_run import ProxyServer
 
 PROMPT = "The old man looked at the"
 
@@ -30,8 +32,7 @@ PROMPT = "The old man looked at the"
 @contextmanager
 def served(model, tokenizer, **options) -> Iterator[str]:
     """Serve on a free port of the loopback, and yield the base URL."""
-    app = create_proxy(model, tokenizer, name="tiny", **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    server = ProxyServer(create_proxy(model, tokenizer, name="tiny", **options))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -735,6 +736,42 @@ def test_a_server_lost_in_midstream(model, tokenizer):
         with pytest.raises(openai.APIError, match="connection is lost"):
             texts += [chunk.choices[0].text for chunk in stream]
         client.models.list()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_end_of_the_endpoint_is_told(model, tokenizer, stream, logged):
+    """Ctrl-C in midstream: what was generated, then an error event. One line is logged, and no trace."""
+    slow = Stepwise(model)
+    app = create_proxy(slow, tokenizer, name="tiny")
+    server = ProxyServer(app)
+    body = {**COMPLETION, "max_tokens": 200, "stream": stream}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        slow.permits.release(3)
+        if stream:
+            with httpx.stream("POST", url, json=body, timeout=30) as response:
+                lines = response.iter_lines()
+                assert "text" in next(lines)
+                server.should_exit = True
+                events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+            error = json.loads(events[-1])["error"]
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(httpx.post, url, json=body, timeout=30)
+                eventually(lambda: slow.tokens == 4)
+                server.should_exit = True
+                assert waiting.result().status_code == 503
+                error = error_of(waiting.result())
+        thread.join(20)
+        assert not thread.is_alive()
+    assert error["code"] == "shutting_down"
+    slow.permits.release(2)  # the token that is computed ends, and no other follows
+    eventually(lambda: not slow.running.is_set())
+    assert slow.tokens <= 5
+    [entry] = map(json.loads, logged.getvalue().splitlines())
+    assert entry["event"] == "generation stopped"
 
 
 # Who is let in

@@ -40,7 +40,6 @@ environment:
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8471
-STOP_SECONDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,11 +133,10 @@ def serve(
     tls: tuple[Path | None, Path | None] = (None, None),
 ) -> None:
     """Serve on a listening socket until SIGINT or SIGTERM."""
-    import uvicorn
-
     from cipherlm.serving.hosts import LOOPBACK_HOSTS, in_url
     from cipherlm.serving.logs import log_to
     from cipherlm.serving.proxy import create_proxy
+    from cipherlm.serving.proxy_run import ProxyServer
 
     log_to()
     host = in_url(options.host)
@@ -161,18 +159,9 @@ def serve(
     print(f"export OPENAI_BASE_URL={url}", flush=True)
     if api_key is None or not given:  # a key that was given is known, and need not be on a screen
         print(f"export OPENAI_API_KEY={api_key or 'unused'}", flush=True)
-    config = uvicorn.Config(
-        app,
-        ssl_certfile=certfile,
-        ssl_keyfile=keyfile,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    )
     # uvicorn ends gracefully and then sends itself the signal again: this lets the model be closed.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        ProxyServer(app, certfile=certfile, keyfile=keyfile).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous)

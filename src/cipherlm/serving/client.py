@@ -117,6 +117,7 @@ class Connection:
         self._description: dict[str, Any] | None = None
         self._keys: dict[str, str] | None = None
         self._session: _Session | None = None
+        self._closed = False
 
     @property
     def url(self) -> str:
@@ -167,8 +168,11 @@ class Connection:
     def open(self, keys: Mapping[str, str]) -> None:
         """Open a session with uploaded keys, ``{kind: SHA-256}``; one that is open is closed first.
 
-        Raises :class:`ServerError` with the code "unknown_keys" where they have to be uploaded (again).
+        Raises :class:`ServerError` with the code "unknown_keys" where they have to be uploaded (again), and
+        :class:`RemoteError` after :meth:`close`.
         """
+        if self._closed:  # perhaps by another thread, as a process ends amid an evaluation
+            raise RemoteError(f"the connection to {self.url} is closed")
         self._end()
         self._keys = dict(keys)
         description = self.describe()
@@ -228,7 +232,8 @@ class Connection:
                         self._end()
 
     def close(self) -> None:
-        """End the session and close everything."""
+        """End the session and close everything, for good."""
+        self._closed = True
         self._end()
         self._requests.close()
 

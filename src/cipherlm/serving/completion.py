@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -231,23 +232,41 @@ class Busy(Exception):  # noqa: N818
     """Too many wait already."""
 
 
+class Stopped(Exception):  # noqa: N818
+    """The worker ends before the text does."""
+
+
 class Worker:
     """Runs one thing at a time on a thread, in order, and lets ``waiting`` more wait."""
 
     def __init__(self, waiting: int) -> None:
+        self._jobs: WeakSet[Job] = WeakSet()
+        self._closed = False
         self._places = threading.BoundedSemaphore(waiting + 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cipherlm-generate")
 
-    def submit(self, work: Callable[[], None]) -> "Future[None]":
-        """Run ``work`` in its turn; cancelling its future gives the place back. Raises :class:`Busy`."""
+    def submit(self, job: "Job", work: Callable[[], None]) -> "Future[None]":
+        """Run a job's work in its turn; cancelling its future gives the place back.
+
+        Raises :class:`Busy`, and :class:`Stopped` where the worker is closed.
+        """
+        if self._closed:
+            raise Stopped
         if not self._places.acquire(blocking=False):
             raise Busy
         future = self._thread.submit(work)
         future.add_done_callback(lambda _: self._places.release())
+        self._jobs.add(job)
         return future
 
     def close(self) -> None:
-        """Start nothing more; what runs ends by itself."""
+        """Start nothing more, and end all jobs with :class:`Stopped`; called by their event loop.
+
+        A token that is being computed ends by itself.
+        """
+        self._closed = True
+        for job in list(self._jobs):
+            job.stop()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -255,11 +274,11 @@ class Job:
     """What one request has generated for it, as its event loop sees it: pieces, then an error or the end."""
 
     def __init__(self, worker: Worker, work: Callable[["Job"], None]) -> None:
-        """Queue ``work``, which puts pieces into the job it is given. Raises :class:`Busy`."""
+        """Queue ``work``, which puts pieces into the job it is given. Raises as :meth:`Worker.submit`."""
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self._cancelled = threading.Event()
-        self._future = worker.submit(lambda: self._run(work))
+        self._future = worker.submit(self, lambda: self._run(work))
 
     @property
     def cancelled(self) -> bool:
@@ -268,9 +287,16 @@ class Job:
 
     def cancel(self) -> None:
         """Leave the queue, or end the generation after its current token; called by the event loop."""
+        self._leave(None)  # for a task that still waits for the next piece
+
+    def stop(self) -> None:
+        """Cancel, and have :meth:`next` raise :class:`Stopped` behind the pieces that are there."""
+        self._leave(Stopped())
+
+    def _leave(self, last: Exception | None) -> None:
         self._cancelled.set()
         self._future.cancel()
-        self._queue.put_nowait(None)  # for a task that still waits for the next piece
+        self._queue.put_nowait(last)
 
     def put(self, item: Piece | Exception | None) -> None:
         """Hand an item to the event loop; called by the worker's thread."""

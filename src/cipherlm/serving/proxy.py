@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cipherlm.serving.auth import Tokens
-from cipherlm.serving.completion import Busy, Job, Piece, Prompt, Settings, Worker, complete
+from cipherlm.serving.completion import Busy, Job, Piece, Prompt, Settings, Stopped, Worker, complete
 from cipherlm.serving.errors import ConnectionFailed, RemoteError, ServerError, SessionLost
 from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed
 from cipherlm.serving.logs import log, log_exception
@@ -81,7 +81,10 @@ def create_proxy(
     configuration says. With an ``api_key``, requests must carry it as a bearer token. ``allowed_hosts`` are
     the names under which the endpoint may be addressed; None allows all, and then needs an ``api_key``.
 
-    Nothing of a prompt or a reply is logged. Raises ``ValueError`` for arguments that do not go together.
+    Nothing of a prompt or a reply is logged. ``app.state.close()``, called in the loop that serves, ends all
+    replies with an error; :mod:`cipherlm.serving.proxy_run` does it when the process is to end.
+
+    Raises ``ValueError`` for arguments that do not go together.
     """
     if allowed_hosts is None and not api_key:
         raise ValueError("an endpoint that answers to any host needs an API key, as it sees plaintext")
@@ -103,6 +106,7 @@ def create_proxy(
 
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.close = proxy.worker.close
     app.add_middleware(_Guard, keys=keys, allowed_hosts=allowed_hosts)
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", proxy.model_card, methods=["GET"])
@@ -408,6 +412,9 @@ def _as_api_error(error: Exception) -> ApiError:
 
     What the server says about itself is passed on: those texts hold nothing of a prompt.
     """
+    if isinstance(error, Stopped):
+        log("generation stopped")
+        return ApiError(503, "This endpoint is shutting down.", code="shutting_down")
     reference = log_exception("generation failed", error)
     if isinstance(error, RemoteError):
         for_now = isinstance(error, (ConnectionFailed, SessionLost))
