@@ -69,7 +69,7 @@ test-ray: $(READY)
 	$(BIN)/python -c "import ray"
 	$(BIN)/python -m pytest -m "not slow" tests/serving/test_ray.py
 
-COMPATIBILITY := tests/test_loading.py tests/test_models*.py tests/test_cli.py tests/serving
+COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_cli.py tests/serving
 
 # The newest of everything that pyproject.toml allows, and the oldest of transformers.
 test-newest: $(NEWEST)/.ready

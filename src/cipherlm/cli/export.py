@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help='"tiny" (embedded), a directory, or a GPT-2 on the Hugging Face hub such as "gpt2"',
+        help='"tiny" (embedded), a directory, a GGUF file, or a GPT-2 on the Hugging Face hub such as "gpt2"',
     )
     parser.add_argument("directory", metavar="OUT", help="new directory for the bundles, server and client")
     add_encryption_options(parser)

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.utils import logging
+
+from cipherlm.models.gguf import completed, gguf_file
 
 EMBEDDED_MODEL = "tiny"
 SUPPORTED_ARCHITECTURES = ("gpt2",)
@@ -31,11 +34,11 @@ def load_model(name: ModelName) -> GPT2LMHeadModel:
     """Return the clear model ``name`` in float32 and evaluation mode.
 
     ``"tiny"`` is the model that comes with this package and needs no network. Any other name is a directory
-    written by ``save_pretrained`` or an id on the Hugging Face hub (``"gpt2"``); a directory of your own that
-    is called ``tiny`` is ``"./tiny"``.
+    written by ``save_pretrained``, a GGUF file or a directory with one, or an id on the Hugging Face hub
+    (``"gpt2"``); a directory of your own that is called ``tiny`` is ``"./tiny"``.
 
-    Raises ``FileNotFoundError`` if there is no such model, and ``ValueError`` if its architecture is not one
-    of GPT-2's or its files are damaged.
+    Raises ``FileNotFoundError`` if there is no such model, ``ValueError`` if its architecture is not one of
+    GPT-2's or its files are damaged, and ``ImportError`` if packages for GGUF are missing.
     """
     source = _source(name)
     config = _read_config(name, source)
@@ -50,11 +53,14 @@ def load_model(name: ModelName) -> GPT2LMHeadModel:
         raise ValueError(
             f"{os.fspath(name)!r} has the activation {function!r}, which transformers does not know"
         )
+    options = dict(source.options)
+    if source.gguf:
+        options["config"] = GPT2Config(**completed(config))
     try:
-        with _no_progress_bar_over(source):
+        with _no_progress_bar_over(source.path):
             # Its annotations do not know that output_loading_info makes the result a pair.
             loaded = cast("Any", GPT2LMHeadModel).from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True
+                source.path, dtype=torch.float32, output_loading_info=True, **options
             )
     # transformers lets through whatever its many ways of reading weights raise.
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -81,10 +87,10 @@ def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:
         f"{TOKENIZER_FILES[-1]}; save one there with tokenizer.save_pretrained"
     )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.options)
     # The tokenizers library raises bare exceptions on a damaged file.
     except Exception as error:
-        if Path(source).is_dir() and not _has_tokenizer(Path(source)):
+        if Path(source.path).is_dir() and not source.gguf and not _has_tokenizer(Path(source.path)):
             raise nothing from error
         raise ValueError(f"cannot load the tokenizer of {os.fspath(name)!r}: {_first_line(error)}") from error
     # Where there is no file, some versions of transformers make a tokeniser of its special tokens alone.
@@ -99,26 +105,49 @@ def _has_tokenizer(directory: Path) -> bool:
     )
 
 
-def _source(name: ModelName) -> str:
-    """Return what ``transformers`` is to load: a directory that exists, or an id."""
+@dataclass(frozen=True)
+class _Source:
+    """What ``transformers`` is to load: a directory that exists or an id, and a GGUF file in a directory."""
+
+    path: str
+    gguf: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def _source(name: ModelName) -> _Source:
     path = os.fspath(name)
     if path == EMBEDDED_MODEL:
-        return str(files("cipherlm.models").joinpath(EMBEDDED_MODEL))
+        return _Source(str(files("cipherlm.models").joinpath(EMBEDDED_MODEL)))
+    gguf = gguf_file(Path(path))
+    if gguf is not None:
+        return _Source(str(gguf.parent), gguf.name)
     # An id is "name" or "owner/name". Whatever cannot be one is not looked up on the network.
     is_id = isinstance(name, str) and path.count("/") <= 1 and not path.startswith((".", "/", "~"))
     if not is_id and not Path(path).is_dir():
         raise FileNotFoundError(f"no model {path!r}: there is no such directory")
-    return path
+    return _Source(path)
 
 
-def _read_config(name: ModelName, source: str) -> dict[str, Any]:
+def _read_config(name: ModelName, source: _Source) -> dict[str, Any]:
     """Return the model's ``config.json``, as it is: its architecture may be one that is not known here."""
-    in_directory = Path(source).is_dir()
-    if in_directory and not Path(source, "config.json").is_file():
-        raise FileNotFoundError(f"no model {os.fspath(name)!r}: this directory has no config.json")
+    in_directory = Path(source.path).is_dir()
+    if in_directory and not source.gguf and not Path(source.path, "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model {os.fspath(name)!r}: this directory has no config.json and no GGUF file"
+        )
     try:
-        config, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
+        config, _ = PretrainedConfig.get_config_dict(source.path, **source.options)
+    # The gguf library raises whatever the bytes of a damaged file lead to.
+    except Exception as error:
+        if source.gguf:
+            raise ValueError(
+                f"the GGUF file of {os.fspath(name)!r} is damaged or of another version"
+            ) from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
         if in_directory:
             raise ValueError(f"cannot read the config.json of {os.fspath(name)!r}") from error
         raise FileNotFoundError(
