@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cipherlm.models.config import EncryptionConfig
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.published import MultiHeadsQGPT2Model, SingleHeadQGPT2Model
     from cipherlm.serving.remote import RemoteModel
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "EncryptedGPT2LMHeadModel": "cipherlm.models.integration",
+    "EncryptedLinearModel": "cipherlm.models.linear",
     "EncryptionConfig": "cipherlm.models.config",
     "MultiHeadsQGPT2Model": "cipherlm.models.published",
     "SingleHeadQGPT2Model": "cipherlm.models.published",
@@ -29,6 +31,7 @@ _EXPORTS = {
 
 __all__ = [
     "EncryptedGPT2LMHeadModel",
+    "EncryptedLinearModel",
     "EncryptionConfig",
     "MultiHeadsQGPT2Model",
     "RemoteModel",

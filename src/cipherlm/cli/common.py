@@ -181,7 +181,7 @@ def encryption_config(options: argparse.Namespace, **changes: Any) -> "Encryptio
 def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":
     """Return the model that the options name with its modules encrypted, calibrated if it was saved so."""
     from cipherlm.models.config import CONFIG_NAME
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model
 
     if Path(options.model, CONFIG_NAME).is_file():
@@ -194,7 +194,7 @@ def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "Encryp
             )
         return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
     config = encryption_config(options)  # before the model, so that a wrong option is told at once
-    return get_encrypted_model(load_model(options.model), config, progress=progress)
+    return EncryptedGPT2LMHeadModel.encrypt(load_model(options.model), config, progress=progress)
 
 
 def calibration_ids(

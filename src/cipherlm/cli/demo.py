@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
 def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
     from cipherlm.cli.ckks import calibrate, check_length, remote_figures, traffic_figures
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
-    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     def say(text: str = "") -> None:
@@ -105,7 +105,7 @@ def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dic
             print(text, flush=True)
 
     tokenizer = load_tokenizer("tiny")
-    model = get_encrypted_model(load_model("tiny"), config, progress=TerminalProgress())
+    model = EncryptedGPT2LMHeadModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     check_length(model, ids.shape[1], options.max_new_tokens)
     ids = model.with_prefix(ids)
@@ -169,7 +169,7 @@ def _print_remote(figures: dict[str, Any]) -> None:
 
 def _demo(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
-    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     def say(text: str) -> None:
@@ -177,7 +177,7 @@ def _demo(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, 
             print(text, flush=True)
 
     tokenizer = load_tokenizer("tiny")
-    model = get_encrypted_model(load_model("tiny"), config, progress=TerminalProgress())
+    model = EncryptedGPT2LMHeadModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     length = compiled_length(model, ids.shape[1], options.max_new_tokens, step=1)
 

@@ -243,7 +243,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from cipherlm.evaluation.agreement import next_tokens, top_k_agreement
     from cipherlm.evaluation.perplexity import perplexity
     from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
-    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -284,7 +284,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         label = heads_label(config.heads)
         with progress(f"{label}, {config.n_bits} bits"):
-            model: Any = get_encrypted_model(copy.deepcopy(clear), config, progress=progress)
+            model: Any = EncryptedGPT2LMHeadModel.encrypt(copy.deepcopy(clear), config, progress=progress)
             model.calibrate(calibration)
             if options.mode == "simulate":
                 compile_circuits(model, max(ids.shape[1] for ids in sentences))
@@ -361,7 +361,7 @@ def _illustrate(options: argparse.Namespace) -> None:
     new_tokens = options.max_new_tokens or ILLUSTRATION_TOKENS
 
     from cipherlm.cli.streaming import TokenStream, generate
-    from cipherlm.models.integration import get_encrypted_model
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -378,7 +378,7 @@ def _illustrate(options: argparse.Namespace) -> None:
     ]
     for config in configs:
         with progress(f"{config.n_bits} bits"):
-            model = get_encrypted_model(copy.deepcopy(clear), config, progress=progress)
+            model = EncryptedGPT2LMHeadModel.encrypt(copy.deepcopy(clear), config, progress=progress)
             model.calibrate(calibration_ids(options, tokenizer, length))
             if options.mode == "simulate":
                 compile_circuits(model, length)

@@ -66,6 +66,10 @@ class GroupProduct:
         starts = [0, *ends[:-1]]
         self._rows = {n: slice(*part) for n, *part in zip(group.members, starts, ends, strict=True)}
 
+    def rows(self, member: str) -> slice:
+        """Return which rows of the stacked matrix are those of ``member``."""
+        return self._rows[member]
+
     def part(self, member: str, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T (..., out_features) for x (..., in_features), W the weights of ``member``."""
         if x.shape[-1] != self.group.in_features:
@@ -78,7 +82,7 @@ class GroupProduct:
         result.waiting.discard(member)
         if not result.waiting:
             self._last = None
-        part = result.output[:, self._rows[member]].contiguous()
+        part = result.output[:, self.rows(member)].contiguous()
         return part.view(*x.shape[:-1], part.shape[-1])
 
     def multiply(self, x: Float64, *, transposed: bool = False) -> Float64:

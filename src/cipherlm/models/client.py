@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cipherlm.models.attention import EncryptedAttention, RemoteCircuit
 from cipherlm.models.ckks import BlockRanges, Part
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+from cipherlm.models.integration import EncryptedGPT2LMHeadModel
 from cipherlm.models.modules import Float64
 from cipherlm.models.remote import Exact
 from cipherlm.models.targets import match
@@ -50,7 +50,7 @@ def client_model(
     missing, unexpected = clear.load_state_dict(dict(state), strict=False)
     clear.tie_weights()
     clear.train(False)
-    model = get_encrypted_model(clear, encryption, progress=progress)
+    model = EncryptedGPT2LMHeadModel.encrypt(clear, encryption, progress=progress)
     inside = tuple(f"{name}." for name in model.encrypted_modules)
     lacking = [name for name in missing if not name.startswith((*inside, "lm_head."))]
     if lacking or unexpected:

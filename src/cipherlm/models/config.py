@@ -18,6 +18,8 @@ FORMAT_VERSION = 2
 MAX_P_ERROR = 0.1
 ALL = "all"
 """Every block of a model, as one remote module."""
+LINEAR = "linear"
+"""Every linear layer of a model but its output embedding, each on its own."""
 
 OWN_FIELDS: dict[Scheme, tuple[str, ...]] = {
     "tfhe": ("n_bits", "heads", "p_error"),
@@ -31,9 +33,12 @@ class EncryptionConfig:
     """Which modules of a model run on encrypted data, and with which parameters.
 
     ``target_modules`` names modules as PEFT does: a list of names or of their endings
-    (``["transformer.h.0.attn"]``, ``["attn"]`` for every block), or one string, which may also be a regular
-    expression for the whole name. TFHE encrypts attention modules. CKKS encrypts these, MLPs
-    (``"transformer.h.0.mlp"``), blocks (``"transformer.h.0"``), and with ``"all"`` every block as one.
+    (``["transformer.h.0.attn"]``, ``["attn"]`` for every block), also with ``*``, ``?`` and ``[0-9]`` as in
+    names of files, or one string, which may also be a regular expression for the whole name. TFHE encrypts
+    attention modules of GPT-2. CKKS encrypts these, MLPs (``"transformer.h.0.mlp"``), blocks
+    (``"transformer.h.0"``), and with ``"all"`` every block as one. Of any other model, and by their names of
+    GPT-2 too, it encrypts linear layers; ``"linear"``, which needs no ``scheme``, stands for all of them but
+    the output embedding.
 
     TFHE alone has these. ``heads`` chooses attention heads; the other heads and the output projection then
     stay in the clear. With None, all heads and the output projection are encrypted. ``n_bits`` is the
@@ -60,6 +65,8 @@ class EncryptionConfig:
     def __post_init__(self) -> None:
         # Lists are copied, so that this object stays as it was checked.
         object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
+        if self.is_linear and self.scheme == "tfhe":
+            object.__setattr__(self, "scheme", "ckks")
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, not {self.scheme!r}")
         self._check_scheme()
@@ -78,6 +85,11 @@ class EncryptionConfig:
                 raise ValueError(f"{name} must be an integer of at least 2, not {value!r}")
         if self.prefix is not None:
             object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.tokens))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``target_modules`` stands for every linear layer."""
+        return self.target_modules in (LINEAR, [LINEAR])
 
     def _check_scheme(self) -> None:
         """Refuse what the scheme would ignore."""

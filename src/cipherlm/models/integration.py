@@ -10,7 +10,7 @@ are replaced in place.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 from cipherlm.models.attention import EncryptedAttention
 from cipherlm.models.ckks import Backend
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.linear import EncryptedLinearModel, encrypt_linear
 from cipherlm.models.loading import SUPPORTED_ARCHITECTURES, load_model
 from cipherlm.models.modules import MODES, EncryptedModule, FheMode, cache_of, is_causal
 from cipherlm.models.remote import (
@@ -34,7 +35,7 @@ from cipherlm.models.remote import (
     fingerprint,
 )
 from cipherlm.models.storage import load_quantization, load_ranges, save_quantization, save_ranges
-from cipherlm.models.targets import BLOCKS, find_remote, find_targets, match
+from cipherlm.models.targets import BLOCKS, find_remote, find_targets, match, means_linear
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
@@ -249,6 +250,21 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         return model
 
     @classmethod
+    def encrypt(cls, model: nn.Module, config: EncryptionConfig, *, progress: Progress = silent) -> Self:
+        """Make ``model`` itself an encrypted one, as ``get_encrypted_model`` says."""
+        architecture = getattr(getattr(model, "config", None), "model_type", None)
+        if architecture not in SUPPORTED_ARCHITECTURES:
+            raise ValueError(
+                f"cannot encrypt the architecture {architecture or type(model).__name__!r}; "
+                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}. Its linear layers can be encrypted: "
+                'target_modules="linear"'
+            )
+        # A subclass would lose what it adds.
+        if type(model) is not GPT2LMHeadModel:
+            raise ValueError(f"cannot encrypt a {type(model).__name__}, only a GPT2LMHeadModel")
+        return cls._encrypt(model, config, progress)
+
+    @classmethod
     def _encrypt(cls, model: GPT2LMHeadModel, config: EncryptionConfig, progress: Progress) -> Self:
         """Make ``model`` itself an encrypted one. All that can fail comes before the first change."""
         placement: Placement | None = None
@@ -434,26 +450,24 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 
 def get_encrypted_model(
-    model: nn.Module, config: EncryptionConfig, *, progress: Progress = silent
-) -> EncryptedGPT2LMHeadModel:
+    model: nn.Module,
+    config: EncryptionConfig,
+    *,
+    example: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> EncryptedGPT2LMHeadModel | EncryptedLinearModel:
     """Encrypt the modules of ``model`` that ``config`` names, and return it.
 
-    The model is changed in place: it stays the same ``GPT2LMHeadModel``, with a few methods more. Next is
-    ``model.compile(calibration_ids)``, or ``model.calibrate(calibration_ids)`` for its parameters alone.
-    ``progress`` hears of each long step.
+    The model is changed in place: it stays the same object, with a few methods more. With linear layers, of
+    any architecture, it is an ``EncryptedLinearModel`` and ready to run; ``example`` is for models that take
+    unusual arguments (see ``find_groups``). Otherwise next is ``model.compile(calibration_ids)``, or
+    ``model.calibrate(calibration_ids)`` for its parameters alone. ``progress`` hears of each long step.
 
     Raises ``ValueError``, and changes nothing, if the model's architecture is not supported or if it lacks
     a module or head that ``config`` names.
     """
-    if isinstance(model, EncryptedGPT2LMHeadModel):
+    if isinstance(model, (EncryptedGPT2LMHeadModel, EncryptedLinearModel)):
         raise ValueError("this model is encrypted already: load the clear one again")
-    architecture = getattr(getattr(model, "config", None), "model_type", None)
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise ValueError(
-            f"cannot encrypt the architecture {architecture or type(model).__name__!r}; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    # A subclass would lose what it adds.
-    if type(model) is not GPT2LMHeadModel:
-        raise ValueError(f"cannot encrypt a {type(model).__name__}, only a GPT2LMHeadModel")
-    return EncryptedGPT2LMHeadModel._encrypt(model, config, progress)
+    if means_linear(model, config):
+        return encrypt_linear(model, config, example)
+    return EncryptedGPT2LMHeadModel.encrypt(model, config, progress=progress)

@@ -3,12 +3,15 @@
 import difflib
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
+from cipherlm.linear.groups import linear_layers, output_embedding
 from cipherlm.models.activations import activation
 from cipherlm.models.config import ALL, EncryptionConfig
 
@@ -48,11 +51,7 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
     polynomial serves.
     """
     modules = dict(model.named_modules())
-    available = [
-        name
-        for name, module in modules.items()
-        if name == BLOCKS or isinstance(module, (GPT2Attention, GPT2MLP, GPT2Block))
-    ]
+    available = _remote_modules(model)
     if config.target_modules in (ALL, [ALL]):
         names = [BLOCKS]
     else:
@@ -63,6 +62,46 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
             raise ValueError(f"{inner[0]} lies in {name}, which is encrypted too: name one of them")
         _check_remote(name, modules[name], model.config)
     return {name: modules[name] for name in names}
+
+
+def means_linear(model: nn.Module, config: EncryptionConfig) -> bool:
+    """Say whether ``config`` names linear layers of ``model``, and not modules that hold some."""
+    if config.is_linear or config.scheme == "tfhe" or config.target_modules in (ALL, [ALL]):
+        return config.is_linear
+    if not isinstance(model, GPT2LMHeadModel):
+        return True
+    return _fits_any(config, list(linear_layers(model))) and not _fits_any(config, _remote_modules(model))
+
+
+def find_linear(model: nn.Module, config: EncryptionConfig) -> list[str]:
+    """Return the names of the linear layers that ``config`` names, in the model's order.
+
+    Raises ``ValueError`` if there are none, and as ``linear_layers`` does.
+    """
+    layers = list(linear_layers(model))
+    if not config.is_linear:
+        return match(
+            config.target_modules, layers, [name for name, _ in model.named_modules()], "linear layer"
+        )
+    names = [name for name in layers if name != output_embedding(model)]
+    if not names:
+        raise ValueError(f"a {type(model).__name__} has no linear layers that can be remote")
+    return names
+
+
+def _remote_modules(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if name == BLOCKS or isinstance(module, (GPT2Attention, GPT2MLP, GPT2Block))
+    ]
+
+
+def _fits_any(config: EncryptionConfig, available: list[str]) -> bool:
+    try:
+        return bool(match(config.target_modules, available))
+    except ValueError:
+        return False
 
 
 def _check_remote(name: str, target: nn.Module, config: Any) -> None:
@@ -90,7 +129,8 @@ def match(
 ) -> list[str]:
     """Return the names among ``available`` that ``wanted`` means, as PEFT's ``target_modules`` does.
 
-    A name or its ending after a dot; as one string, a regular expression for the whole name as well.
+    A name or its ending after a dot, or a pattern for either as in names of files; as one string, a regular
+    expression for the whole name as well.
     ``others`` are names that exist but cannot be used, and ``kind`` is what can. Raises ``ValueError`` where
     an entry fits nothing.
     """
@@ -107,7 +147,7 @@ def match(
 
 
 def _is_named(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
+    return name == entry or name.endswith(f".{entry}") or fnmatchcase(f".{name}", f"*.{entry}")
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -122,7 +162,8 @@ def _no_such_module(entry: str, available: Sequence[str], others: Sequence[str],
     if any(_is_named(name, entry) for name in others):
         problem = f"module {entry!r} cannot be encrypted, only {kinds} can"
     else:
-        close = difflib.get_close_matches(entry, available, n=3, cutoff=0.6)
+        endings = dict.fromkeys(name.rpartition(".")[2] for name in available)
+        close = difflib.get_close_matches(entry, [*available, *endings], n=3, cutoff=0.6)
         problem = f"there is no {kind} {entry!r}"
         if close:
             problem += f"; did you mean {' or '.join(map(repr, close))}?"
