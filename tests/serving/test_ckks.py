@@ -15,8 +15,11 @@ from cipherlm.engine import Ciphertext, PublicKey, RefreshRequest
 from cipherlm.errors import Refused
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client, Geometry
+from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.ckks import (
     EVALUATION,
+    MESSAGE_BYTES,
+    MOST_ROUNDS,
     PUBLIC,
     CkksBackend,
     CkksComputation,
@@ -336,6 +339,36 @@ def test_a_server_s_nonsense_is_an_error(client):
     for request in (*frames, foreign.to_bytes(), b""):
         with pytest.raises(RemoteError, match="the server sent"):
             CkksBackend(client, Answers([good.to_bytes()], request)).evaluate(MODULE, hidden(1), 1)
+
+
+def test_a_request_for_more_than_a_message_holds_is_not_answered(model, client, monkeypatch):
+    parameters = small.GEOMETRY.parameters
+    evaluator = model.open(small.paths())._session.arithmetic.evaluator
+    public = PublicKey.from_bytes(small.paths()[PUBLIC].read_bytes(), parameters)
+    masked = [public.encrypt(np.zeros(4), 1)] * 3
+    result = client.encrypt(hidden(1), 1)[0].to_bytes()
+    for level in (1, parameters.max_level):
+        request, _ = evaluator.mask(masked, public, to_level=level)
+        size = len(client.refresh(request).to_bytes())
+        assert 0 < size - request.reply_bytes < 200  # header and checksum
+        answers = Answers([result], request.to_bytes())
+        CkksBackend(client, answers, request.reply_bytes).evaluate(MODULE, hidden(1), 1)
+        assert len(answers.reply) == size
+        answers = Answers([result], request.to_bytes())
+        with monkeypatch.context() as patched:
+            patched.setattr(client, "refresh", None)  # nothing is computed
+            with pytest.raises(RemoteError, match=f"3 fresh ciphertexts at level {level}"):
+                CkksBackend(client, answers, request.reply_bytes - 1).evaluate(MODULE, hidden(1), 1)
+
+
+def test_the_bounds_are_the_bundle_s(tmp_path):
+    """Whatever the server says: here, that its messages have 2^40 bytes."""
+    with small.serving("mlp", tmp_path) as (url, service):
+        service.description["message_bytes"] = 1 << 40
+        with small.connect(url, "mlp") as model:
+            assert model._connection.describe()["message_bytes"] == 1 << 40
+            assert model._connection.bounds == Bounds(MESSAGE_BYTES, rounds=MOST_ROUNDS)
+            assert model._connection._session._limit < MESSAGE_BYTES + (1 << 20)
 
 
 def test_a_client_never_answers_in_the_clear(model, client):

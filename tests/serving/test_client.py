@@ -22,6 +22,7 @@ from websockets.sync.server import serve
 
 from cipherlm.serving import client, protocol, transport
 from cipherlm.serving.auth import Tokens
+from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.client import (
     Connection,
     ConnectionFailed,
@@ -797,9 +798,9 @@ def test_a_stranger_s_text_becomes_one_printable_line():
 
 
 @contextmanager
-def scripted(script) -> Iterator[str]:
+def scripted(script, message_bytes: int = 10_000) -> Iterator[str]:
     """A server whose every session runs ``script(socket)`` after it was opened."""
-    description = json.dumps({"fingerprint": FINGERPRINT, "message_bytes": 10_000})
+    description = json.dumps({"fingerprint": FINGERPRINT, "message_bytes": message_bytes})
 
     def respond(connection, request):
         return connection.respond(200, description) if request.path == "/v1/model" else None
@@ -855,6 +856,44 @@ def test_answers_that_are_too_large():
         connection.open({})
         with pytest.raises(SessionLost, match=r"too big|1009|exceeds"):
             connection.evaluate("echo", 0, 1, [], upper)
+
+
+def test_a_server_that_says_its_messages_are_huge():
+    """The size that counts is the one in the client's bundle."""
+    answer = protocol.Result(1, [bytes(200_000)])
+    for size, fits in ((100_000, False), (300_000, True)):
+        options = {"bounds": Bounds(size, 0), "evaluation_timeout": 20}
+        with scripted(answering(answer), 2**50) as url, connected(url, **options) as connection:
+            connection.open({})
+            if fits:
+                assert connection.evaluate("echo", 0, 1, [], upper) == [bytes(200_000)]
+                continue
+            with pytest.raises(SessionLost, match=r"too big|1009|exceeds"):
+                connection.evaluate("echo", 0, 1, [], upper)
+
+
+def test_a_server_that_never_has_enough_of_refreshes():
+    answered = []
+
+    def script(socket):
+        socket.recv()
+        for count in range(1000):
+            socket.send(protocol.pack(protocol.Refresh(1, count, b"more")))
+            socket.recv()
+
+    def answer(request: bytes) -> bytes:
+        answered.append(request)
+        return b"fresh"
+
+    options = {"bounds": Bounds(10_000, rounds=5), "evaluation_timeout": 20}
+    with scripted(script) as url, connected(url, **options) as connection:
+        connection.open({})
+        with pytest.raises(ServerError, match="asks for more than 5 refreshes") as caught:
+            connection.evaluate("echo", 0, 1, [], answer)
+        assert not caught.value.retry
+        assert len(answered) == 5
+        with pytest.raises(SessionLost):
+            connection.evaluate("echo", 0, 1, [], answer)
 
 
 def test_the_code_decides_whether_a_session_can_be_replayed():

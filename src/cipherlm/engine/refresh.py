@@ -14,6 +14,8 @@ from . import _native
 from .parameters import Parameters
 from .serialization import Serializable
 
+_SEED_BYTES = 32
+
 
 class RefreshRequest(Serializable):
     """Masked ciphertexts, and the level to encrypt them at. From server to client."""
@@ -29,6 +31,12 @@ class RefreshRequest(Serializable):
     @classmethod
     def _adopt(cls, handle: int, parameters: Parameters) -> RefreshRequest:
         return cls(handle, parameters)
+
+    @property
+    def reply_bytes(self) -> int:
+        """How many bytes the ciphertexts of the reply take: for each a seed, and residues packed to bits."""
+        bits = sum(prime.bit_length() for prime in self.parameters.q[: self.to_level + 1])
+        return self.size * (_SEED_BYTES + self.parameters.degree * bits // 8)
 
     def __repr__(self) -> str:
         return f"RefreshRequest({self.size} ciphertexts, level {self.level} to {self.to_level})"

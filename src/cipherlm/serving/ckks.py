@@ -37,6 +37,7 @@ from cipherlm.schemes.ckks.calibration import ExactFunctions
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server, Session
 from cipherlm.schemes.ckks.tensor import KeyValue, Linear
+from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
 
@@ -49,6 +50,9 @@ EVALUATION, PUBLIC = "evaluation", "public"
 
 MESSAGE_BYTES = 32 << 20
 """What the ciphertexts of one message may take: a refresh of a few at the highest level."""
+
+MOST_ROUNDS = 32
+"""Of refreshes that a block may take, for a prompt or for one token. GPT-2's takes 8 and 12."""
 
 _SLACK = 1 << 20
 
@@ -148,10 +152,13 @@ class CkksComputation:
 
 
 class CkksBackend:
-    """The client's side: the secret key, and a connection to where the weights are."""
+    """The client's side: the secret key, and a connection to where the weights are.
 
-    def __init__(self, client: Client, connection: Evaluator) -> None:
-        self._client, self._connection = client, connection
+    ``message_bytes`` is what a reply to a refresh may have at most: a request for more is not answered.
+    """
+
+    def __init__(self, client: Client, connection: Evaluator, message_bytes: int = MESSAGE_BYTES) -> None:
+        self._client, self._connection, self._message_bytes = client, connection, message_bytes
         self._parameters = client.geometry.parameters
 
     def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
@@ -182,7 +189,13 @@ class CkksBackend:
 
     def _refresh(self, request: bytes) -> bytes:
         try:
-            return self._client.refresh(RefreshRequest.from_bytes(request, self._parameters)).to_bytes()
+            parsed = RefreshRequest.from_bytes(request, self._parameters)
+            if parsed.reply_bytes > self._message_bytes:
+                raise RemoteError(
+                    f"the server asks for {parsed.size} fresh ciphertexts at level {parsed.to_level}, more "
+                    "than a message of this model holds"
+                )
+            return self._client.refresh(parsed).to_bytes()
         except EngineError as error:
             raise RemoteError(f"the server sent no ciphertexts that can be refreshed: {error}") from error
 
@@ -192,6 +205,11 @@ def parameters_of(geometry: Geometry) -> dict[str, Any]:
     rotations = sorted(geometry.layout.rotations(geometry.parameters.max_level).items())
     digest = hashlib.sha256(json.dumps(rotations).encode()).hexdigest()
     return {"geometry": geometry.to_dict(), "rotations": digest}
+
+
+def bounds_of(description: Mapping[str, Any], blocks: int) -> Bounds:
+    """Return what the server of a described model of so many blocks may ask for in one evaluation."""
+    return Bounds(int(description["message_bytes"]), MOST_ROUNDS * blocks)
 
 
 def geometry_of(description: Mapping[str, Any]) -> Geometry:

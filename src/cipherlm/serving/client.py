@@ -26,6 +26,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from cipherlm.progress import Detail, Progress, detailed, silent
 from cipherlm.serving import protocol
+from cipherlm.serving.bounds import UNKNOWN, Bounds
 from cipherlm.serving.computation import Report
 from cipherlm.serving.errors import (
     ConnectionFailed,
@@ -40,6 +41,7 @@ from cipherlm.serving.transport import (
     Address,
     Backoff,
     Requests,
+    asks_too_much,
     json_object,
     may_pass,
     nonsense,
@@ -64,7 +66,8 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 UPLOAD_BYTES = 4 << 20
 """What is sent again at most when an upload breaks; not above ``protocol.CHUNK_BYTES``."""
-_MAX_MESSAGE_BYTES = 1 << 31
+_UNREAD_FRAMES = 1
+"""Messages of a server that are taken before the client asks for them."""
 _MAX_SETBACKS = 3
 _PIECE = 1 << 20
 _CLOSE_SECONDS = 2.0
@@ -88,6 +91,7 @@ class Connection:
     - ``model``: the model's fingerprint that is expected; any model if it is None.
     - ``timeout``: seconds for a short answer. ``evaluation_timeout``: seconds without a word from the server
       while it reads keys or evaluates. ``patience``: seconds to try again after failures that may pass.
+    - ``bounds``: what the server may ask for; from the next session on, if it is changed.
     - ``progress`` shows uploads and evaluations; it is an attribute and may be changed.
 
     Raises :class:`RemoteError` and its subclasses, here and everywhere; :class:`ValueError` for an address or
@@ -105,6 +109,7 @@ class Connection:
         timeout: float = 60.0,
         evaluation_timeout: float = 1800.0,
         patience: float = 60.0,
+        bounds: Bounds = UNKNOWN,
         progress: Progress = silent,
     ) -> None:
         self._address = Address(url, token, verify, insecure_plain_http=insecure_plain_http)
@@ -112,6 +117,7 @@ class Connection:
         self._timeout = timeout
         self._evaluation_timeout = evaluation_timeout
         self._patience = patience
+        self.bounds = bounds
         self.progress = progress
         self._requests = Requests(self._address, timeout, patience)
         self._description: dict[str, Any] | None = None
@@ -297,8 +303,9 @@ class Connection:
 
     def _open(self, description: Mapping[str, Any], keys: Mapping[str, str]) -> _Session:
         doing = "opening a session"
-        limit = min(protocol.message_limit(dict(description)), _MAX_MESSAGE_BYTES)
-        session = _Session(self._address, limit, self._timeout, self._evaluation_timeout, doing)
+        size = min(description["message_bytes"], self.bounds.message_bytes)
+        limit, rounds = protocol.message_limit({"message_bytes": size}), self.bounds.rounds
+        session = _Session(self._address, limit, rounds, self._timeout, self._evaluation_timeout, doing)
         try:
             session.open(str(description["fingerprint"]), keys)
         except ServerError as error:
@@ -328,10 +335,17 @@ class _Session:
     """One WebSocket, from its opening to its end."""
 
     def __init__(
-        self, address: Address, limit: int, timeout: float, evaluation_timeout: float, doing: str
+        self,
+        address: Address,
+        limit: int,
+        rounds: int,
+        timeout: float,
+        evaluation_timeout: float,
+        doing: str,
     ) -> None:
         self._address = address
         self._limit = limit
+        self._rounds = rounds
         self._timeout = timeout
         self._evaluation_timeout = evaluation_timeout
         self._id = 0
@@ -389,6 +403,9 @@ class _Session:
                 elif isinstance(message, protocol.Refresh):
                     if message.round != rounds:
                         raise self._misunderstood(doing)
+                    if rounds == self._rounds:
+                        self.over = True
+                        raise asks_too_much(self._address, doing, f"more than {rounds} refreshes")
                     rounds += 1
                     reply = protocol.Refreshed(self._id, message.round, refresh(message.blob))
                     self._send(self._packed(reply))
@@ -495,6 +512,7 @@ def _connected(address: Address, limit: int, timeout: float, doing: str) -> Iter
                     open_timeout=timeout,
                     close_timeout=_CLOSE_SECONDS,
                     max_size=limit,
+                    max_queue=_UNREAD_FRAMES,
                     logger=_logger,
                 )
             )

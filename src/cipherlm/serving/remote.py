@@ -30,6 +30,7 @@ from cipherlm.models.modules import Float64
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving import keystore
+from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.bundle import (
     CONSTANTS_NAME,
     STATE_NAME,
@@ -38,7 +39,7 @@ from cipherlm.serving.bundle import (
     client_description,
     generate_keys,
 )
-from cipherlm.serving.ckks import CkksBackend, geometry_of
+from cipherlm.serving.ckks import CkksBackend, bounds_of, geometry_of
 from cipherlm.serving.client import Connection
 from cipherlm.serving.errors import ServerError
 from cipherlm.serving.keystore import KeySet, KeyStoreError
@@ -291,13 +292,15 @@ def _model(
     backend: Backend | None = None
     if bundle.scheme == "ckks":
         geometry = geometry_of(bundle.about)
+        connection.bounds = bounds_of(bundle.about["description"], config.n_layer)
         constants = _constants(bundle)
         try:
             secret_key = SecretKey.from_bytes(secret, geometry.parameters)
         except EngineError as error:
             raise KeyStoreError("the secret key is for another model, or damaged") from error
-        backend = CkksBackend(Client(secret_key, geometry), connection)
+        backend = CkksBackend(Client(secret_key, geometry), connection, connection.bounds.message_bytes)
     else:
+        connection.bounds = Bounds(int(bundle.about["description"]["message_bytes"]), rounds=0)
         tfhe = TfheBackend.load(root, connection, progress)
         tfhe.load_secret(secret)
         circuits = {

@@ -193,6 +193,14 @@ def nonsense(address: Address, doing: str) -> ServerError:
     )
 
 
+def asks_too_much(address: Address, doing: str, what: str) -> ServerError:
+    """Return what to raise where a server wants more of its client than its model needs."""
+    return ServerError(
+        protocol.PROTOCOL,
+        f"{doing}: {address.http} asks for {what}, which the model does not need: the session was ended",
+    )
+
+
 def refusal(address: Address, doing: str, status: int, answer: Mapping[str, Any] | None) -> ServerError:
     """Return what to raise for an HTTP status other than success, or an answer that is not JSON."""
     details = answer.get("error", answer) if answer is not None else {}
