@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _make(options: argparse.Namespace) -> None:
     from cipherlm.serving import keystore
+    from cipherlm.serving.key_lock import making_keys
 
     name = options.name if options.name is not None else DEFAULT_NAME
     keystore.check_free(None, name)  # before what takes minutes, and before a person types a passphrase
@@ -90,12 +91,14 @@ def _make(options: argparse.Namespace) -> None:
     with quiet_libraries():
         bundles = _bundles()
         description = _served(options) if options.server else bundles.client_description(options.bundle)
-        with progress("making keys"):
-            material = bundles.generate_keys(description, progress)
-        with progress("storing keys"):
-            keys = keystore.KeySet.create(
-                None, name, description, material.secret, material.public, passphrase
-            )
+        with making_keys(progress):
+            keystore.check_free(None, name)  # whoever was waited for may have taken it
+            with progress("making keys"):
+                material = bundles.generate_keys(description, progress)
+            with progress("storing keys"):
+                keys = keystore.KeySet.create(
+                    None, name, description, material.secret, material.public, passphrase
+                )
     if options.json:
         write_json(_figures(keys))
         return

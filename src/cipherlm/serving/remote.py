@@ -42,6 +42,7 @@ from cipherlm.serving.bundle import (
 from cipherlm.serving.ckks import CkksBackend, bounds_of, geometry_of
 from cipherlm.serving.client import Connection
 from cipherlm.serving.errors import ServerError
+from cipherlm.serving.key_lock import making_keys
 from cipherlm.serving.keystore import KeySet, KeyStoreError
 from cipherlm.serving.protocol import UNKNOWN_KEYS
 from cipherlm.serving.tfhe import TfheBackend
@@ -223,6 +224,9 @@ def _asked(passphrase: Callable[[], str | None] | str | None) -> str | None:
     return passphrase() if callable(passphrase) else passphrase
 
 
+_BUNDLE = "the client's bundle, the directory `client` of its export: give --bundle DIR, or bundle= in Python"
+
+
 def _key_set(
     name: str | None,
     bundle: Mapping[str, Any] | None,
@@ -230,7 +234,18 @@ def _key_set(
     passphrase: Callable[[], str | None] | str | None,
     progress: Progress,
 ) -> KeySet:
-    """Return the keys of a name, or some that fit, made from the bundle if there are none."""
+    """Return the keys of a name, or some that fit, made from the bundle if there are none.
+
+    Where another process is making keys, those are waited for.
+    """
+    found = _existing(name, described)
+    if found is not None:
+        return found
+    with making_keys(progress):
+        return _existing(name, described) or _made(name, bundle, passphrase, progress)
+
+
+def _existing(name: str | None, described: Mapping[str, Any]) -> KeySet | None:
     there = keystore.names()
     if name is not None and name in there:
         chosen = KeySet.load(None, name)
@@ -245,10 +260,17 @@ def _key_set(
         fitting.sort(key=lambda keys: keys.description.get("fingerprint") != described["fingerprint"])
         if fitting:
             return fitting[0]
+    return None
+
+
+def _made(
+    name: str | None,
+    bundle: Mapping[str, Any] | None,
+    passphrase: Callable[[], str | None] | str | None,
+    progress: Progress,
+) -> KeySet:
     if bundle is None:
-        raise KeyStoreError(
-            "there are no keys for this model yet: give the client's bundle, from which they are made"
-        )
+        raise KeyStoreError(f"there are no keys for this model yet, and they are made from {_BUNDLE}")
     if name is None:
         name = f"{_NOT_IN_NAMES.sub('-', str(bundle['name'])).lstrip('-.')[:40]}-{bundle['fingerprint'][:8]}"
     with progress("making keys"):
@@ -270,7 +292,7 @@ def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None, described: M
         return Bundle.load(bundle, "client")
     known = keys.description
     if "bundle" not in known or known.get("fingerprint") != described["fingerprint"]:
-        raise BundleError("give the client's bundle of this model, the directory `client` of its export")
+        raise BundleError(f"the keys fit this model, and what else a client needs is in {_BUNDLE}")
     return Bundle.load(known["bundle"], "client")
 
 
