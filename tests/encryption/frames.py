@@ -50,6 +50,9 @@ class Payload:
         assert (residues < ring.prime).all()
         return residues
 
+    def rest(self) -> bytes:
+        return self.bytes(len(self._data) - self._at)
+
     def end(self) -> None:
         assert self._at == len(self._data)
 
