@@ -562,6 +562,17 @@ def test_a_full_queue_is_asked_again(tmp_path, model):
 # Whom to trust
 
 
+def test_evaluations_per_hour_are_not_waited_for(tmp_path, monkeypatch):
+    with echo_server(tmp_path, limits=Limits(evaluations_per_hour=1)) as url, session(url) as connection:
+        connection.evaluate("echo", 0, 1, [b"ab"], upper)
+        monkeypatch.setattr(transport.Backoff, "wait", lambda _: pytest.fail("it waits"))
+        for call in (lambda: connection.evaluate("echo", 0, 1, [b"ab"], upper), connection.reopen):
+            with pytest.raises(ServerError, match="1 evaluations within an hour") as caught:
+                call()
+            assert (caught.value.code, caught.value.retry) == ("rate_limited", True)
+            assert 3000 < caught.value.retry_after <= 3600
+
+
 def test_another_model_than_expected(url, tmp_path):
     with connected(url, model=FINGERPRINT) as connection:
         connection.describe()

@@ -691,6 +691,8 @@ def test_a_silent_stream_is_kept_alive(model, tokenizer, monkeypatch):
 
 # Failures
 
+RETRY = {503: "5"}
+
 
 @pytest.mark.parametrize(
     ("error", "status", "code"),
@@ -699,6 +701,7 @@ def test_a_silent_stream_is_kept_alive(model, tokenizer, monkeypatch):
         (ConnectionRefusedError("refused"), 503, "server_unavailable"),
         (TimeoutError("late"), 503, "server_unavailable"),
         (ServerError("busy", "the queue is full", retry=True), 503, "busy"),
+        (ServerError("rate_limited", "you have had 9", retry=True, retry_after=60), 429, "rate_limited"),
         (ServerError("bad_keys", "these are another model's keys"), 502, "bad_keys"),
         (RuntimeError("secret of a prompt"), 500, "internal_error"),
     ],
@@ -707,8 +710,9 @@ def test_a_silent_stream_is_kept_alive(model, tokenizer, monkeypatch):
 def test_a_failing_server(model, tokenizer, error, status, code, stream, caplog):
     with served(Failing(model, error), tokenizer) as url, openai_client(url) as client:
         for _ in range(2):  # and it goes on serving
-            with pytest.raises(openai.InternalServerError) as caught:
+            with pytest.raises(openai.APIStatusError) as caught:
                 client.completions.create(**COMPLETION, stream=stream)
+    assert caught.value.response.headers.get("retry-after") == ("60" if status == 429 else RETRY.get(status))
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert "secret" not in str(caught.value)
     assert "secret" not in caplog.text

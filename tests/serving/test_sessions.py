@@ -440,6 +440,45 @@ def test_a_client_that_asks_for_nothing(start):
         assert harness.service.sessions == 0
 
 
+def test_evaluations_per_hour(start):
+    """One owner has had its share: its sessions stay open, and others are served."""
+    now = [0.0]
+    with start(tokens=[("a", "ta"), ("b", "tb")], evaluations_per_hour=3, idle_seconds=60) as harness:
+        harness.service.budget._clock = lambda: now[0]
+        with harness.session(b"a", "ta") as one, harness.session(b"a", "ta") as two:
+            for client in (one, two, one):
+                now[0] += 100
+                client.ask("reverse", b"abc")
+                assert client.receive()[1] == [b"cba"]
+            for client in (one, two):
+                client.ask("reverse", b"abc")
+                header, _ = client.receive()
+                assert (error(header), header["retry"]) == ("rate_limited", True)
+                assert header["retry_after"] == 3600 - 200  # a hundred seconds in was the first
+                assert "3 evaluations within an hour" in header["message"]
+            with pytest.raises(InvalidStatus) as refused, harness.socket("ta"):
+                pass
+            assert refused.value.response.status_code == 429
+            assert refused.value.response.headers["Retry-After"] == str(3600 - 200)
+            with harness.session(b"b", "tb") as other:
+                other.ask("reverse", b"abc")
+                assert other.receive()[1] == [b"cba"]
+            now[0] = 3700
+            one.ask("reverse", b"abc")
+            assert one.receive()[1] == [b"cba"]
+            one.ask("reverse", b"abc")
+            assert one.receive()[0]["retry_after"] == 100
+
+
+def test_what_is_refused_spends_nothing(start):
+    with start(evaluations_per_hour=1) as harness, harness.session() as client:
+        for _ in range(3):
+            client.ask("reverse", b"abc", count=17)
+            assert error(client.receive()[0]) == "bad_request"
+        client.ask("reverse", b"abc")
+        assert client.receive()[1] == [b"cba"]
+
+
 def test_tokens(start):
     with start(tokens=[("a", "token-a"), ("b", "token-b")]) as harness:
         for token in (None, "wrong", "token-", "token-aa"):

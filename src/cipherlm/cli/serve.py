@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--idle-seconds", 900, "a session may do nothing for so long"),
         ("--reply-seconds", 120, "a client may take so long to refresh"),
         ("--evaluation-seconds", 3600, "an evaluation may take so long"),
+        ("--evaluations-per-hour", 3600, "evaluations of one owner in any hour; more are refused"),
         ("--grace-seconds", 30, "what runs may take so long when the server is told to end"),
     ):
         limits.add_argument(
@@ -235,5 +236,6 @@ def limits_of(options: argparse.Namespace) -> "Limits":
         idle_seconds=options.idle_seconds,
         reply_seconds=options.reply_seconds,
         evaluation_seconds=options.evaluation_seconds,
+        evaluations_per_hour=options.evaluations_per_hour,
         grace_seconds=options.grace_seconds,
     )

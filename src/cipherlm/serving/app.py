@@ -32,6 +32,7 @@ _STATUS = {
     protocol.CONFLICT: 409,
     protocol.STORAGE: 507,
     protocol.BUSY: 503,
+    protocol.RATE_LIMITED: 429,
     protocol.TIMEOUT: 408,
     protocol.INTERNAL: 500,
     protocol.SHUTTING_DOWN: 503,
@@ -210,8 +211,12 @@ def _no_token() -> Failure:
 
 def _answer(failure: Failure, status: int | None = None) -> Response:
     error = protocol.error(failure.code, failure.message, retry=failure.retry)
-    content = {"error": {"code": error.code, "message": error.message, "retry": error.retry}}
-    return JSONResponse(content | failure.details, status or _STATUS[failure.code])
+    content: dict[str, Any] = {"error": {"code": error.code, "message": error.message, "retry": error.retry}}
+    headers = {}
+    if failure.retry_after is not None:
+        content["error"]["retry_after"] = failure.retry_after
+        headers["Retry-After"] = str(failure.retry_after)
+    return JSONResponse(content | failure.details, status or _STATUS[failure.code], headers)
 
 
 async def _body(request: Request, limit: int, seconds: float, idle_seconds: float | None = None) -> bytes:

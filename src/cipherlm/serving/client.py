@@ -478,7 +478,9 @@ class _Session:
         return message
 
     def _failure(self, message: protocol.Error, doing: str) -> RemoteError:
-        error = server_error(message.code, message.message, doing, retry=message.retry)
+        error = server_error(
+            message.code, message.message, doing, retry=message.retry, retry_after=message.retry_after
+        )
         if message.id is not None and message.id == self._unfinished:
             self._unfinished = None
             if message.code != protocol.SHUTTING_DOWN:

@@ -38,11 +38,20 @@ class ServerError(RemoteError):
     """The server refused or failed.
 
     ``code`` is one of those in :mod:`cipherlm.serving.protocol`, ``retry`` whether the same may work later,
-    ``status`` the HTTP status, if there is one.
+    ``status`` the HTTP status, if there is one, and ``retry_after`` when, in seconds, if the server knows.
     """
 
-    def __init__(self, code: str, message: str, *, retry: bool = False, status: int | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retry: bool = False,
+        status: int | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retry = retry
         self.status = status
+        self.retry_after = retry_after

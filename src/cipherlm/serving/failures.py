@@ -8,14 +8,17 @@ from cipherlm.serving import protocol
 class Failure(Exception):  # noqa: N818 - the client's more often than ours
     """A code of the protocol, one line for the person at the client, and whether trying again may help.
 
-    ``details`` go into an HTTP answer beside the error.
+    ``retry_after`` is when, in seconds. ``details`` go into an HTTP answer beside the error.
     """
 
-    def __init__(self, code: str, message: str, *, retry: bool = False, **details: Any) -> None:
+    def __init__(
+        self, code: str, message: str, *, retry: bool = False, retry_after: int | None = None, **details: Any
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry = retry
+        self.retry_after = retry_after
         self.details = details
 
 

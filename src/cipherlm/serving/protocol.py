@@ -37,6 +37,7 @@ TOO_LARGE = "too_large"
 CONFLICT = "conflict"
 STORAGE = "storage"
 BUSY = "busy"
+RATE_LIMITED = "rate_limited"
 TIMEOUT = "timeout"
 CANCELLED = "cancelled"
 INTERNAL = "internal"
@@ -143,13 +144,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Error:
-    """Server: an evaluation failed or, without ``id``, the session: then the connection is closed."""
+    """Server: an evaluation failed or, without ``id``, the session: then the connection is closed.
+
+    ``retry_after`` is after how many seconds trying again makes sense, where the server knows.
+    """
 
     type: ClassVar[str] = "error"
     code: str
     message: str
     retry: bool
     id: int | None = None
+    retry_after: int | None = None
 
 
 ClientMessage = Open | Evaluate | Refreshed | Cancel | Close
@@ -161,10 +166,12 @@ CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (Open, Evaluate, Refreshed, C
 SERVER_MESSAGES: tuple[type[ServerMessage], ...] = (Opened, Queued, Progress, Refresh, Result, Error)
 
 
-def error(code: str, message: str, *, retry: bool = False, id: int | None = None) -> Error:
+def error(
+    code: str, message: str, *, retry: bool = False, id: int | None = None, retry_after: int | None = None
+) -> Error:
     """Return an error with a text of any length and form, as one line that a header can hold."""
     text = "".join(character if character.isprintable() else " " for character in message)
-    return Error(code, " ".join(text.split())[:MAX_TEXT], retry, id)
+    return Error(code, " ".join(text.split())[:MAX_TEXT], retry, id, retry_after)
 
 
 def message_limit(description: dict[str, Any]) -> int:

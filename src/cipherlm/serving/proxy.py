@@ -420,6 +420,11 @@ def _as_api_error(error: Exception) -> ApiError:
         for_now = isinstance(error, (ConnectionFailed, SessionLost))
         if isinstance(error, ServerError):
             for_now = error.retry
+            if error.retry_after is not None:
+                headers = {"Retry-After": str(error.retry_after)}
+                return ApiError(
+                    429, f"The encrypted model's server: {error}", code=error.code, headers=headers
+                )
         code = error.code if isinstance(error, ServerError) else None
         return _remote_error(f"The encrypted model's server: {error}", code, for_now=for_now)
     if isinstance(error, (ConnectionError, TimeoutError)):

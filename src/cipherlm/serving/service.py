@@ -1,6 +1,7 @@
 """What all sessions of a server share, and what it allows them."""
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from cipherlm.serving.fairness import may_have_another
 from cipherlm.serving.keys import KeyStore
 from cipherlm.serving.logs import log
 from cipherlm.serving.metrics import Metrics
+from cipherlm.serving.rate import HourlyBudget
 from cipherlm.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class Limits:
     """For the answer to a refresh, and for taking a message."""
     evaluation_seconds: float = 3600
     """For one evaluation, with its wait in the queue."""
+    evaluations_per_hour: int = 3600
+    """Of one owner, in any hour."""
     grace_seconds: float = 30
     """For what runs when the server is told to end."""
 
@@ -78,6 +82,7 @@ class Service:
         )
         self.owners = max(1, len(self.tokens.owners))
         self.scheduler = Scheduler(self.limits.workers, self.limits.queue, self.owners)
+        self.budget = HourlyBudget(self.limits.evaluations_per_hour)
         self.loading = asyncio.Semaphore(_LOADS_AT_ONCE)
         self.draining = False
         self.conversations: set[Session] = set()
@@ -119,9 +124,22 @@ class Service:
         """Check whether an owner may have one more connection for a session. Raises :class:`Failure`."""
         if self.draining:
             raise shutting_down()
+        self.check_budget(owner)
         there = sum(session.owner == owner for session in self.conversations)
         if there >= self.limits.sessions + _UNOPENED_SESSIONS:
             raise Failure(protocol.BUSY, "you have too many connections that are no session", retry=True)
+
+    def check_budget(self, owner: str) -> None:
+        """Raise :class:`Failure` where an owner has had the evaluations that it may have in an hour."""
+        seconds = math.ceil(self.budget.wait(owner))
+        if seconds:
+            raise Failure(
+                protocol.RATE_LIMITED,
+                f"you have had {self.budget.most} evaluations within an hour, as many as you may here: "
+                f"try again in {seconds} s",
+                retry=True,
+                retry_after=seconds,
+            )
 
     @contextmanager
     def uploading(self, owner: str) -> Iterator[None]:

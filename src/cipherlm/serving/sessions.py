@@ -137,9 +137,11 @@ class Session:
         evaluation = Evaluation(computation, request, self)
         try:
             self._check(request)
+            self._service.check_budget(self.owner)
             # Before it starts: it may end before the next line.
             self._evaluation = evaluation
             evaluation.start(self._service.scheduler, self.owner)
+            self._service.budget.spend(self.owner)
         except (Failure, Full) as error:
             self._evaluation = None
             failure = (
@@ -148,7 +150,15 @@ class Session:
                 else Failure(protocol.BUSY, "the queue is full", retry=True)
             )
             self._service.metrics.evaluations.labels(failure.code).inc()
-            self._send(protocol.error(failure.code, failure.message, retry=failure.retry, id=request.id))
+            self._send(
+                protocol.error(
+                    failure.code,
+                    failure.message,
+                    retry=failure.retry,
+                    id=request.id,
+                    retry_after=failure.retry_after,
+                )
+            )
             self._rest()
             return
         self._wait_no_more()

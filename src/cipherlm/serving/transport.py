@@ -154,7 +154,7 @@ class Requests:
 def may_pass(failure: Exception) -> bool:
     """Return whether it is worth trying again."""
     if isinstance(failure, ServerError):
-        return failure.retry
+        return failure.retry and failure.code != protocol.RATE_LIMITED  # that takes up to an hour
     return isinstance(failure, ConnectionFailed) and not any(
         isinstance(cause, ssl.SSLError | httpx.UnsupportedProtocol | httpx.InvalidURL)
         for cause in _causes(failure)
@@ -213,15 +213,23 @@ def refusal(address: Address, doing: str, status: int, answer: Mapping[str, Any]
         code = protocol.BUSY if status in _TRANSIENT_STATUSES else protocol.PROTOCOL
         message = f"{address.http} answers with HTTP {status}, not as a CipherLM server does"
     retry = status in _TRANSIENT_STATUSES or details.get("retry") is True
-    return server_error(code, message, doing, retry=retry, status=status)
+    after = details.get("retry_after")
+    after = after if type(after) is int and after >= 0 else None
+    return server_error(code, message, doing, retry=retry, status=status, retry_after=after)
 
 
 def server_error(
-    code: str, message: str, doing: str, *, retry: bool = False, status: int | None = None
+    code: str,
+    message: str,
+    doing: str,
+    *,
+    retry: bool = False,
+    status: int | None = None,
+    retry_after: int | None = None,
 ) -> ServerError:
     """Return what to raise for an error that a server reports; its text is a stranger's."""
     text = protocol.error(code, message).message
-    return ServerError(code[:64], f"{doing}: {text}", retry=retry, status=status)
+    return ServerError(code[:64], f"{doing}: {text}", retry=retry, status=status, retry_after=retry_after)
 
 
 def _read(response: httpx.Response) -> bytes:
