@@ -124,6 +124,26 @@ def test_who_sends_nothing_holds_no_place(start):
             assert patch(http, content, 0).json()["complete"]
 
 
+def test_the_end_does_not_wait_for_a_paused_upload(start, logged):
+    """Who uploads is told to come again, and nothing in the log looks like a fault."""
+    with start() as harness:
+        content = b"x" * 100
+        with harness.http() as http:
+            http.post("/v1/keys", json={"kind": "public", "size": 100, "sha256": sha256(content)})
+        head = (
+            f"PATCH /v1/keys/{sha256(content)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+            f"Upload-Offset: 0\r\nUpload-Checksum: sha256 {sha256(content)}\r\n\r\n"
+        )
+        with raw(harness, head.encode() + b"x" * 10) as socket:
+            eventually(lambda: harness.service._reading)
+            harness.server.should_exit = True
+            answer = socket.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"shutting_down" in answer
+    events = [json.loads(line)["event"] for line in logged.getvalue().splitlines()]
+    assert events == ["serving", "shutting down", "request refused", "ended"]
+
+
 def test_a_body_that_never_comes(start):
     with start(head_seconds=0.3, upload_seconds=0.3) as harness:
         content = b"x" * 100

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from asyncio import TimeoutError, to_thread, wait_for
+from asyncio import CancelledError, TimeoutError, create_task, to_thread, wait, wait_for
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from cipherlm.serving import protocol
 from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed, in_url
 from cipherlm.serving.logs import log, log_exception
-from cipherlm.serving.service import Service
+from cipherlm.serving.service import Service, shutting_down
 from cipherlm.serving.sessions import Session
 
 _STATUS = {
@@ -73,7 +73,7 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
 
     @app.post("/v1/keys")
     async def announce_key(owner: Owner, request: Request) -> Response:
-        body = await _body(request, _BODY_BYTES, service.limits.head_seconds)
+        body = await _body(service, request, _BODY_BYTES, service.limits.head_seconds)
         kind, size, fingerprint = _announcement(body)
         return JSONResponse(await to_thread(service.keys.announce, owner, kind, size, fingerprint))
 
@@ -84,7 +84,7 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
         limits = service.limits
         with service.uploading(owner):
             chunk = await _body(
-                request, protocol.CHUNK_BYTES, limits.upload_seconds, limits.upload_idle_seconds
+                service, request, protocol.CHUNK_BYTES, limits.upload_seconds, limits.upload_idle_seconds
             )
             if await to_thread(_sha256, chunk) != checksum:
                 raise Failure(protocol.BAD_KEYS, "a chunk that does not have its checksum", retry=True)
@@ -219,7 +219,9 @@ def _answer(failure: Failure, status: int | None = None) -> Response:
     return JSONResponse(content | failure.details, status or _STATUS[failure.code], headers)
 
 
-async def _body(request: Request, limit: int, seconds: float, idle_seconds: float | None = None) -> bytes:
+async def _body(
+    service: Service, request: Request, limit: int, seconds: float, idle_seconds: float | None = None
+) -> bytes:
     """Return a request's body, if it comes in time, without long pauses, and is not larger than it may be."""
 
     async def read() -> bytes:
@@ -231,10 +233,17 @@ async def _body(request: Request, limit: int, seconds: float, idle_seconds: floa
                 raise Failure(protocol.TOO_LARGE, f"a body of more than {limit} bytes")
         return bytes(body)
 
+    late = Failure(protocol.TIMEOUT, "the body did not come in time", retry=True)
+    with service.reading(create_task(read())) as reading:
+        await wait({reading}, timeout=seconds)
+        if not reading.done():
+            raise late
     try:
-        return await wait_for(read(), seconds)
+        return reading.result()
     except TimeoutError:
-        raise Failure(protocol.TIMEOUT, "the body did not come in time", retry=True) from None
+        raise late from None
+    except CancelledError:  # of the task by the service, not of this one
+        raise shutting_down() from None
 
 
 def _announcement(body: bytes) -> tuple[str, int, str]:

@@ -88,6 +88,7 @@ class Service:
         self.conversations: set[Session] = set()
         self._admitted: Counter[str] = Counter()
         self._uploading: Counter[str] = Counter()
+        self._reading: set[asyncio.Task[bytes]] = set()
         self.metrics = Metrics()
         self.metrics.sessions.set_function(lambda: self.sessions)
         self.metrics.waiting.set_function(lambda: self.scheduler.waiting)
@@ -152,9 +153,26 @@ class Service:
         finally:
             self._uploading -= Counter([owner])
 
+    @contextmanager
+    def reading(self, task: "asyncio.Task[bytes]") -> Iterator["asyncio.Task[bytes]"]:
+        """Let a task read a body in the block; it is cancelled at the end of that, and of the server."""
+        self._reading.add(task)
+        if self.draining:
+            task.cancel()
+        try:
+            yield task
+        finally:
+            self._reading.discard(task)
+            task.cancel()
+
     async def drain(self) -> None:
-        """End all sessions: idle ones now, others when they have evaluated or the grace time is over."""
+        """End all sessions: idle ones now, others when they have evaluated or the grace time is over.
+
+        What uploads ends now too: it goes on where it is when the server is back.
+        """
         self.draining = True
+        for task in self._reading:
+            task.cancel()
         log("shutting down", sessions=self.sessions, grace_seconds=self.limits.grace_seconds)
         for at_once, seconds in ((False, self.limits.grace_seconds), (True, FAREWELL_SECONDS)):
             for session in list(self.conversations):
