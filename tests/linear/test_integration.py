@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from cipherlm.linear.groups import find_groups, linear_layers, output_embedding
 from cipherlm.linear.modules import GroupProduct, RemoteLinear, replace
@@ -268,6 +269,48 @@ def test_a_model_that_takes_other_inputs(caplog):
     with pytest.raises(TypeError):
         find_groups(model, ["a", "b"], {"points": torch.randn(5, 4)})
     assert model.training
+
+
+def test_layers_with_a_forward_of_their_own():
+    class Same(nn.Linear):
+        def forward(self, hidden):
+            return hidden @ self.weight.T + self.bias
+
+    class Scaled(nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    class Pair(nn.Linear):
+        def forward(self, hidden, other):
+            return super().forward(hidden + other)
+
+    model = nn.ModuleDict({"same": Same(4, 4), "scaled": Scaled(4, 4), "pair": Pair(4, 4)})
+    assert list(linear_layers(model)) == ["same"]
+
+
+def test_weights_that_the_model_reads_itself_stay(caplog):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.typed = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            assert self.typed.weight.dtype == x.dtype
+            return self.typed(x @ self.read.weight.T)
+
+    model = Reader()
+    groups = find_groups(model, ["read", "typed"], {"x": torch.randn(2, 4)})
+    assert [group.members for group in groups] == [("typed",)]
+    assert "read: the model reads these weights" in caplog.text
+
+
+def test_other_inputs_than_text(caplog):
+    text = CONFIGS["bert"][1].to_dict() | {"architectures": None}
+    vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
+    sizes = [len(members) for members in groups_of(CLIPModel(config))]
+    assert sizes.count(3) == 3
+    assert not caplog.text
 
 
 def test_what_cannot_be_remote_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from cipherlm.linear.products import Float32, LinearGroup
@@ -23,9 +26,9 @@ LinearLayer = nn.Linear | Conv1D
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Return the layers of ``model`` that are a product and a bias and nothing else, by name.
 
-    Layers with a forward of their own are left out, and so is the output projection of
-    ``nn.MultiheadAttention``, which is never called. Raises ``ValueError`` for adapters, for quantised
-    weights and for weights that are not in memory.
+    Layers with a forward of their own count if it computes the same. The output projection of
+    ``nn.MultiheadAttention``, which is never called, is left out. Raises ``ValueError`` for adapters and for
+    quantised weights.
     """
     found: dict[str, LinearLayer] = {}
     for name, module in model.named_modules():
@@ -38,9 +41,22 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
             continue
         if not isinstance(module.weight, torch.Tensor) or not module.weight.is_floating_point():
             raise ValueError(f"the weights of {name} are quantised: load the model without quantisation")
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward) or _computes_a_product(module):
             found[name] = module
     return found
+
+
+def _computes_a_product(layer: LinearLayer) -> bool:
+    """Try a forward that is not known on one random input."""
+    if isinstance(layer, Conv1D) or layer.weight.is_meta:
+        return False
+    x = torch.randn(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    with torch.no_grad():
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        try:
+            return torch.allclose(layer(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        except Exception:  # it takes other arguments
+            return False
 
 
 def output_embedding(model: nn.Module) -> str | None:
@@ -79,16 +95,16 @@ def find_groups(
     """Return the layers ``names`` in groups of one input, in the model's order.
 
     The model runs once in the clear, on ``example``, the arguments of a call; without it, on two tokens or
-    on what the class has as ``dummy_inputs``. Layers that get the same tensor are one group. A layer that
-    the run does not reach is a group of its own: that costs exchanges, and never changes a result. So it is
-    with all layers, and a warning, if the model cannot be run on guessed arguments. Raises what the model
-    raises on ``example``.
+    on what such models take. Layers that get the same tensor are one group. A layer that the run does not
+    reach is a group of its own: that costs exchanges, and never changes a result. So it is with all layers,
+    and a warning, if the model cannot be run on guessed arguments. Layers whose weights the model reads
+    without calling them are left out, with a warning. Raises what the model raises on ``example``.
     """
     layers = linear_layers(model)
-    inputs: dict[str, torch.Tensor] = {}
+    trial = _Trial(model, {name: layers[name] for name in names})
     for arguments in _guesses(model) if example is None else [example]:
         try:
-            inputs = _inputs(model, {name: layers[name] for name in names}, arguments)
+            trial.run(arguments)
             break
         except Exception as error:
             if example is not None:
@@ -100,10 +116,16 @@ def find_groups(
             "give an example of the arguments of a call",
             type(model).__name__,
         )
+    if trial.read:
+        logger.warning(
+            "%s: the model reads these weights without calling the layer, which stays in the clear",
+            ", ".join(sorted(trial.read)),
+        )
     together: dict[object, list[str]] = {}
     for name in names:
-        key = (id(inputs[name]), shape(layers[name])[1]) if name in inputs else name
-        together.setdefault(key, []).append(name)
+        if name not in trial.read:
+            key = (id(trial.inputs[name]), shape(layers[name])[1]) if name in trial.inputs else name
+            together.setdefault(key, []).append(name)
     return tuple(
         LinearGroup(
             members[0],
@@ -115,42 +137,81 @@ def find_groups(
     )
 
 
-def _inputs(
-    model: nn.Module, layers: Mapping[str, LinearLayer], arguments: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """Return what each layer gets first in one call. The tensors live on, so that their ids are theirs."""
-    seen: dict[str, torch.Tensor] = {}
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(_evaluating(model))
-        for name, layer in layers.items():
+class _Trial(TorchFunctionMode):
+    """One call of a model, to see what each layer gets first, and which weights are used outside of it."""
 
-            def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                if args and isinstance(args[0], torch.Tensor):
-                    seen.setdefault(name, args[0])
+    def __init__(self, model: nn.Module, layers: Mapping[str, LinearLayer]) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+        self.inputs: dict[str, torch.Tensor] = {}
+        """They live on, so that their ids are theirs."""
+        self.read: set[str] = set()
+        owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+        # A tied embedding may read the weights that it has too.
+        self._weights = {
+            id(layer.weight): name for name, layer in layers.items() if owners[id(layer.weight)] == 1
+        }
+        self._called: list[str] = []
 
-            hook = layer.register_forward_pre_hook(record)
-            stack.callback(hook.remove)
-        model(**arguments)
-    return seen
+    def run(self, arguments: Mapping[str, Any]) -> None:
+        """Call the model. What an earlier call, which failed, has shown is forgotten."""
+        self.inputs, self.read, self._called = {}, set(), []
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(_evaluating(self.model))
+            for name, layer in self.layers.items():
+                for hook in self._hooks(name, layer):
+                    stack.callback(hook.remove)
+            stack.enter_context(self)
+            self.model(**arguments)
+
+    def _hooks(self, name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._called.append(name)
+            if args and isinstance(args[0], torch.Tensor):
+                self.inputs.setdefault(name, args[0])
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._called.pop()
+
+        yield layer.register_forward_pre_hook(enter)
+        yield layer.register_forward_hook(leave)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _DESCRIBING:
+            for value in (*args, *(kwargs or {}).values()):
+                name = self._weights.get(id(value))
+                if name is not None and name not in self._called:
+                    self.read.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+_DESCRIBING = {
+    getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "requires_grad")
+}
 
 
 def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield arguments that a model of ``transformers`` may take."""
+    """Yield arguments that a model of ``transformers`` may take: text, images, spectra, sound."""
     config = getattr(model, "config", None)
+    vision = getattr(config, "vision_config", config)
     device = next((parameter.device for parameter in model.parameters()), None)
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    text = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
+    decoded = {}
     if getattr(config, "is_encoder_decoder", False):
-        yield {"input_ids": ids, "decoder_input_ids": ids}
-    yield {"input_ids": ids}
-    dummy = getattr(model, "dummy_inputs", None)
-    if isinstance(dummy, Mapping):
-        yield {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in dummy.items()
-        }
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        decoded = {"decoder_input_ids": text["input_ids"]}
+        yield text | decoded
+    yield text
+    size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
     if isinstance(size, int):
-        yield {"pixel_values": torch.zeros(1, channels, size, size, device=device)}
+        images = {"pixel_values": torch.zeros(1, channels, size, size, device=device)}
+        yield images
+        yield text | images
+    bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 100)
+    if isinstance(bins, int):
+        yield {"input_features": torch.zeros(1, bins, 2 * frames, device=device)} | decoded
+    yield {"input_values": torch.zeros(1, 4000, device=device)}
 
 
 @contextmanager

@@ -147,6 +147,10 @@ def encrypt_linear(
     names = find_linear(model, config)
     layers = linear_layers(model)
     groups = find_groups(model, names, example)
+    if not groups:
+        raise ValueError(
+            f"the linear layers of a {type(model).__name__} cannot be remote: {', '.join(names)}"
+        )
     weights = {group.name: weights_of(layers, group) for group in groups}
     transposed = frozenset(name for name in names if isinstance(layers[name], Conv1D))
     replace(model, groups, ClearProducts(weights))
