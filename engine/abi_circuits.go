@@ -6,15 +6,52 @@ package main
 import "C"
 
 import (
+	"slices"
 	"unsafe"
 
 	"cipherlm/engine/core"
 )
 
 //export cl_lintrans_new
-func cl_lintrans_new(parameters C.uintptr_t, level, giant, storage C.int64_t, out *C.uintptr_t) *C.char {
+func cl_lintrans_new(parameters C.uintptr_t, level, giant, storage C.int64_t, scale C.double, out *C.uintptr_t) *C.char {
 	return guard(func() {
-		put(out, must(core.NewLinearTransformation(get[*core.Parameters](parameters), int(level), int(giant), core.Storage(storage))))
+		p := get[*core.Parameters](parameters)
+		put(out, must(core.NewLinearTransformation(p, int(level), int(giant), core.Storage(storage), float64(scale))))
+	})
+}
+
+// cl_lintrans_stored copies rotations, multipliers and coefficients (int16 or int32),
+// each as many as there are diagonals; coefficients may be NULL.
+//
+//export cl_lintrans_stored
+func cl_lintrans_stored(lintrans C.uintptr_t, rotations, multipliers *C.int64_t, coefficients unsafe.Pointer) *C.char {
+	return guard(func() {
+		lt := get[*core.LinearTransformation](lintrans)
+		stored, count := must(lt.Stored()), lt.Diagonals()
+		copy(slice[int64](unsafe.Pointer(rotations), C.int64_t(count)), stored.Rotations)
+		copy(slice[int64](unsafe.Pointer(multipliers), C.int64_t(count)), stored.Multipliers)
+		copy(slice[int16](coefficients, C.int64_t(len(stored.Narrow))), stored.Narrow)
+		copy(slice[int32](coefficients, C.int64_t(len(stored.Wide))), stored.Wide)
+	})
+}
+
+// cl_lintrans_restore gives a matrix diagonals whose coefficients stay where they are:
+// the caller keeps them as long as the matrix lives.
+//
+//export cl_lintrans_restore
+func cl_lintrans_restore(lintrans C.uintptr_t, rotations, multipliers *C.int64_t, count C.int64_t, coefficients unsafe.Pointer) *C.char {
+	return guard(func() {
+		lt := get[*core.LinearTransformation](lintrans)
+		stored := core.Stored{
+			Rotations:   slices.Clone(slice[int64](unsafe.Pointer(rotations), count)),
+			Multipliers: slices.Clone(slice[int64](unsafe.Pointer(multipliers), count)),
+		}
+		if lt.Storage() == core.Int16 {
+			stored.Narrow = slice[int16](coefficients, count*C.int64_t(lt.Params.N()))
+		} else {
+			stored.Wide = slice[int32](coefficients, count*C.int64_t(lt.Params.N()))
+		}
+		check(lt.Restore(stored))
 	})
 }
 

@@ -47,6 +47,11 @@ func cl_ciphertext_info(ciphertext C.uintptr_t, info *C.int64_t, scale *C.double
 	})
 }
 
+//export cl_round
+func cl_round(ciphertext C.uintptr_t, first, second C.int64_t) *C.char {
+	return guard(func() { check(get[*core.Ciphertext](ciphertext).Round(int(first), int(second))) })
+}
+
 //export cl_copy
 func cl_copy(ciphertext C.uintptr_t, out *C.uintptr_t) *C.char {
 	return guard(func() { put(out, get[*core.Ciphertext](ciphertext).Copy()) })

@@ -106,6 +106,11 @@ func cl_plaintext_info(plaintext C.uintptr_t, info *C.int64_t, scale *C.double) 
 	})
 }
 
+//export cl_plaintext_greatest
+func cl_plaintext_greatest(plaintext C.uintptr_t, out *C.double) *C.char {
+	return guard(func() { *out = C.double(must(get[*core.Plaintext](plaintext).Greatest())) })
+}
+
 //export cl_encrypt_secret
 func cl_encrypt_secret(secret, plaintext C.uintptr_t, out *C.uintptr_t) *C.char {
 	return guard(func() { put(out, must(get[*core.SecretKey](secret).Encrypt(get[*core.Plaintext](plaintext)))) })

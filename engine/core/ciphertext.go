@@ -28,6 +28,8 @@ type Ciphertext struct {
 	Params *Parameters
 	Key    ID
 	Seed   *[32]byte
+
+	rounding rounding
 }
 
 // NewPlaintext returns an empty plaintext.
@@ -56,7 +58,7 @@ func (ct *Ciphertext) target(out *Ciphertext, degree, level int) (*Ciphertext, e
 	if err := ct.compatible(out); err != nil {
 		return nil, err
 	}
-	out.Seed = nil
+	out.Seed, out.rounding = nil, rounding{}
 	if out != ct {
 		out.Resize(degree, level)
 	}
@@ -65,7 +67,7 @@ func (ct *Ciphertext) target(out *Ciphertext, degree, level int) (*Ciphertext, e
 
 // Copy returns a deep copy.
 func (ct *Ciphertext) Copy() *Ciphertext {
-	return &Ciphertext{ct.CopyNew(), ct.Params, ct.Key, ct.Seed}
+	return &Ciphertext{ct.CopyNew(), ct.Params, ct.Key, ct.Seed, ct.rounding}
 }
 
 // compatible checks that two ciphertexts can be combined.

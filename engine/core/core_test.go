@@ -31,6 +31,11 @@ func large(t testing.TB) *Parameters {
 	return parameters(t, 14, []int{50, 36, 36, 36, 36, 36, 36, 36, 36}, []int{50, 49}, 36, "standard")
 }
 
+// product is a set for one plaintext product with nothing after it.
+func product(t testing.TB) *Parameters {
+	return parameters(t, 12, []int{49}, []int{51}, 24, "conjugate_invariant")
+}
+
 func must[T any](value T, err error) T {
 	if err != nil {
 		panic(err)
@@ -111,7 +116,7 @@ func TestTransform(t *testing.T) {
 			matrices := make([]*LinearTransformation, 2)
 			want := make([][][]complex128, 2)
 			for m := range matrices {
-				matrices[m] = must(NewLinearTransformation(p, 2, giant, storage))
+				matrices[m] = must(NewLinearTransformation(p, 2, giant, storage, 0))
 				want[m] = [][]complex128{make([]complex128, p.Slots()), make([]complex128, p.Slots())}
 				for i := range babies * giants {
 					rotation := 8*(i%babies) + giant*(i/babies)
@@ -254,7 +259,7 @@ func TestScaleParts(t *testing.T) {
 // TestConcurrency is for the race detector: one evaluator, everything at once.
 func TestConcurrency(t *testing.T) {
 	a := newParty(t, parameters(t, 12, []int{38, 28}, []int{38}, 28, "standard"), 1, 2)
-	lt := must(NewLinearTransformation(a.p, 1, 2, Int32))
+	lt := must(NewLinearTransformation(a.p, 1, 2, Int32, 0))
 	if err := lt.Add([]int{0, 1, 2}, noise(3*16), 1); err != nil {
 		t.Fatal(err)
 	}

@@ -10,24 +10,25 @@ import (
 
 // TestTransforms holds the vector code equal to the library's, there and back.
 func TestTransforms(t *testing.T) {
-	p := large(t)
-	for prime := range p.QCount() + p.PCount() {
-		r := p.subring(prime)
-		values := make([]uint64, p.N())
-		for i := range values {
-			values[i] = r.Modulus - 1 - rand.Uint64N(1<<rand.Uint64N(30))
-		}
-		want, got := make([]uint64, p.N()), slices.Clone(values)
-		r.NTT(values, want)
-		p.forward(prime, got)
-		if !slices.Equal(got, want) {
-			t.Fatalf("prime %d: the transforms differ", prime)
-		}
-		r.INTT(values, want)
-		copy(got, values)
-		p.backward(prime, got)
-		if !slices.Equal(got, want) {
-			t.Fatalf("prime %d: the inverse transforms differ", prime)
+	for name, p := range map[string]*Parameters{"complex": large(t), "real": product(t)} {
+		for prime := range p.QCount() + p.PCount() {
+			r := p.subring(prime)
+			values := make([]uint64, p.N())
+			for i := range values {
+				values[i] = r.Modulus - 1 - rand.Uint64N(1<<rand.Uint64N(30))
+			}
+			want, got := make([]uint64, p.N()), slices.Clone(values)
+			r.NTT(values, want)
+			p.forward(prime, got)
+			if !slices.Equal(got, want) {
+				t.Fatalf("%s, prime %d: the transforms differ", name, prime)
+			}
+			r.INTT(values, want)
+			copy(got, values)
+			p.backward(prime, got)
+			if !slices.Equal(got, want) {
+				t.Fatalf("%s, prime %d: the inverse transforms differ", name, prime)
+			}
 		}
 	}
 }

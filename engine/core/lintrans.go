@@ -19,18 +19,27 @@ type LinearTransformation struct {
 	Level   int
 	giant   int
 	storage Storage
+	scale   rlwe.Scale
+	rescale bool // the product
 	lock    sync.Mutex
 	rows    map[int][]*diagonal // by giant step
 	taken   map[int]bool
 }
 
-// NewLinearTransformation makes an empty matrix for inputs at a level above 0.
-func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storage) (*LinearTransformation, error) {
+// NewLinearTransformation makes an empty matrix for inputs at a level. With scale 0 the
+// diagonals are encoded at the scale of the level's last prime, so that the product,
+// rescaled, has the scale of the input: such a matrix takes one level. With another
+// scale the product stays at the level of the input, and its scale is that of the
+// input times this one: for a product that nothing follows.
+func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storage, scale float64) (*LinearTransformation, error) {
 	if err := p.checkLevel(level); err != nil {
 		return nil, err
 	}
-	if level == 0 {
-		return nil, failure(Level, "a linear transformation takes one level: its input cannot be at level 0")
+	if !(scale >= 0 && scale < 0x1p61) {
+		return nil, failure(Scale, "a matrix cannot have the scale %g", scale)
+	}
+	if level == 0 && scale == 0 {
+		return nil, failure(Level, "a linear transformation that is rescaled takes one level: its input cannot be at level 0")
 	}
 	if giantStep < 1 || giantStep > p.Slots() || p.Slots()%giantStep != 0 {
 		return nil, failure(Invalid, "the giant step must divide the %d slots, not %d", p.Slots(), giantStep)
@@ -38,16 +47,19 @@ func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storag
 	if storage < Int16 || storage > Residues {
 		return nil, failure(Invalid, "unknown storage %d", storage)
 	}
+	rescale := scale == 0
+	if rescale {
+		scale = float64(p.Q()[level])
+	}
 	return &LinearTransformation{
-		Params: p, Level: level, giant: giantStep, storage: storage,
+		Params: p, Level: level, giant: giantStep, storage: storage, scale: rlwe.NewScale(scale), rescale: rescale,
 		rows: map[int][]*diagonal{}, taken: map[int]bool{},
 	}, nil
 }
 
 // Add encodes diagonals, in parallel. Diagonal i belongs to rotations[i] and is
 // the i-th run of length values, each repeated inner times, the whole repeated
-// until the slots are full. They are encoded at the scale of the level's last
-// prime, so that the product, rescaled, has the scale of the input.
+// until the slots are full.
 func (lt *LinearTransformation) Add(rotations []int, values []complex128, inner int) error {
 	p := lt.Params
 	if len(rotations) == 0 || len(values)%len(rotations) != 0 || inner < 1 {
@@ -59,7 +71,7 @@ func (lt *LinearTransformation) Add(rotations []int, values []complex128, inner 
 		return failure(Invalid, "a diagonal of %d values, each %d times, does not divide the %d slots", length, inner, p.Slots())
 	}
 	encoded := make([]*diagonal, len(rotations))
-	factor := float64(p.Q()[lt.Level])
+	factor := lt.scale.Float64()
 	// Below 16 values the library's small transforms are not worth their corner cases.
 	full := max(period, 16)
 	err := parallel(len(rotations), func(i int) (err error) {
@@ -95,6 +107,60 @@ func (lt *LinearTransformation) Add(rotations []int, values []complex128, inner 
 	}
 	return nil
 }
+
+// Stored describes the diagonals that a matrix keeps as integers, for a file.
+type Stored struct {
+	Rotations, Multipliers []int64
+	Narrow                 []int16 // of Int16, the coefficients of one diagonal after those of another
+	Wide                   []int32 // of Int32
+}
+
+// Stored returns the diagonals in the order of their rotations.
+func (lt *LinearTransformation) Stored() (stored Stored, err error) {
+	for _, giant := range lt.Giants() {
+		row := slices.SortedFunc(slices.Values(lt.rows[giant]), func(a, b *diagonal) int { return a.baby - b.baby })
+		for _, d := range row {
+			if d.gap != 1 || d.residues.Coeffs != nil {
+				return stored, failure(Invalid, "only whole diagonals, kept as integers, can be stored")
+			}
+			stored.Rotations = append(stored.Rotations, int64(giant+d.baby))
+			stored.Multipliers = append(stored.Multipliers, d.multiplier)
+			stored.Narrow = append(stored.Narrow, d.narrow...)
+			stored.Wide = append(stored.Wide, d.wide...)
+		}
+	}
+	return stored, nil
+}
+
+// Restore takes diagonals as Stored returned them. Their coefficients stay where they
+// are: in a file that is mapped into memory, for example.
+func (lt *LinearTransformation) Restore(stored Stored) error {
+	p, count := lt.Params, len(stored.Rotations)
+	if lt.storage == Residues || len(lt.rows) > 0 || len(stored.Multipliers) != count {
+		return failure(Invalid, "diagonals can be restored in an empty matrix of integers only")
+	}
+	if len(stored.Narrow)+len(stored.Wide) != count*p.N() || (lt.storage == Int16) != (len(stored.Wide) == 0) {
+		return failure(Invalid, "%d diagonals do not have %d coefficients", count, len(stored.Narrow)+len(stored.Wide))
+	}
+	for i, at := range stored.Rotations {
+		rotation, multiplier := int(at), stored.Multipliers[i]
+		if rotation < 0 || rotation >= p.Slots() || lt.taken[rotation] || multiplier < 1 || multiplier > 1<<45 {
+			return failure(Invalid, "diagonal %d, times %d, cannot be", rotation, multiplier)
+		}
+		lt.taken[rotation] = true
+		d := &diagonal{baby: rotation % lt.giant, gap: 1, multiplier: multiplier}
+		if lt.storage == Int16 {
+			d.narrow = stored.Narrow[i*p.N() : (i+1)*p.N()]
+		} else {
+			d.wide = stored.Wide[i*p.N() : (i+1)*p.N()]
+		}
+		lt.rows[rotation-d.baby] = append(lt.rows[rotation-d.baby], d)
+	}
+	return nil
+}
+
+// Storage tells how the diagonals are kept.
+func (lt *LinearTransformation) Storage() Storage { return lt.storage }
 
 // Giants lists the giant steps.
 func (lt *LinearTransformation) Giants() []int { return slices.Sorted(maps.Keys(lt.rows)) }
@@ -135,8 +201,7 @@ type step struct {
 	sums          []*Ciphertext // of baby steps, one for each input
 }
 
-// Transform applies matrices to inputs and returns results[matrix][input],
-// rescaled. The baby steps of an input are computed once for all matrices, and a
+// Transform applies matrices to inputs and returns results[matrix][input]. The baby steps of an input are computed once for all matrices, and a
 // diagonal is transformed once for all inputs.
 func (e *Evaluator) Transform(inputs []*Ciphertext, matrices []*LinearTransformation) ([][]*Ciphertext, error) {
 	level, steps, babies, err := e.plan(inputs, matrices)
@@ -157,7 +222,7 @@ func (e *Evaluator) Transform(inputs []*Ciphertext, matrices []*LinearTransforma
 	if err := e.sumBabies(level, steps, rotated); err != nil {
 		return nil, err
 	}
-	return e.sumGiants(level, inputs, len(matrices), steps)
+	return e.sumGiants(level, inputs, matrices, steps)
 }
 
 // plan checks levels and keys and lists the giant steps of all matrices.
@@ -244,8 +309,8 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 
 // sumGiants rotates the inner sums and adds them up. The key switches are summed
 // modulo QP and divided by P once (Bossuat et al., EUROCRYPT 2021).
-func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, steps []*step) ([][]*Ciphertext, error) {
-	p, outputs := e.Params, matrices*len(inputs)
+func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices []*LinearTransformation, steps []*step) ([][]*Ciphertext, error) {
+	p, outputs := e.Params, len(matrices)*len(inputs)
 	extended := p.RingQP().AtLevel(level, p.MaxLevelP())
 	add := func(sum, more pair) {
 		for i := range sum {
@@ -277,7 +342,7 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 	if err != nil {
 		return nil, err
 	}
-	results := make([][]*Ciphertext, matrices)
+	results := make([][]*Ciphertext, len(matrices))
 	for matrix := range results {
 		results[matrix] = make([]*Ciphertext, len(inputs))
 	}
@@ -310,8 +375,11 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices int, ste
 				ringQ.Add(result.Value[1], s.sums[input].Value[1], result.Value[1])
 			}
 		}
-		result.Scale = inputs[input].Scale.Mul(primeScale(p, level))
-		results[matrix][input], err = e.Rescale(result, result)
+		result.Scale = inputs[input].Scale.Mul(matrices[matrix].scale)
+		if matrices[matrix].rescale {
+			result, err = e.Rescale(result, result)
+		}
+		results[matrix][input] = result
 		return err
 	})
 }

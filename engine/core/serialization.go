@@ -1,7 +1,6 @@
 package core
 
 import (
-	"encoding/binary"
 	"io"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
@@ -252,43 +251,51 @@ func readPlaintext(in *decoder, p *Parameters, _ Header) (any, error) {
 	return plaintext, in.err
 }
 
-// Write writes the residues, or the seed for the component that it generates.
+// Write writes the residues, or the seed for the component that it generates. Of a
+// rounded ciphertext it writes the coefficients without the bits that they lost.
 func (ct *Ciphertext) Write(to io.Writer) error {
-	rings := ct.Params.RingQ().SubRings[:ct.Level()+1]
-	seeded := ct.Seed != nil && ct.Degree() == 1
-	size := 8 + scaleSize + uint64(ct.Degree()+1)*packedSize(rings)
-	if seeded {
-		size = 8 + scaleSize + seedSize + packedSize(rings)
+	p, rings := ct.Params, ct.Params.RingQ().SubRings[:ct.Level()+1]
+	kind, components, size := ct.Degree(), ct.Value, uint64(8+scaleSize)
+	if ct.Seed != nil && ct.Degree() == 1 {
+		kind, components, size = 0, ct.Value[:1], size+seedSize
 	}
-	h := Header{Type: TypeCiphertext, Params: ct.Params.ID, Key: ct.Key}
+	for i := range components {
+		if ct.rounding == (rounding{}) {
+			size += packedSize(rings)
+		} else {
+			size += ct.rounding.size(p, i)
+		}
+	}
+	h := Header{Type: TypeCiphertext, Params: p.ID, Key: ct.Key}
 	return writeFrame(to, h, size, func(out *encoder) {
-		kind := ct.Degree()
-		if seeded {
-			kind = 0
-		}
-		out.bytes(binary.LittleEndian.AppendUint32([]byte{byte(kind), 0, 0, 0}, uint32(ct.Level())))
+		out.bytes([]byte{byte(kind), ct.rounding[0], ct.rounding[1], 0})
+		out.u32(uint32(ct.Level()))
 		out.scale(ct.Scale)
-		if seeded {
+		if kind == 0 {
 			out.bytes(ct.Seed[:])
-			out.limbs(rings, ct.Value[0].Coeffs)
-			return
 		}
-		for _, polynomial := range ct.Value {
-			out.limbs(rings, polynomial.Coeffs)
+		for i, polynomial := range components {
+			if ct.rounding == (rounding{}) {
+				out.limbs(rings, polynomial.Coeffs)
+			} else {
+				out.rounded(ct, i)
+			}
 		}
 	})
 }
 
 func readCiphertext(in *decoder, p *Parameters, h Header) (any, error) {
-	kind, padding := in.u8(), make([]byte, 3)
-	in.bytes(padding)
+	kind, rounded, padding := in.u8(), rounding{byte(in.u8()), byte(in.u8())}, in.u8()
 	level := in.u32()
-	if kind > 2 || padding[0]|padding[1]|padding[2] != 0 || level > uint32(p.MaxLevel()) {
+	if kind > 2 || padding != 0 || level > uint32(p.MaxLevel()) {
 		in.fail("a ciphertext of kind %d at level %d", kind, level)
 	}
 	scale := in.scale()
 	if in.err != nil {
 		return nil, in.err
+	}
+	if rounded != (rounding{}) {
+		return in.roundedCiphertext(p, h.Key, kind, int(level), rounded, scale)
 	}
 	if kind == 0 {
 		return in.seeded(p, h.Key, int(level), scale)
@@ -301,6 +308,30 @@ func readCiphertext(in *decoder, p *Parameters, h Header) (any, error) {
 	for _, polynomial := range ct.Value {
 		in.limbs(rings, polynomial.Coeffs)
 	}
+	return ct, in.err
+}
+
+func (in *decoder) roundedCiphertext(p *Parameters, key ID, kind, level int, r rounding, scale rlwe.Scale) (any, error) {
+	if err := r.check(p, level, kind == 0); err != nil || kind > 1 {
+		in.fail("a rounded ciphertext of kind %d at level %d that lost %d and %d bits", kind, level, r[0], r[1])
+		return nil, in.err
+	}
+	if !in.need(r.size(p, 0)) {
+		return nil, in.err
+	}
+	ct := newCiphertext(p, key, 1, level, scale)
+	ct.rounding = r
+	if kind == 0 {
+		ct.Seed = new([seedSize]byte)
+		in.bytes(ct.Seed[:])
+		in.rounded(ct, 0)
+		if in.err != nil {
+			return nil, in.err
+		}
+		return ct, expandSeed(p, *ct.Seed, ct.Value[1])
+	}
+	in.rounded(ct, 0)
+	in.rounded(ct, 1)
 	return ct, in.err
 }
 

@@ -153,6 +153,43 @@ VECTOR void cl_simd_inverse(uint64_t *values, long n, const uint64_t *roots, con
     }
 }
 
+// x - w*y, below 4q, for x and y below 2q.
+static inline __attribute__((always_inline)) VECTOR __m512i subtract(__m512i x, __m512i y, __m512i w, __m512i quotient, const modulus *m) {
+    __m512i zero = _mm512_setzero_si512(), t = _mm512_madd52hi_epu64(zero, y, quotient);
+    t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, y, w), _mm512_madd52lo_epu64(zero, t, m->q));
+    return _mm512_sub_epi64(_mm512_add_epi64(x, m->twice), _mm512_and_si512(t, m->mask));
+}
+
+VECTOR void cl_simd_fold(uint64_t *values, long n, uint64_t root, uint64_t quotient, uint64_t prime) {
+    modulus m = MODULUS;
+    __m512i w = _mm512_set1_epi64((long long)root), s = _mm512_set1_epi64((long long)quotient);
+    __m512i turned = LANES(7, 6, 5, 4, 3, 2, 1, 0);
+    for (long i = 0; i < n / 2; i += 8) {
+        // Numbers i to i + 7 meet n - i down to n - i - 7. Number 0 meets none: number n does not exist.
+        __mmask8 low = i ? 0xff : 0xfe, high = i ? 0xff : 0x7f;
+        uint64_t *left = values + i, *right = values + n - 7 - i;
+        __m512i x = LOAD(left), y = _mm512_maskz_loadu_epi64(high, right);
+        __m512i a = subtract(x, _mm512_permutexvar_epi64(turned, y), w, s, &m);
+        __m512i b = subtract(y, _mm512_permutexvar_epi64(turned, x), w, s, &m);
+        _mm512_mask_storeu_epi64(left, low, a);
+        _mm512_mask_storeu_epi64(right, high, b);
+    }
+    // The middle meets itself.
+    uint64_t middle = values[n / 2], high = (uint64_t)(((unsigned __int128)middle * quotient) >> 52);
+    values[n / 2] = middle + 2 * prime - ((middle * root - high * prime) & ((1ULL << 52) - 1));
+}
+
+VECTOR void cl_simd_unfold(uint64_t *values, long n, uint64_t root, uint64_t quotient, uint64_t prime) {
+    modulus m = MODULUS;
+    cl_simd_fold(values, n, root, quotient, prime);
+    values[0] *= 2;
+    for (long i = 0; i < n; i += 8) {
+        __m512i v = LOAD(values + i);
+        v = _mm512_min_epu64(v, _mm512_sub_epi64(v, m.twice));
+        STORE(values + i, _mm512_min_epu64(v, _mm512_sub_epi64(v, m.q)));
+    }
+}
+
 #define ADD(t)                                                                                 \
     do {                                                                                       \
         __m512i p = LOAD((t).plain + i), x = LOAD((t).c0 + i), y = LOAD((t).c1 + i);           \
@@ -223,6 +260,8 @@ void cl_simd_lift16(const int16_t *v, long n, int64_t m, uint64_t q, uint64_t *o
 void cl_simd_lift32(const int32_t *v, long n, int64_t m, uint64_t q, uint64_t *out) {}
 void cl_simd_transform(uint64_t *v, long n, const uint64_t *w, const uint64_t *s, uint64_t q) {}
 void cl_simd_inverse(uint64_t *v, long n, const uint64_t *w, const uint64_t *s, uint64_t q) {}
+void cl_simd_fold(uint64_t *v, long n, uint64_t w, uint64_t s, uint64_t q) {}
+void cl_simd_unfold(uint64_t *v, long n, uint64_t w, uint64_t s, uint64_t q) {}
 void cl_simd_accumulate(uint64_t *s, long n, int count, struct cl_simd_term a, struct cl_simd_term b,
                         struct cl_simd_term c, struct cl_simd_term d) {}
 void cl_simd_reduce(const uint64_t *s, long n, const uint64_t *w, const uint64_t *v, uint64_t q, uint64_t *out0,

@@ -21,38 +21,55 @@ const simdPrime = 1 << 51
 
 // wideRoots are the roots of a ring as the vector transforms need them.
 type wideRoots struct {
-	forward, backward sync.Once
-	roots, quotients  [2][]uint64 // of the transform and of its inverse
+	once             [2]sync.Once // of the transform and of its inverse
+	roots, quotients [2][]uint64
+	fold, quotient   [2]uint64 // the root of the conjugate-invariant ring's own stage
 }
 
+// make fills in the roots for one direction; first takes the place of the root 0, which
+// no stage uses. Stage m of the conjugate-invariant ring, but its own, is stage m/2 of the
+// standard ring with other roots.
 func (w *wideRoots) make(which int, subring *ring.SubRing, source []uint64, first uint64) {
+	wide := func(root uint64) (uint64, uint64) {
+		root = ring.IMForm(root, subring.Modulus, subring.MRedConstant)
+		quotient, _ := bits.Div64(root>>12, root<<52, subring.Modulus)
+		return root, quotient
+	}
 	w.roots[which] = make([]uint64, subring.N)
 	w.quotients[which] = make([]uint64, subring.N)
-	for i, root := range source {
-		if i == 0 {
-			root = first
+	for i := range subring.N {
+		root := first
+		switch {
+		case i == 0:
+		case subring.Type() == ring.ConjugateInvariant:
+			root = source[i+1<<(bits.Len(uint(i))-1)]
+		default:
+			root = source[i]
 		}
-		root = ring.IMForm(root, subring.Modulus, subring.MRedConstant)
-		w.roots[which][i] = root
-		w.quotients[which][i], _ = bits.Div64(root>>12, root<<52, subring.Modulus)
+		w.roots[which][i], w.quotients[which][i] = wide(root)
 	}
+	w.fold[which], w.quotient[which] = wide(source[1])
 }
 
 // vectorised tells whether the vector code serves a ring.
-func vectorised(subring *ring.SubRing) bool {
-	return simd && subring.Modulus < simdPrime && subring.Type() == ring.Standard
-}
+func vectorised(subring *ring.SubRing) bool { return simd && subring.Modulus < simdPrime }
 
 func simdTransform(w *wideRoots, subring *ring.SubRing, residues []uint64) {
-	w.forward.Do(func() { w.make(0, subring, subring.RootsForward, subring.RootsForward[0]) })
-	C.cl_simd_transform((*C.uint64_t)(&residues[0]), C.long(len(residues)),
-		(*C.uint64_t)(&w.roots[0][0]), (*C.uint64_t)(&w.quotients[0][0]), C.uint64_t(subring.Modulus))
+	w.once[0].Do(func() { w.make(0, subring, subring.RootsForward, subring.RootsForward[0]) })
+	values, n, prime := (*C.uint64_t)(&residues[0]), C.long(len(residues)), C.uint64_t(subring.Modulus)
+	if subring.Type() == ring.ConjugateInvariant {
+		C.cl_simd_fold(values, n, C.uint64_t(w.fold[0]), C.uint64_t(w.quotient[0]), prime)
+	}
+	C.cl_simd_transform(values, n, (*C.uint64_t)(&w.roots[0][0]), (*C.uint64_t)(&w.quotients[0][0]), prime)
 }
 
 func simdInverse(w *wideRoots, subring *ring.SubRing, residues []uint64) {
-	w.backward.Do(func() { w.make(1, subring, subring.RootsBackward, subring.NInv) })
-	C.cl_simd_inverse((*C.uint64_t)(&residues[0]), C.long(len(residues)),
-		(*C.uint64_t)(&w.roots[1][0]), (*C.uint64_t)(&w.quotients[1][0]), C.uint64_t(subring.Modulus))
+	w.once[1].Do(func() { w.make(1, subring, subring.RootsBackward, subring.NInv) })
+	values, n, prime := (*C.uint64_t)(&residues[0]), C.long(len(residues)), C.uint64_t(subring.Modulus)
+	C.cl_simd_inverse(values, n, (*C.uint64_t)(&w.roots[1][0]), (*C.uint64_t)(&w.quotients[1][0]), prime)
+	if subring.Type() == ring.ConjugateInvariant {
+		C.cl_simd_unfold(values, n, C.uint64_t(w.fold[1]), C.uint64_t(w.quotient[1]), prime)
+	}
 }
 
 func simdLift16(values []int16, multiplier int64, prime uint64, out []uint64) {

@@ -19,6 +19,15 @@ void cl_simd_transform(uint64_t *values, long n, const uint64_t *roots, const ui
 // the roots is 1/n, the others those of the inverse transform.
 void cl_simd_inverse(uint64_t *values, long n, const uint64_t *roots, const uint64_t *quotients, uint64_t prime);
 
+// What the transform of the conjugate-invariant ring does before the others of its stages:
+// v[i] becomes v[i] - root * v[n - i] for 0 < i < n. Values are below twice the prime, and
+// below four times it after.
+void cl_simd_fold(uint64_t *values, long n, uint64_t root, uint64_t quotient, uint64_t prime);
+
+// What its inverse does after the others: the same, and v[0] doubled. Values are below the
+// prime, before and after.
+void cl_simd_unfold(uint64_t *values, long n, uint64_t root, uint64_t quotient, uint64_t prime);
+
 // low0 + 2^52 high0 += plain * c0 and low1 + 2^52 high1 += plain * c1, for count
 // plaintexts (1 to 4) with a pair of polynomials each, n a multiple of 8, values below 2^52.
 struct cl_simd_term { const uint64_t *plain, *c0, *c1; };

@@ -12,7 +12,12 @@ func TestVectorCode(t *testing.T) {
 		t.Skip("no AVX-512 IFMA here")
 	}
 	defer func() { simd = true }()
-	p := large(t)
+	for name, p := range map[string]*Parameters{"complex": large(t), "real": product(t)} {
+		t.Run(name, func(t *testing.T) { testVectorCode(t, p) })
+	}
+}
+
+func testVectorCode(t *testing.T, p *Parameters) {
 	values := noise(p.Slots())
 	for _, length := range []int{p.Slots(), p.Slots() / 8, 16} {
 		for _, storage := range []Storage{Int16, Int32, Residues} {
@@ -21,7 +26,7 @@ func TestVectorCode(t *testing.T) {
 				for i := range scaled {
 					scaled[i] = complex(size, 0) * values[i]
 				}
-				d := must(newDiagonal(p, scaled, p.DefaultScale().Float64(), 0, p.MaxLevel(), storage))
+				d := must(newDiagonal(p, scaled, 0x1p36, 0, p.MaxLevel(), storage))
 				for limb := range p.MaxLevel() + 1 {
 					simd = true
 					fast := slices.Clone(d.at(p, limb, make([]uint64, p.N())))

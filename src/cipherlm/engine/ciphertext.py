@@ -94,6 +94,17 @@ class Plaintext(Serializable):
         return self._info.scale
 
     @property
+    def greatest(self) -> float:
+        """The greatest coefficient of a plaintext at level 0, as a part of half the modulus.
+
+        A sum that was greater than half the modulus has run over, and what is left of it looks random: the
+        greatest of its coefficients is near 1.
+        """
+        out = ctypes.c_double()
+        _native.call("cl_plaintext_greatest", self.handle, ctypes.byref(out))
+        return out.value
+
+    @property
     def nbytes(self) -> int:
         """The memory that it takes."""
         return self._info.nbytes
@@ -156,6 +167,16 @@ class Ciphertext(Serializable):
     def key_fingerprint(self) -> str:
         """The name of the secret key that decrypts it."""
         return _native.key_fingerprint(self.handle)
+
+    def round(self, first: int, second: int = 0) -> None:
+        """Round the coefficients of a ciphertext at level 0, so that it takes fewer bytes on the wire.
+
+        The first component loses ``first`` low bits and the second ``second``. The error of the first is that
+        of a rounding to multiples of ``2**first``; that of the second is multiplied with the secret key, which
+        makes it about ``sqrt(2/3 * degree)`` times greater. A seeded ciphertext has no second component to
+        round. Raises :class:`~cipherlm.engine.EngineError` at a level above 0.
+        """
+        _native.call("cl_round", self.handle, first, second)
 
     def copy(self) -> Ciphertext:
         """Return a copy."""

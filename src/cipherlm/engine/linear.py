@@ -34,9 +34,13 @@ class LinearTransformation(_native.Handle):
     the fly: 2 or 4 bytes for each of the ``degree`` coefficients, and a relative error
     of 4e-5 or 1e-9. ``"residues"`` keeps them ready, in 8 bytes for each coefficient
     and prime.
+
+    A matrix takes one level: its product is rescaled to the scale of the input. With ``scale`` it takes none:
+    the diagonals are encoded at that scale, and the product, at the input's level, has the product of both
+    scales. That suits the last step of a computation, at level 0 even.
     """
 
-    __slots__ = ("giant_step", "level", "parameters", "rotations", "storage")
+    __slots__ = ("_memory", "giant_step", "level", "parameters", "rotations", "storage")
 
     def __init__(
         self,
@@ -47,10 +51,12 @@ class LinearTransformation(_native.Handle):
         giant_step: int,
         inner: int = 1,
         storage: Storage = "int32",
+        scale: float | None = None,
     ) -> None:
-        super().__init__(
-            _native.create("cl_lintrans_new", parameters.handle, level, giant_step, _STORAGE[storage])
+        handle = _native.create(
+            "cl_lintrans_new", parameters.handle, level, giant_step, _STORAGE[storage], scale or 0.0
         )
+        super().__init__(handle)
         self.parameters, self.level, self.giant_step, self.storage = parameters, level, giant_step, storage
         used: set[int] = set()
         items = iter(diagonals.items() if isinstance(diagonals, Mapping) else diagonals)
@@ -104,6 +110,59 @@ class LinearTransformation(_native.Handle):
             inner=inner,
             storage=storage,
         )
+
+    def coefficients(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
+        """Return rotations, multipliers and coefficients, (diagonals, degree), for :meth:`restore`.
+
+        Raises :class:`~cipherlm.engine.EngineError` where diagonals repeat or are kept as residues.
+        """
+        count, degree = self.diagonals, 1 << self.parameters.log_degree
+        rotations, multipliers = np.empty(count, np.int64), np.empty(count, np.int64)
+        coefficients = np.empty((count, degree), self.storage)
+        _native.call(
+            "cl_lintrans_stored",
+            self.handle,
+            rotations.ctypes.data,
+            multipliers.ctypes.data,
+            coefficients.ctypes.data,
+        )
+        return rotations, multipliers, coefficients
+
+    @classmethod
+    def restore(
+        cls,
+        parameters: Parameters,
+        rotations: NDArray[np.int64],
+        multipliers: NDArray[np.int64],
+        coefficients: NDArray[Any],
+        *,
+        level: int,
+        giant_step: int,
+        scale: float | None = None,
+    ) -> LinearTransformation:
+        """Make a matrix of what :meth:`coefficients` gave.
+
+        ``coefficients`` are int16 or int32 and are not copied: an array that is mapped from a file is read
+        when it is needed, and shared by all processes that map it.
+        """
+        if coefficients.dtype.name not in ("int16", "int32") or not coefficients.flags.c_contiguous:
+            raise ValueError("coefficients are contiguous int16 or int32")
+        if coefficients.shape != (len(rotations), 1 << parameters.log_degree) or len(multipliers) != len(rotations):
+            raise ValueError(f"{len(rotations)} diagonals do not have coefficients {coefficients.shape}")
+        storage: Storage = "int16" if coefficients.dtype == np.int16 else "int32"
+        matrix = cls(parameters, (), level=level, giant_step=giant_step, storage=storage, scale=scale)
+        matrix._memory = coefficients
+        places, factors = (np.ascontiguousarray(values, np.int64) for values in (rotations, multipliers))
+        _native.call(
+            "cl_lintrans_restore",
+            matrix.handle,
+            places.ctypes.data,
+            factors.ctypes.data,
+            len(places),
+            coefficients.ctypes.data,
+        )
+        matrix.rotations = split_rotations(map(int, places), giant_step)
+        return matrix
 
     @property
     def nbytes(self) -> int:
