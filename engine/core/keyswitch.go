@@ -107,14 +107,22 @@ func (s *switcher) decompose(poly ring.Poly, level int) ([]ringqp.Poly, error) {
 	if err != nil {
 		return nil, err
 	}
+	limbs := s.limbs(level)
 	err = parallel(len(digits), func(i int) error {
-		s.decomposer.DecomposeAndSplit(level, top, top+1, i, *coefficients, digits[i].Q, digits[i].P)
+		if top > 0 {
+			s.decomposer.DecomposeAndSplit(level, top, top+1, i, *coefficients, digits[i].Q, digits[i].P)
+			return nil
+		}
+		for j := range limbs {
+			if j != i { // its own prime's residues are known
+				p.recenter(coefficients.Coeffs[i], i, p.Q()[i]/2+1, s.prime(j, level), limb(digits[i], j, level))
+			}
+		}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	limbs := s.limbs(level)
 	return digits, parallel(len(digits)*limbs, func(job int) error {
 		digit, i := job/limbs, job%limbs
 		residues := limb(digits[digit], i, level)
@@ -179,7 +187,13 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 		defer pool.RecycleBuffPoly(rest[i])
 	}
 	err = parallel(2, func(component int) error {
-		s.extender.ModUpPtoQ(top, level, sum[component].P, *rest[component])
+		if top > 0 {
+			s.extender.ModUpPtoQ(top, level, sum[component].P, *rest[component])
+			return nil
+		}
+		for prime := range level + 1 {
+			p.recenter(sum[component].P.Coeffs[0], p.QCount(), p.P()[0]/2, prime, rest[component].Coeffs[prime])
+		}
 		return nil
 	})
 	if err != nil {
@@ -189,10 +203,35 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 		component, i := job%2, job/2
 		residues := rest[component].Coeffs[i]
 		p.forward(i, residues)
-		p.RingQ().SubRings[i].SubThenMulScalarMontgomeryTwoModulus(residues, sum[component].Q.Coeffs[i], s.inverse[i], residues)
+		s.quotient(residues, sum[component].Q.Coeffs[i], i, residues)
 		take(component, i, residues)
 		return nil
 	})
+}
+
+// quotient writes (x - y) times -1/P modulo a prime of Q.
+func (s *switcher) quotient(x, y []uint64, prime int, out []uint64) {
+	r := s.params.RingQ().SubRings[prime]
+	if vectorised(r) {
+		simdSubtractMultiply(x, y, ring.IMForm(s.inverse[prime], r.Modulus, r.MRedConstant), r.Modulus, out)
+		return
+	}
+	r.SubThenMulScalarMontgomeryTwoModulus(x, y, s.inverse[prime], out)
+}
+
+// recenter takes residues modulo one prime to their least absolute residues modulo
+// another. half is half the first prime, rounded down or up: the numbers from -half on.
+func (p *Parameters) recenter(values []uint64, from int, half uint64, to int, out []uint64) {
+	source, target := p.subring(from), p.subring(to)
+	rest := half % target.Modulus
+	if vectorised(source) && vectorised(target) {
+		simdRecenter(values, source.Modulus, half, target.Modulus, rest, out)
+		return
+	}
+	for i, value := range values {
+		shifted := ring.BRedAdd(ring.CRed(value+half, source.Modulus), target.Modulus, target.BRedConstant)
+		out[i] = ring.CRed(shifted+target.Modulus-rest, target.Modulus)
+	}
 }
 
 // switchKey switches a polynomial in NTT form.

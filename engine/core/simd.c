@@ -190,6 +190,34 @@ VECTOR void cl_simd_unfold(uint64_t *values, long n, uint64_t root, uint64_t quo
     }
 }
 
+VECTOR void cl_simd_recenter(const uint64_t *values, long n, uint64_t from, uint64_t half, uint64_t to, uint64_t quotient,
+                             uint64_t rest, uint64_t *out) {
+    __m512i p = _mm512_set1_epi64((long long)from), h = _mm512_set1_epi64((long long)half);
+    __m512i q = _mm512_set1_epi64((long long)to), s = _mm512_set1_epi64((long long)quotient);
+    __m512i r = _mm512_set1_epi64((long long)rest), zero = _mm512_setzero_si512(), mask = _mm512_set1_epi64((1LL << 52) - 1);
+    for (long i = 0; i < n; i += 8) {
+        __m512i v = _mm512_add_epi64(LOAD(values + i), h);
+        v = _mm512_min_epu64(v, _mm512_sub_epi64(v, p));
+        __m512i t = _mm512_madd52hi_epu64(zero, v, s);
+        v = _mm512_and_si512(_mm512_sub_epi64(v, _mm512_madd52lo_epu64(zero, t, q)), mask);
+        v = _mm512_sub_epi64(_mm512_min_epu64(v, _mm512_sub_epi64(v, q)), r);
+        STORE(out + i, _mm512_min_epu64(v, _mm512_add_epi64(v, q)));
+    }
+}
+
+VECTOR void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t factor, uint64_t quotient,
+                                      uint64_t prime, uint64_t *out) {
+    __m512i q = _mm512_set1_epi64((long long)prime), w = _mm512_set1_epi64((long long)factor);
+    __m512i s = _mm512_set1_epi64((long long)quotient), zero = _mm512_setzero_si512(), mask = _mm512_set1_epi64((1LL << 52) - 1);
+    for (long i = 0; i < n; i += 8) {
+        __m512i v = _mm512_sub_epi64(_mm512_add_epi64(LOAD(x + i), q), LOAD(y + i));
+        __m512i t = _mm512_madd52hi_epu64(zero, v, s);
+        v = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, v, w), _mm512_madd52lo_epu64(zero, t, q));
+        v = _mm512_and_si512(v, mask);
+        STORE(out + i, _mm512_min_epu64(v, _mm512_sub_epi64(v, q)));
+    }
+}
+
 #define ADD(t)                                                                                 \
     do {                                                                                       \
         __m512i p = LOAD((t).plain + i), x = LOAD((t).c0 + i), y = LOAD((t).c1 + i);           \
@@ -266,5 +294,7 @@ void cl_simd_accumulate(uint64_t *s, long n, int count, struct cl_simd_term a, s
                         struct cl_simd_term c, struct cl_simd_term d) {}
 void cl_simd_reduce(const uint64_t *s, long n, const uint64_t *w, const uint64_t *v, uint64_t q, uint64_t *out0,
                     uint64_t *out1) {}
+void cl_simd_recenter(const uint64_t *v, long n, uint64_t p, uint64_t h, uint64_t q, uint64_t s, uint64_t r, uint64_t *out) {}
+void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}
 
 #endif

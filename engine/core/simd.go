@@ -79,3 +79,15 @@ func simdLift16(values []int16, multiplier int64, prime uint64, out []uint64) {
 func simdLift32(values []int32, multiplier int64, prime uint64, out []uint64) {
 	C.cl_simd_lift32((*C.int32_t)(&values[0]), C.long(len(values)), C.int64_t(multiplier), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
 }
+
+func simdRecenter(values []uint64, from, half, to, rest uint64, out []uint64) {
+	quotient, _ := bits.Div64(0, 1<<52, to)
+	C.cl_simd_recenter((*C.uint64_t)(&values[0]), C.long(len(values)), C.uint64_t(from), C.uint64_t(half), C.uint64_t(to),
+		C.uint64_t(quotient), C.uint64_t(rest), (*C.uint64_t)(&out[0]))
+}
+
+func simdSubtractMultiply(x, y []uint64, factor, prime uint64, out []uint64) {
+	quotient, _ := bits.Div64(factor>>12, factor<<52, prime)
+	C.cl_simd_subtract_multiply((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), C.uint64_t(factor),
+		C.uint64_t(quotient), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}

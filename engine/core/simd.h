@@ -39,4 +39,14 @@ void cl_simd_accumulate(uint64_t *sums, long n, int count, struct cl_simd_term a
 void cl_simd_reduce(const uint64_t *sums, long n, const uint64_t *factors, const uint64_t *quotients, uint64_t prime,
                     uint64_t *out0, uint64_t *out1);
 
+// Numbers modulo one prime, taken as their least absolute residues, modulo another: v + half,
+// below "from" again, modulo "to", less rest, which is half modulo "to". Both primes are below
+// 2^51; quotient is floor(2^52 / to).
+void cl_simd_recenter(const uint64_t *values, long n, uint64_t from, uint64_t half, uint64_t to, uint64_t quotient,
+                      uint64_t rest, uint64_t *out);
+
+// (x - y) * factor modulo the prime, for x and y below it; quotient is floor(factor * 2^52 / prime).
+void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t factor, uint64_t quotient,
+                               uint64_t prime, uint64_t *out);
+
 #endif

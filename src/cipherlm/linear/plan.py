@@ -37,18 +37,19 @@ _KEY_SWITCH_ERROR = 24.0
 """The standard deviation of a coefficient's error after a baby step: measured 23 to 24."""
 _COEFFICIENT = {"int16": 2.0**12.7, "int32": 2.0**26.0}
 """The root mean square of a diagonal's coefficients: five times it fits the integers."""
-GIANT_STEP = 32
+_GIANT_STEPS = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class GroupPlan:
     """How one group's matrix is multiplied.
 
-    ``weight_scale`` is the scale of the diagonals, ``input_scale`` that of an input of norm 1. An input's first
+    Rotations are split by ``giant_step``. ``weight_scale`` is the scale of the diagonals, ``input_scale`` that of an input of norm 1. An input's first
     component loses ``sent`` low bits before it leaves; the components of an output lose ``first`` and ``second``.
     """
 
     packing: Packing
+    giant_step: int
     weight_scale: float
     input_scale: float
     sent: int
@@ -77,8 +78,8 @@ class Plan:
     @cached_property
     def rotations(self) -> frozenset[int]:
         """The rotations that keys are needed for."""
-        depth = max(plan.packing.depth for plan in self.all())
-        return split_rotations(range(depth), GIANT_STEP)
+        parts = [split_rotations(range(plan.packing.depth), plan.giant_step) for plan in self.all()]
+        return frozenset().union(*parts)
 
     def all(self) -> list[GroupPlan]:
         """Return the plans of all matrices."""
@@ -165,6 +166,8 @@ def _check_group(name: str, plan: GroupPlan, shape: tuple[int, int], parameters:
         raise ValueError(f"the plan of {name} has {packing.inputs} inputs and {packing.outputs} outputs")
     if not 1 <= packing.runs <= packing.period or packing.capacity < packing.per_output:
         raise ValueError(f"the plan of {name} does not fit its slots")
+    if plan.giant_step not in _GIANT_STEPS:
+        raise ValueError(f"the plan of {name} has the giant step {plan.giant_step!r}")
     if max(plan.sent, plan.first, plan.second) > 40:
         raise ValueError(f"the plan of {name} rounds everything away")
     for scale in (plan.weight_scale, plan.input_scale):
@@ -215,4 +218,9 @@ def _plan_matrix(matrix: NDArray[np.floating[Any]], parameters: Parameters, stor
     first = max(0, math.floor(bits + 0.5))
     second = max(0, math.floor(bits + 0.5 - math.log2(2 * degree / 3) / 2))
     limit = parameters.q[0].bit_length() - 12
-    return GroupPlan(packing, weight_scale, input_scale, 5, min(first, limit), min(second, limit))
+    return GroupPlan(packing, _giant_step(packing), weight_scale, input_scale, 5, min(first, limit), min(second, limit))
+
+
+def _giant_step(packing: Packing) -> int:
+    """Return the step with the fewest key switches: babies once an input, giants for every block."""
+    return min(_GIANT_STEPS, key=lambda step: min(step, packing.depth) + packing.outputs * -(-packing.depth // step))

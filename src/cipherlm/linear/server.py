@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.engine import Ciphertext, Evaluator, LinearTransformation
-from cipherlm.linear.plan import GIANT_STEP, GroupPlan, Plan
+from cipherlm.linear.plan import GroupPlan, Plan
 
 PLAN_NAME = "linear_plan.json"
 MATRICES_NAME = "matrices"
@@ -136,7 +136,7 @@ class LinearServer:
                         np.array(entry["multipliers"], np.int64),
                         coefficients[start : start + count],
                         level=0,
-                        giant_step=GIANT_STEP,
+                        giant_step=matrix.giant_step,
                         scale=matrix.weight_scale,
                     )
                 )
@@ -171,7 +171,7 @@ def _encode(plan: Plan, group: GroupPlan, matrix: NDArray[np.floating[Any]]) -> 
                 plan.parameters,
                 packing.diagonals_of(matrix, source, target),
                 level=0,
-                giant_step=GIANT_STEP,
+                giant_step=group.giant_step,
                 storage=plan.storage,
                 scale=group.weight_scale,
             )
