@@ -20,7 +20,7 @@ from .errors import (
     ScaleError,
 )
 from .evaluator import Evaluator, inner_sum_rotations
-from .linear import LinearTransformation, Storage, folded, matrix_diagonals, paired, split_rotations
+from .linear import LinearTransformation, folded, matrix_diagonals, paired, split_rotations
 from .parameters import PRESETS, Parameters
 from .polynomial import Chebyshev
 from .public import EvaluationKeys, PublicKey
@@ -54,7 +54,6 @@ __all__ = [
     "RefreshRequest",
     "ScaleError",
     "SecretKey",
-    "Storage",
     "bootstrappable",
     "collect",
     "folded",

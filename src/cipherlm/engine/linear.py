@@ -57,6 +57,7 @@ class LinearTransformation(_native.Handle):
             "cl_lintrans_new", parameters.handle, level, giant_step, _STORAGE[storage], scale or 0.0
         )
         super().__init__(handle)
+        self._memory: NDArray[Any] | None = None  # what the library reads coefficients from
         self.parameters, self.level, self.giant_step, self.storage = parameters, level, giant_step, storage
         used: set[int] = set()
         items = iter(diagonals.items() if isinstance(diagonals, Mapping) else diagonals)
@@ -116,7 +117,7 @@ class LinearTransformation(_native.Handle):
 
         Raises :class:`~cipherlm.engine.EngineError` where diagonals repeat or are kept as residues.
         """
-        count, degree = self.diagonals, 1 << self.parameters.log_degree
+        count, degree = self.diagonals, self.parameters.degree
         rotations, multipliers = np.empty(count, np.int64), np.empty(count, np.int64)
         coefficients = np.empty((count, degree), self.storage)
         _native.call(
@@ -147,7 +148,7 @@ class LinearTransformation(_native.Handle):
         """
         if coefficients.dtype.name not in ("int16", "int32") or not coefficients.flags.c_contiguous:
             raise ValueError("coefficients are contiguous int16 or int32")
-        if coefficients.shape != (len(rotations), 1 << parameters.log_degree) or len(multipliers) != len(rotations):
+        if coefficients.shape != (len(rotations), parameters.degree) or len(multipliers) != len(rotations):
             raise ValueError(f"{len(rotations)} diagonals do not have coefficients {coefficients.shape}")
         storage: Storage = "int16" if coefficients.dtype == np.int16 else "int32"
         matrix = cls(parameters, (), level=level, giant_step=giant_step, storage=storage, scale=scale)

@@ -26,7 +26,8 @@ class LinearClient:
     def encrypt(self, group: str, x: Float64, *, transposed: bool = False) -> tuple[list[Row], Float64]:
         """Encrypt vectors (n, columns), each divided by its norm; return the ciphertexts and the norms (n,).
 
-        The norms stay with the client. Raises ``ValueError`` for another shape and for values that are not finite.
+        The norms stay with the client. Raises ``ValueError`` for another shape and for values that are not
+        finite.
         """
         plan = self.plan.of(group, transposed)
         if x.ndim != 2 or x.shape[1] != plan.packing.columns:
@@ -51,7 +52,8 @@ class LinearClient:
     def decrypt(
         self, group: str, rows: Sequence[Row], norms: Float64, *, transposed: bool = False
     ) -> Float64:
-        """Return the products (n, rows of the matrix). Raises ``ValueError`` for another number of ciphertexts."""
+        """Return the products (n, rows of the matrix). Raises ``ValueError`` for another number of
+        ciphertexts."""
         plan = self.plan.of(group, transposed)
         if len(rows) != len(norms) or any(len(row) != plan.packing.outputs for row in rows):
             raise ValueError(f"the answer for {group} has another number of ciphertexts than the plan says")

@@ -1,10 +1,11 @@
 """One description of the arithmetic: parameters, packings, scales, keys and what travels.
 
-The products need no level. Parameters have one prime, inputs are encrypted at level 0, and the sums stay below
-half the prime, always: a client divides its input by its norm, the plan knows the greatest norm that the slots
-of an output can take for an input of norm 1, and the slots have random signs (:mod:`cipherlm.linear.packing`),
-so that a coefficient beyond :data:`DEVIATIONS` times ``norm / degree`` has a probability below 2**-33 (Hoeffding's
-inequality). Nothing depends on ranges seen in calibration, and no input makes a server see a retry.
+The products need no level. Parameters have one prime, inputs are encrypted at level 0, and the sums stay
+below half the prime, always: a client divides its input by its norm, the plan knows the greatest norm that
+the slots of an output can take for an input of norm 1, and the slots have random signs
+(:mod:`cipherlm.linear.packing`), so that a coefficient beyond :data:`DEVIATIONS` times ``norm / degree`` has
+a probability below 2**-33 (Hoeffding's inequality). Nothing depends on ranges seen in calibration, and no
+input makes a server see a retry.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.engine import Parameters, Storage, split_rotations
+from cipherlm.engine import Parameters, split_rotations
 from cipherlm.linear.packing import Packing, choose_packing
 from cipherlm.linear.products import LinearGroup
 
@@ -35,8 +36,9 @@ _LITERAL: dict[str, Any] = {
 }
 _KEY_SWITCH_ERROR = 24.0
 """The standard deviation of a coefficient's error after a baby step: measured 23 to 24."""
-_COEFFICIENT = {"int16": 2.0**12.7, "int32": 2.0**26.0}
-"""The root mean square of a diagonal's coefficients: five times it fits the integers."""
+_COEFFICIENT = 2.0**12.7
+"""The root mean square of a diagonal's coefficients: five times it fits 16 bits. More bits would take as many
+from the inputs, whose error is nearly as large as that of the weights' rounding."""
 _GIANT_STEPS = (8, 16, 32, 64)
 
 
@@ -44,8 +46,9 @@ _GIANT_STEPS = (8, 16, 32, 64)
 class GroupPlan:
     """How one group's matrix is multiplied.
 
-    Rotations are split by ``giant_step``. ``weight_scale`` is the scale of the diagonals, ``input_scale`` that of an input of norm 1. An input's first
-    component loses ``sent`` low bits before it leaves; the components of an output lose ``first`` and ``second``.
+    Rotations are split by ``giant_step``. ``weight_scale`` is the scale of the diagonals, ``input_scale``
+    that of an input of norm 1. An input's first component loses ``sent`` low bits before it leaves; the
+    components of an output lose ``first`` and ``second``.
     """
 
     packing: Packing
@@ -68,7 +71,6 @@ class Plan:
     groups: Mapping[str, LinearGroup]
     forward: Mapping[str, GroupPlan]
     backward: Mapping[str, GroupPlan]
-    storage: Storage = "int16"
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -98,7 +100,6 @@ class Plan:
         """Return everything, ready for JSON."""
         return {
             "version": VERSION,
-            "storage": self.storage,
             "parameters": self.parameters.to_dict(),
             "groups": [group.to_dict() for group in self.groups.values()],
             "forward": {name: asdict(plan) for name, plan in self.forward.items()},
@@ -121,16 +122,17 @@ class Plan:
                 f"version {values.get('version')!r} of a plan is not known, only {VERSION}: "
                 "was it written by another CipherLM?"
             )
-        expected = {"version", "storage", "parameters", "groups", "forward", "backward"}
+        expected = {"version", "parameters", "groups", "forward", "backward"}
         if set(values) != expected:
-            raise ValueError(f"fields of a plan that are unknown or missing: {sorted(set(values) ^ expected)}")
+            raise ValueError(
+                f"fields of a plan that are unknown or missing: {sorted(set(values) ^ expected)}"
+            )
         try:
             groups = [LinearGroup.from_dict(group) for group in values["groups"]]
             plan = cls(
                 {group.name: group for group in groups},
                 {name: _group_plan(entry) for name, entry in values["forward"].items()},
                 {name: _group_plan(entry) for name, entry in values["backward"].items()},
-                values["storage"],
             )
             plan._check(values["parameters"])
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -138,21 +140,24 @@ class Plan:
         return plan
 
     def _check(self, literal: Any) -> None:
-        if self.storage not in _COEFFICIENT:
-            raise ValueError(f"matrices are stored as int16 or int32, not {self.storage!r}")
         if literal != self.parameters.to_dict():
             raise ValueError("a plan with parameters that this CipherLM does not use")
         if list(self.forward) != list(self.groups) or list(self.backward) not in ([], list(self.groups)):
             raise ValueError("the products of a plan are not those of its groups")
         for name, group in self.groups.items():
-            shapes = [(self.forward, (group.rows, group.in_features)), (self.backward, (group.in_features, group.rows))]
+            shapes = [
+                (self.forward, (group.rows, group.in_features)),
+                (self.backward, (group.in_features, group.rows)),
+            ]
             for plans, shape in shapes:
                 if name in plans:
                     _check_group(name, plans[name], shape, self.parameters)
 
 
 def _group_plan(values: Mapping[str, Any]) -> GroupPlan:
-    return GroupPlan(Packing(**values["packing"]), **{name: values[name] for name in values if name != "packing"})
+    return GroupPlan(
+        Packing(**values["packing"]), **{name: values[name] for name in values if name != "packing"}
+    )
 
 
 def _check_group(name: str, plan: GroupPlan, shape: tuple[int, int], parameters: Parameters) -> None:
@@ -179,16 +184,13 @@ def make_plan(
     groups: list[LinearGroup],
     weights: Mapping[str, NDArray[np.floating[Any]]],
     *,
-    storage: Storage = "int16",
     training: bool = False,
 ) -> Plan:
     """Choose packing, scales and rounding for every group; ``weights`` are (rows, in_features).
 
-    ``training`` plans the transposes too. Raises ``ValueError`` for weights that are not finite or that do not
-    have their group's shape.
+    ``training`` plans the transposes too. Raises ``ValueError`` for weights that are not finite or that do
+    not have their group's shape.
     """
-    if storage not in _COEFFICIENT:
-        raise ValueError(f"matrices are stored as int16 or int32, not {storage!r}")
     parameters = Parameters(**_LITERAL)
     forward, backward = {}, {}
     for group in groups:
@@ -197,19 +199,19 @@ def make_plan(
             raise ValueError(f"the weights of {group.name} have the shape {matrix.shape}")
         if not np.isfinite(matrix).all():
             raise ValueError(f"the weights of {group.name} are not all finite")
-        forward[group.name] = _plan_matrix(matrix, parameters, storage)
+        forward[group.name] = _plan_matrix(matrix, parameters)
         if training:
-            backward[group.name] = _plan_matrix(matrix.T, parameters, storage)
-    return Plan({group.name: group for group in groups}, forward, backward, storage)
+            backward[group.name] = _plan_matrix(matrix.T, parameters)
+    return Plan({group.name: group for group in groups}, forward, backward)
 
 
-def _plan_matrix(matrix: NDArray[np.floating[Any]], parameters: Parameters, storage: Storage) -> GroupPlan:
-    packing = choose_packing(*matrix.shape, parameters.slots)
+def _plan_matrix(matrix: NDArray[np.floating[Any]], parameters: Parameters) -> GroupPlan:
+    packing = choose_packing(matrix.shape[0], matrix.shape[1], parameters.slots)
     degree, half = parameters.degree, parameters.q[0] / 2
     # Slots of root mean square r have coefficients of r / sqrt(2 * degree).
     energy = float(np.linalg.norm(matrix)) or 1.0
     slot = energy / math.sqrt(packing.diagonals * packing.slots)
-    weight_scale = max(1.0, _COEFFICIENT[storage] * math.sqrt(2 * degree) / slot)
+    weight_scale = max(1.0, _COEFFICIENT * math.sqrt(2 * degree) / slot)
     norm = (packing.norm(matrix) or 1.0) * weight_scale
     input_scale = min(0.95 * half * degree / (DEVIATIONS * norm), 2.0**60)
     # The error of an input's coefficients goes through as many diagonals.
@@ -218,9 +220,38 @@ def _plan_matrix(matrix: NDArray[np.floating[Any]], parameters: Parameters, stor
     first = max(0, math.floor(bits + 0.5))
     second = max(0, math.floor(bits + 0.5 - math.log2(2 * degree / 3) / 2))
     limit = parameters.q[0].bit_length() - 12
-    return GroupPlan(packing, _giant_step(packing), weight_scale, input_scale, 5, min(first, limit), min(second, limit))
+    return GroupPlan(
+        packing, _giant_step(packing), weight_scale, input_scale, 5, min(first, limit), min(second, limit)
+    )
 
 
 def _giant_step(packing: Packing) -> int:
     """Return the step with the fewest key switches: babies once an input, giants for every block."""
-    return min(_GIANT_STEPS, key=lambda step: min(step, packing.depth) + packing.outputs * -(-packing.depth // step))
+    return min(
+        _GIANT_STEPS, key=lambda step: min(step, packing.depth) + packing.outputs * -(-packing.depth // step)
+    )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Standard deviations: of a weight, of a feature of an input of norm 1, and of its product's rounding."""
+
+    weight: float
+    input: float
+    output: float
+
+
+def errors(group: GroupPlan, plan: Plan) -> Errors:
+    """Return the errors that a product has by calculation, for an input of norm 1."""
+    degree = plan.parameters.degree
+    slot = math.sqrt(2 * degree)  # from coefficients to slots
+    rounding = 1 / math.sqrt(12)
+    fresh = math.hypot(_KEY_SWITCH_ERROR, rounding * 2**group.sent)
+    key = math.sqrt(2 * degree / 3)  # what the secret key makes of an error in the second component
+    lost = rounding * math.hypot(2**group.first, 2**group.second * key)
+    return Errors(
+        # Half of the diagonals that exceed 16 bits lose one more; most do not.
+        weight=rounding * slot / group.weight_scale,
+        input=fresh * slot / group.input_scale,
+        output=lost * slot * math.sqrt(group.packing.runs) / (group.weight_scale * group.input_scale),
+    )

@@ -13,7 +13,7 @@ from cipherlm.engine import Ciphertext, Evaluator, LinearTransformation
 from cipherlm.linear.plan import GroupPlan, Plan
 
 PLAN_NAME = "linear_plan.json"
-MATRICES_NAME = "matrices"
+MATRICES_NAME = "matrices.int16"
 _INDEX_NAME = "matrices.json"
 Row = list[Ciphertext]
 """The ciphertexts of one vector."""
@@ -93,7 +93,7 @@ class LinearServer:
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         index: list[dict[str, Any]] = []
-        with (path / f"{MATRICES_NAME}.{self.plan.storage}").open("wb") as file:
+        with (path / MATRICES_NAME).open("wb") as file:
             for transposed, side in self._matrices.items():
                 for name, matrices in side.items():
                     for block in (block for row in matrices.blocks for block in row):
@@ -122,8 +122,8 @@ class LinearServer:
         try:
             index = json.loads((path / _INDEX_NAME).read_text(encoding="utf-8"))
             total = sum(len(entry["rotations"]) for entry in index)
-            file = path / f"{MATRICES_NAME}.{plan.storage}"
-            coefficients = np.memmap(file, plan.storage, "r", shape=(total, degree))
+            file = path / MATRICES_NAME
+            coefficients = np.memmap(file, np.int16, "r", shape=(total, degree))
             blocks: dict[tuple[str, bool], list[LinearTransformation]] = {}
             start = 0
             for entry in index:
@@ -142,9 +142,7 @@ class LinearServer:
                 )
                 start += count
             sides: dict[bool, dict[str, Matrices]] = {
-                transposed: {
-                    name: _arrange(side[name], blocks.get((name, transposed), [])) for name in side
-                }
+                transposed: {name: _arrange(side[name], blocks.get((name, transposed), [])) for name in side}
                 for transposed, side in ((False, plan.forward), (True, plan.backward))
             }
         except (KeyError, TypeError, ValueError) as error:
@@ -172,7 +170,7 @@ def _encode(plan: Plan, group: GroupPlan, matrix: NDArray[np.floating[Any]]) -> 
                 packing.diagonals_of(matrix, source, target),
                 level=0,
                 giant_step=group.giant_step,
-                storage=plan.storage,
+                storage="int16",
                 scale=group.weight_scale,
             )
             for target in range(packing.outputs)
