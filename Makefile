@@ -22,13 +22,14 @@ PIP := -m pip --disable-pip-version-check install --quiet
 # The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
 BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 
-.PHONY: help setup lock demo test test-ray test-newest test-oldest test-all lint bench clean
+.PHONY: help setup lock demo test test-ray test-newest test-oldest test-all mutants lint bench clean
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
 	@echo "make test      style, types and the tests that take minutes"
 	@echo "make test-ray  the tests of a cluster"
 	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
+	@echo "make mutants   see that the tests notice an engine whose encryption is broken"
 	@echo "make bench     measure what the README's table says"
 	@echo "make setup     make $(VENV) and nothing else (PYTHON=python3.12 chooses the Python)"
 	@echo "make lock      write $(LOCK) anew: the newest versions that pyproject.toml allows"
@@ -82,6 +83,11 @@ test-all: lint test-newest test-oldest
 	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \
 		else echo "No go on the PATH: the engine's own tests are left out"; fi
 	$(BIN)/python -m pytest
+	$(BIN)/python tests/mutants/run.py
+
+# ONLY=name builds one.
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py $(ONLY:%=--only %)
 
 # Made anew for every run: what is newest changes without a change here.
 .PHONY: $(NEWEST)/.ready
