@@ -1,14 +1,17 @@
 """The verbs with --scheme ckks, on clear numbers."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
 from cipherlm.cli import main
-from cipherlm.cli.ckks import BehindPrefix, joined
+from cipherlm.cli.ckks import BehindPrefix, joined, summary
 from cipherlm.evaluation.texts import calibration_sentences
+from cipherlm.models.summary import read_summary
 
 CKKS = ("--scheme", "ckks", "--context", "24")
 
@@ -124,15 +127,76 @@ def test_inspect(capsys, few):
         ["gelu", "ln_1", "ln_2", "scores"]
     ] * 4
     assert figures["evaluation_key_bytes"] is None
-    assert main(["inspect", *CKKS, *few]) == 0
+    assert main(["inspect", *CKKS]) == 0
     shown = capsys.readouterr().out
     assert "all blocks, as one" in shown
     assert "'<|endoftext|>', not encrypted" in shown
     assert "the last hidden states" in shown
-    assert main(["inspect", *CKKS, *few, "--block", "1"]) == 0
+    assert main(["inspect", *CKKS, "--block", "1"]) == 0
     shown = capsys.readouterr().out
     assert "on the server      transformer.h.1" in shown
     assert "it could fit that module" in shown
+
+
+def test_inspect_loads_no_model():
+    """A table of parameters takes no calibration, no keys, and not even the weights."""
+    code = """
+import sys
+from cipherlm.cli import main
+code = main(["inspect", "--scheme", "ckks", "--json"])
+sys.exit(code or " ".join({"torch", "transformers", "concrete"} & set(sys.modules)) or 0)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    figures = json.loads(run.stdout)
+    assert figures["modules"] == ["transformer.h"]
+    assert figures["ranges"] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings"),
+    [
+        ("all", {}),
+        (["transformer.h.2", "transformer.h.0.mlp", "transformer.h.0.attn"], {"context": 24}),
+        (["transformer.h.3.mlp"], {"prefix": [5, 6], "tokens": 4}),
+    ],
+)
+def test_a_summary_of_files_is_that_of_the_model(targets, settings):
+    config = EncryptionConfig(targets, scheme="ckks", **settings)
+    told = read_summary("tiny", config)
+    assert told == summary(get_encrypted_model(load_model("tiny"), config), load_tokenizer("tiny"))
+
+
+def test_a_summary_that_only_the_model_tells(tmp_path, capsys):
+    """Other names, other files, other models: the model is loaded, or refused as always."""
+    for targets in (
+        "linear",
+        "transformer.h.[01]",
+        ["attn"],
+        ["transformer.h.9"],
+        ["transformer.h.0", "mlp"],
+    ):
+        assert read_summary("tiny", EncryptionConfig(targets, scheme="ckks")) is None
+    config = EncryptionConfig("all", scheme="ckks")
+    assert read_summary("gpt2", config) is None
+    tiny = load_model("tiny")
+    for changes in (
+        {"activation_function": "prelu"},
+        {"model_type": "llama"},
+        {"n_head": 0},
+        {"n_embd": "x"},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**tiny.config.to_dict(), **changes}))
+        assert read_summary(tmp_path, config) is None
+    tiny.save_pretrained(tmp_path)
+    assert read_summary(tmp_path, config) is None  # no tokenizer
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    assert read_summary(tmp_path, config) == read_summary("tiny", config)
+    with pytest.raises(ValueError, match="context=999 is more than the 256 tokens"):
+        read_summary(tmp_path, EncryptionConfig("all", scheme="ckks", context=999))
+    assert run_json(capsys, "inspect", *CKKS, "--target-modules", "h.1.mlp")["modules"] == [
+        "transformer.h.1.mlp"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.remote import Placement
+    from cipherlm.models.summary import Summary
 
 WHOLE = "transformer.h"
 
@@ -90,15 +91,22 @@ class BehindPrefix:
         return output
 
 
-def remote_figures(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> dict[str, Any]:
-    """Return what can be told of a placement without keys, ready for JSON."""
+def summary(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> "Summary":
+    """Return what is told of a model that is loaded."""
+    from cipherlm.models.summary import Summary
+
+    modules, prefix = list(model.encrypted_modules), model.prefix
+    return Summary(modules, prefix, tokenizer.decode(prefix), placement(model).geometry)
+
+
+def remote_figures(told: "Summary") -> dict[str, Any]:
+    """Return what can be told of a placement before calibration and without evaluation keys, for JSON."""
     import numpy as np
 
     from cipherlm.engine import SecretKey
-    from cipherlm.models.ckks import MeteredClient
+    from cipherlm.schemes.ckks.traffic import MeteredClient
 
-    place = placement(model)
-    geometry, parameters = place.geometry, place.geometry.parameters
+    geometry, parameters = told.geometry, told.geometry.parameters
     client = MeteredClient(SecretKey.generate(parameters), geometry)
     sizes = []
     for position in (geometry.prefix, geometry.prefix + 1):  # a prompt, and one token behind it
@@ -106,9 +114,9 @@ def remote_figures(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> dict[st
         client.encrypt(np.zeros((1, geometry.layout.width)), position)
         sizes.append(client.traffic.to_server - before)
     return {
-        "modules": list(model.encrypted_modules),
-        "prefix": model.prefix,
-        "prefix_text": tokenizer.decode(model.prefix),
+        "modules": told.modules,
+        "prefix": told.prefix,
+        "prefix_text": told.prefix_text,
         "tokens": geometry.tokens,
         "context": geometry.context,
         "ring_degree": parameters.degree,
@@ -119,10 +127,31 @@ def remote_figures(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> dict[st
         "rotation_keys": len(geometry.layout.rotations(parameters.max_level)),
         "ciphertext_bytes_prompt": sizes[0],
         "ciphertext_bytes_token": sizes[1],
-        "ranges": {
-            name: [{key: list(ends) for key, ends in block.items()} for block in module.ranges or []]
-            for name, module in model.remote_modules.items()
-        },
+    }
+
+
+def key_figures(told: "Summary") -> dict[str, Any]:
+    """Make a client's keys, and return how long that took and how large what is sent is, for JSON."""
+    import time
+
+    from cipherlm.engine import SecretKey
+    from cipherlm.schemes.ckks.traffic import MeteredClient
+
+    start = time.perf_counter()
+    client = MeteredClient(SecretKey.generate(told.geometry.parameters), told.geometry)
+    client.evaluation_keys()
+    client.public_key()
+    return {
+        "keygen_seconds": time.perf_counter() - start,
+        "evaluation_key_bytes": client.traffic.keys,
+    }
+
+
+def range_figures(model: "EncryptedGPT2LMHeadModel") -> dict[str, Any]:
+    """Return the ranges that calibration found, by module and block, for JSON."""
+    return {
+        name: [{key: list(ends) for key, ends in block.items()} for block in module.ranges or []]
+        for name, module in model.remote_modules.items()
     }
 
 

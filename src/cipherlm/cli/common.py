@@ -178,23 +178,41 @@ def encryption_config(options: argparse.Namespace, **changes: Any) -> "Encryptio
     return EncryptionConfig(**{**given, "target_modules": modules, **changes})
 
 
+def configured(options: argparse.Namespace) -> "EncryptionConfig":
+    """Return the configuration of the options, or of the saved model that they name.
+
+    Raises ``UsageError`` for options that the saved model settles.
+    """
+    from cipherlm.models.config import EncryptionConfig
+
+    if not _is_saved(options):
+        return encryption_config(options)
+    given = [name for name in _CONFIG_OPTIONS if hasattr(options, name)]
+    given += [name for name in ("block", "target_modules") if getattr(options, name) is not None]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UsageError(
+            f"{options.model} was saved encrypted and says itself what {names} would: leave it out"
+        )
+    return EncryptionConfig.from_pretrained(options.model)
+
+
 def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":
     """Return the model that the options name with its modules encrypted, calibrated if it was saved so."""
-    from cipherlm.models.config import CONFIG_NAME
+    config = configured(options)  # before the model, so that a wrong option is told at once
+
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model
 
-    if Path(options.model, CONFIG_NAME).is_file():
-        given = [name for name in _CONFIG_OPTIONS if hasattr(options, name)]
-        given += [name for name in ("block", "target_modules") if getattr(options, name) is not None]
-        if given:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise UsageError(
-                f"{options.model} was saved encrypted and says itself what {names} would: leave it out"
-            )
+    if _is_saved(options):
         return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
-    config = encryption_config(options)  # before the model, so that a wrong option is told at once
     return EncryptedGPT2LMHeadModel.encrypt(load_model(options.model), config, progress=progress)
+
+
+def _is_saved(options: argparse.Namespace) -> bool:
+    from cipherlm.models.config import CONFIG_NAME
+
+    return Path(options.model, CONFIG_NAME).is_file()
 
 
 def calibration_ids(

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
-    from cipherlm.cli.ckks import calibrate, check_length, remote_figures, traffic_figures
+    from cipherlm.cli.ckks import calibrate, check_length, remote_figures, summary, traffic_figures
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.models.loading import load_model, load_tokenizer
@@ -109,7 +109,7 @@ def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dic
     ids = prompt_ids(tokenizer, options.prompt)
     check_length(model, ids.shape[1], options.max_new_tokens)
     ids = model.with_prefix(ids)
-    about = remote_figures(model, tokenizer)
+    about = remote_figures(summary(model, tokenizer))
     say(f"The embedded model, whole, on encrypted text: {model.config.n_layer} blocks, CKKS")
     say(f"  The client keeps the text and the secret key (ring degree {about['ring_degree']}, 128 bits).")
     say("  The server has the weights. It gets keys to compute with, ciphertexts, and one public token,")

@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.circuits import KEYS, circuit_figures, compile_circuits, keys_cached, table_ranges
@@ -18,6 +18,7 @@ from cipherlm.cli.common import (
     add_json_option,
     add_model_option,
     calibration_ids,
+    configured,
     existing_file,
     heads_label,
     human_bytes,
@@ -29,6 +30,9 @@ from cipherlm.cli.common import (
     write_json,
 )
 from cipherlm.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from cipherlm.models.summary import Summary
 
 EXAMPLES = """\
 examples:
@@ -57,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make keys too, if there are none, to tell the bytes that are sent",
     )
+    parser.add_argument(
+        "--ranges",
+        action="store_true",
+        help="with --scheme ckks: calibrate, and add the ranges that polynomials are fitted to to --json",
+    )
     add_calibration_option(parser)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--cache", action="store_true", help="list the cached circuits and keys")
@@ -84,24 +93,43 @@ def _show_remote(options: argparse.Namespace) -> None:
     if options.tokens is not None:
         raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
 
-    from cipherlm.cli.ckks import calibrate, described, remote_figures, traffic_figures, who_learns_what
-    from cipherlm.models.loading import load_tokenizer
+    from cipherlm.cli.ckks import described, key_figures, remote_figures, who_learns_what
 
-    tokenizer = load_tokenizer(options.model)
-    model = load_encrypted(options, TerminalProgress())
-    calibrate(model, options, tokenizer)
-    result: dict[str, Any] = {"model": options.model, **remote_figures(model, tokenizer)}
-    result["keygen_seconds"] = model.make_keys() if options.keys else None
-    result["evaluation_key_bytes"] = traffic_figures(model)["keys"] if options.keys else None
+    told, ranges = _summary(options)
+    keys = key_figures(told) if options.keys else {"keygen_seconds": None, "evaluation_key_bytes": None}
+    result: dict[str, Any] = {"model": options.model, **remote_figures(told), "ranges": ranges, **keys}
     if options.json:
         write_json(result)
         return
     sent = result["evaluation_key_bytes"]
-    keys = "known once they are made: add --keys" if sent is None else f"{human_bytes(sent)}, sent once"
+    words = "known once they are made: add --keys" if sent is None else f"{human_bytes(sent)}, sent once"
     print(f"{options.model}, CKKS")
     print_pairs(
-        [*described(result), ("keys, as sent", keys), *who_learns_what(result["modules"])], indent="  "
+        [*described(result), ("keys, as sent", words), *who_learns_what(result["modules"])], indent="  "
     )
+
+
+def _summary(options: argparse.Namespace) -> "tuple[Summary, dict[str, Any] | None]":
+    """Return what is told of the model, and the ranges if they are asked for.
+
+    The model is loaded where its small files do not tell, and calibrated for ranges only.
+    """
+    from cipherlm.cli.ckks import calibrate, range_figures, summary
+    from cipherlm.models.summary import read_summary
+
+    with_ranges = options.ranges or options.calibration is not None
+    if not with_ranges:
+        told = read_summary(options.model, configured(options))
+        if told is not None:
+            return told, None
+
+    from cipherlm.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    model = load_encrypted(options, TerminalProgress())
+    if with_ranges:
+        calibrate(model, options, tokenizer)
+    return summary(model, tokenizer), range_figures(model) if with_ranges else None
 
 
 def _show_circuits(options: argparse.Namespace) -> None:

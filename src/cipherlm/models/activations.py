@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers.activations import ACT2FN
-
 from cipherlm.schemes.ckks.approximation import Function, gelu_new
 from cipherlm.schemes.ckks.calibration import Float64
 
@@ -22,8 +19,8 @@ _OTHERS = (
 )
 """All else that transformers has, as far as it is one fixed function of each value."""
 
-ACTIVATIONS = tuple(sorted(name for name in (*_TANH_GELU, *_OTHERS) if name in ACT2FN))
-"""What can be computed on ciphertexts with this version of transformers."""
+ACTIVATIONS = tuple(sorted((*_TANH_GELU, *_OTHERS)))
+"""What can be computed on ciphertexts."""
 
 
 def activation(name: Any) -> Function:
@@ -37,6 +34,10 @@ def activation(name: Any) -> Function:
         )
     if name in _TANH_GELU:
         return gelu_new
+
+    import torch
+    from transformers.activations import ACT2FN
+
     function = ACT2FN[name]
 
     def evaluate(x: Float64) -> Float64:

@@ -19,19 +19,19 @@ from cipherlm.engine import SecretKey
 from cipherlm.models.ckks import (
     Backend,
     BlockRanges,
-    MeteredClient,
     Part,
     Simulated,
     TextLost,
-    Traffic,
     function_names,
     part_of,
 )
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.geometry import geometry_of, public_prefix
 from cipherlm.models.modules import EncryptedModule, FheMode, Float64, cache_of, to_numpy
 from cipherlm.progress import Progress, counted, silent
-from cipherlm.schemes.ckks.session import Geometry, InProcess, Module, Server
+from cipherlm.schemes.ckks.session import InProcess, Module, Server
 from cipherlm.schemes.ckks.tensor import KeyValue
+from cipherlm.schemes.ckks.traffic import MeteredClient, Traffic
 
 CalibratedRanges = Mapping[str, Sequence[BlockRanges]]
 SAME = 1e-5
@@ -47,15 +47,8 @@ class Placement:
 
     def __init__(self, config: EncryptionConfig, model_config: Any, progress: Progress = silent) -> None:
         self.progress = progress
-        self.prefix = _prefix(config, model_config)
-        heads = model_config.n_head
-        if config.context > model_config.n_positions:
-            raise ValueError(
-                f"context={config.context} is more than the {model_config.n_positions} tokens of the model"
-            )
-        self.geometry = Geometry(
-            heads, model_config.n_embd // heads, config.tokens, len(self.prefix), config.context
-        )
+        self.prefix = public_prefix(config, model_config)
+        self.geometry = geometry_of(config, model_config)
         self.modules: dict[str, Module] = {}
         self._connected: Backend | None = None
         self._client: MeteredClient | None = None
@@ -331,15 +324,3 @@ def _go_together(known: Float64, rows: Float64) -> bool:
     shared = min(len(known), len(rows))
     scale = np.abs(rows[:shared]).max(initial=0.0)
     return np.allclose(known[:shared], rows[:shared], rtol=0, atol=SAME * scale)
-
-
-def _prefix(config: EncryptionConfig, model_config: Any) -> list[int]:
-    if config.prefix is None:
-        if model_config.bos_token_id is None:
-            raise ValueError("the model has no token for the beginning of a text: give prefix=[...]")
-        prefix = [int(model_config.bos_token_id)]
-    else:
-        prefix = config.prefix
-    if max(prefix) >= model_config.vocab_size:
-        raise ValueError(f"prefix: token {max(prefix)} is not one of the model's {model_config.vocab_size}")
-    return prefix
