@@ -37,11 +37,11 @@ class Client:
 
     @cached_property
     def fresh(self) -> tuple[list[bytes], np.ndarray]:
-        """Seeds and errors (count, N) of fresh encryptions, at every level in turn."""
-        seeds, errors = [], []
+        """Seeds and errors (count, N) of fresh encryptions: of one message, from the highest level down."""
+        seeds, errors, top = [], [], self.parameters.max_level
         for i in range(self.count):
-            level = min(i // 2, self.parameters.max_level)
-            plaintext = self.message(level)
+            level = top - i * top // (self.count - 1)
+            plaintext = Plaintext.encode(self.parameters, np.arange(8), level)
             ciphertext = self.secret_key.encrypt(plaintext)
             seed, error = self.opener.fresh(ciphertext.to_bytes(), plaintext.to_bytes())
             seeds.append(seed)

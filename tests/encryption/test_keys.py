@@ -18,22 +18,22 @@ def opened(client: Client) -> Opened:
     secret_key, opener = client.secret_key, client.opener
     public = [opener.public_key(secret_key.public_key().to_bytes()) for _ in range(client.count)]
     result = {"public": ([seed for seed, _ in public], np.stack([error for _, error in public]))}
-    conjugation = not client.parameters.real
+    powers = [sign << i for i in range(client.parameters.log_degree - 1) for sign in (1, -1)]
     for name, rotations, options in (
         ("relinearisation", (), {}),
-        ("rotation", (1, 2), {"relinearization": False}),
-        ("conjugation", (), {"relinearization": False, "conjugation": conjugation}),
+        ("rotation", powers, {"relinearization": False}),
+        ("conjugation", (), {"relinearization": False, "conjugation": True}),
     ):
         seeds: list[bytes] = []
         errors: list[np.ndarray] = []
-        # One key of the highest level, and as many of lower ones as give enough digits.
+        # First keys of the highest level, then of low ones, as many as give enough digits.
         level = client.parameters.max_level
-        while sum(map(len, errors)) < client.count:
-            keys = secret_key.evaluation_keys(rotations, level=level, **options)
+        while sum(map(len, errors)) < client.count or len(seeds) < 2:
+            keys = secret_key.evaluation_keys(rotations[: 2 if not seeds else 8], level=level, **options)
             new_seeds, new_errors = opener.evaluation_keys(keys.to_bytes())
             seeds += new_seeds
             errors += new_errors
-            level = min(level, 1)
+            level = 0
         result[name] = seeds, np.concatenate(errors)
     return result
 

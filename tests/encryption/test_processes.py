@@ -13,7 +13,7 @@ from cipherlm.engine import Parameters, SecretKey
 from .conftest import Client
 from .distributions import assert_fresh, assert_unrelated
 from .opener import Opener
-from .zeros import masked, rerandomised, telltale
+from .zeros import encrypted, masked, rerandomised, telltale
 
 
 def everything(secret_key: SecretKey) -> tuple[list[bytes], list[np.ndarray]]:
@@ -36,7 +36,7 @@ def everything(secret_key: SecretKey) -> tuple[list[bytes], list[np.ndarray]]:
     key = telltale(client, opener.p[0].prime << 18)
     zeros, masks = masked(client, key, 2, 0)
     flooded = rerandomised(client, key, 1, 0, flood=16)
-    for [first], _ in zeros + flooded:
+    for [first], _ in zeros + encrypted(client, key, 1, 0) + flooded:
         total = ring.centred(ring.intt(ring.reduce(first)))
         factor = (total + (1 << 17)) >> 18
         polynomials.append(factor)

@@ -11,7 +11,7 @@ from .conftest import Client
 from .distributions import assert_fresh, assert_gaussian, assert_uniform, assert_unrelated
 from .expansion import Expansion
 from .rings import small
-from .zeros import results
+from .zeros import result
 
 Opened = tuple[list[bytes], np.ndarray]
 
@@ -20,16 +20,19 @@ Opened = tuple[list[bytes], np.ndarray]
 def replies(client: Client) -> Opened:
     """Seeds and errors (count, N) of the ciphertexts in two replies.
 
-    What is encrypted are the integers that the requests decrypt to, centred modulo the lowest prime.
+    What is encrypted are the integers that the requests decrypt to: centred modulo the lowest prime, divided
+    by a power of two and rounded, half up.
     """
     opener, evaluator = client.opener, Evaluator(client.parameters)
     seeds, errors = [], []
-    for size, level in (
-        (client.count - client.count // 2, 1),
-        (client.count // 2, client.parameters.max_level),
-    ):
+    half, top = client.count // 2, client.parameters.max_level
+    for size, level, shift in ((client.count - half, 1, 0), (half, top, 3)):
         request, _ = evaluator.mask(
-            results(client, size, 1), client.secret_key.public_key(), level=0, to_level=level
+            [result(client, 1)] * size,
+            client.secret_key.public_key(),
+            level=0,
+            to_level=level,
+            shift=shift,
         )
         reply = client.secret_key.refresh(request)
         rings = opener.q[: level + 1]
@@ -37,7 +40,7 @@ def replies(client: Client) -> Opened:
             opener.request(request.to_bytes()), opener.reply(reply.to_bytes()), strict=True
         ):
             [seen] = opener.phase(rings[:1], masked, factor)
-            sent = rings[0].centred(seen)
+            sent = (rings[0].centred(seen) + (1 << shift >> 1)) >> shift
             phases = opener.phase(rings, *fresh)
             error = [ring.reduce(p - sent) for ring, p in zip(rings, phases, strict=True)]
             errors.append(small(rings, error))
@@ -62,7 +65,7 @@ def test_no_seed_of_a_reply_serves_twice(client: Client, replies: Opened):
     evaluator, public_key = Evaluator(client.parameters), client.secret_key.public_key()
     seeds = replies[0] + client.fresh[0]
     for _ in range(2):
-        request, _ = evaluator.mask(results(client, 1, 0) * 40, public_key, level=0, to_level=0)
+        request, _ = evaluator.mask([result(client, 0)] * 40, public_key, level=0, to_level=0)
         reply = client.secret_key.refresh(request)
         seeds += [seed for seed, _, _ in client.opener.reply(reply.to_bytes())]
     assert_fresh(seeds)

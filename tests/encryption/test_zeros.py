@@ -42,9 +42,8 @@ def test_zeros_have_the_error_that_rounding_makes(client: Client, source: Callab
 
     Their variance is (1 + h) / 12 for a secret with h coefficients that are not zero.
     """
-    opener = client.opener
-    zeros = source(client, client.secret_key.public_key(), client.count, 1)
-    rings = opener.q[:2]
+    opener, rings = client.opener, client.opener.q
+    zeros = source(client, client.secret_key.public_key(), client.count, client.parameters.max_level)
     errors = np.stack([small(rings, opener.phase(rings, *zero)) for zero in zeros])
     assert_gaussian(errors, ((1 + np.count_nonzero(opener.secret)) / 12) ** 0.5)
     assert_unrelated(np.concatenate([errors, opener.secret[None]]))

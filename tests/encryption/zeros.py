@@ -29,27 +29,25 @@ def telltale(client: Client, constant: int, seed: bytes = bytes(SEED)) -> Public
     return PublicKey.from_bytes(frame(client.public_header, payload), client.parameters)
 
 
-def results(client: Client, count: int, level: int) -> list[Ciphertext]:
-    """Return computed ciphertexts, which have no seed."""
-    evaluator = Evaluator(client.parameters)
-    fresh = [client.secret_key.encrypt(client.message(level)) for _ in range(count)]
-    return [evaluator.add(ciphertext, ciphertext) for ciphertext in fresh]
+def result(client: Client, level: int) -> Ciphertext:
+    """Return a computed ciphertext, which has no seed."""
+    fresh = client.secret_key.encrypt(client.message(level))
+    return Evaluator(client.parameters).add(fresh, fresh)
 
 
 def encrypted(client: Client, key: PublicKey, count: int, level: int) -> list[Zero]:
-    """Return the zeros of encryptions under a public key."""
-    zeros = []
+    """Return the zeros of encryptions under a public key: of one plaintext, which must not decide them."""
+    plaintext, zeros = client.message(level), []
     for _ in range(count):
-        plaintext = client.message(level)
         first, second = client.opener.ciphertext(key.encrypt(plaintext).to_bytes())
         zeros.append((minus(first, client.opener.plaintext(plaintext.to_bytes())), second))
     return zeros
 
 
 def rerandomised(client: Client, key: PublicKey, count: int, level: int, flood: int = 0) -> list[Zero]:
-    """Return what rerandomisation adds to results."""
-    evaluator, zeros = Evaluator(client.parameters), []
-    for before in results(client, count, level):
+    """Return what rerandomisation adds to a result, each time that it leaves."""
+    evaluator, before, zeros = Evaluator(client.parameters), result(client, level), []
+    for _ in range(count):
         after = evaluator.rerandomize(before, key, flood=flood)
         zeros.append(difference(client, after, before))
     return zeros
@@ -72,19 +70,18 @@ def masked(client: Client, key: PublicKey, count: int, level: int) -> tuple[list
 
     A mask is what taking it off takes off the client's reply.
     """
-    evaluator, opener = Evaluator(client.parameters), client.opener
+    evaluator, opener, before = Evaluator(client.parameters), client.opener, result(client, level)
+    c0, c1 = opener.ciphertext(before.to_bytes())
     zeros, masks = [], []
     for size in (count - count // 2, count // 2):
-        before = results(client, size, level)
-        request, kept = evaluator.mask(before, key, level=level, to_level=level)
+        request, kept = evaluator.mask([before] * size, key, level=level, to_level=level)
         reply = client.secret_key.refresh(request)
         after = evaluator.unmask(reply, kept)
-        for old, (first, second), (_, fresh, _), new in zip(
-            before, opener.request(request.to_bytes()), opener.reply(reply.to_bytes()), after, strict=True
+        for (first, second), (_, fresh, _), new in zip(
+            opener.request(request.to_bytes()), opener.reply(reply.to_bytes()), after, strict=True
         ):
             unmasked, _ = opener.ciphertext(new.to_bytes())
             mask = minus(fresh, unmasked)
-            c0, c1 = opener.ciphertext(old.to_bytes())
             zeros.append((minus(minus(first, c0), mask), minus(second, c1)))
             masks.append(mask)
     return zeros, masks
