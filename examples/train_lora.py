@@ -56,7 +56,7 @@ def load(name: str):
 def train(model, rows: list[torch.Tensor], options: argparse.Namespace) -> list[float]:
     """Train a fresh adapter over ``model`` and return the loss of each step."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(

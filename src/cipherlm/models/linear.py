@@ -14,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from cipherlm.linear.clear import ClearProducts
 from cipherlm.linear.groups import find_groups, linear_layers, weights_of
+from cipherlm.linear.local import LocalProducts, SimulatedProducts
 from cipherlm.linear.model import model_class
 from cipherlm.linear.modules import RemoteLinear, replace
-from cipherlm.linear.products import Float32, LinearGroup, Products
+from cipherlm.linear.plan import make_plan
+from cipherlm.linear.products import Float32, Float64, LinearGroup, Products
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.modules import MODES, FheMode
 from cipherlm.models.targets import find_linear, match
@@ -36,7 +38,7 @@ class EncryptedLinearModel(nn.Module):
     _weights: dict[str, Float32]
     _transposed: frozenset[str]
     _modes: dict[str, FheMode]
-    _backends: dict[FheMode, Products]
+    _backends: _Backends
 
     @property
     def remote_modules(self) -> dict[str, RemoteLinear]:
@@ -117,9 +119,12 @@ class EncryptedLinearModel(nn.Module):
 
     def _backend(self, fhe: FheMode) -> Products:
         if fhe not in self._backends:
-            if fhe != "disable":
-                raise RuntimeError(f"nobody computes in the mode {fhe!r}: call connect(products) first")
-            self._backends[fhe] = ClearProducts(self._weights)
+            kinds: dict[FheMode, Any] = {"simulate": SimulatedProducts, "execute": LocalProducts}
+            self._backends[fhe] = (
+                _Here(kinds[fhe], self.groups, self._weights)
+                if fhe in kinds
+                else ClearProducts(self._weights)
+            )
         return self._backends[fhe]
 
     def _clear_weights(self) -> dict[str, torch.Tensor]:
@@ -131,6 +136,38 @@ class EncryptedLinearModel(nn.Module):
                 weight = torch.from_numpy(self._weights[product.group.name][rows]).to(module.weight.dtype)
                 clear[f"{name}.weight"] = weight.T if module.name in self._transposed else weight
         return clear
+
+
+class _Here:
+    """Both parties in this process. Nothing is planned, encoded or keyed before the first product.
+
+    The first gradient makes a plan anew, with the transposes, which take as much memory again.
+    """
+
+    def __init__(
+        self,
+        kind: type[LocalProducts] | type[SimulatedProducts],
+        groups: tuple[LinearGroup, ...],
+        weights: dict[str, Float32],
+    ) -> None:
+        self._kind, self._groups, self._weights = kind, groups, weights
+        self._products: LocalProducts | SimulatedProducts | None = None
+        self._training = False
+
+    def product(self, group: str, x: Float64, *, transposed: bool = False) -> Float64:
+        if self._products is None or (transposed and not self._training):
+            self._training = transposed
+            plan = make_plan(list(self._groups), self._weights, training=transposed)
+            self._products = self._kind(plan, self._weights)
+        return self._products.product(group, x, transposed=transposed)
+
+
+class _Backends(dict[FheMode, Products]):
+    """Who computes in which mode. A copy of a model has the same servers."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Backends:
+        copy = memo[id(self)] = _Backends(self)
+        return copy
 
 
 def encrypt_linear(
@@ -158,7 +195,7 @@ def encrypt_linear(
     assert isinstance(model, EncryptedLinearModel)
     model.encryption_config, model.groups = config, groups
     model._weights, model._transposed = weights, transposed
-    model._modes, model._backends = {group.name: "disable" for group in groups}, {}
+    model._modes, model._backends = {group.name: "disable" for group in groups}, _Backends()
     return model
 
 
