@@ -173,8 +173,9 @@ class Ciphertext(Serializable):
 
         The first component loses ``first`` low bits and the second ``second``. The error of the first is that
         of a rounding to multiples of ``2**first``; that of the second is multiplied with the secret key,
-        which makes it about ``sqrt(2/3 * degree)`` times greater. A seeded ciphertext has no second component
-        to round. Raises :class:`~cipherlm.engine.EngineError` at a level above 0.
+        which makes it about ``sqrt(2/3 * degree)`` times greater, ``sqrt(4/3 * degree)`` in the real ring. A
+        seeded ciphertext has no second component to round. Raises :class:`~cipherlm.engine.EngineError` at a
+        level above 0.
         """
         _native.call("cl_round", self.handle, first, second)
 

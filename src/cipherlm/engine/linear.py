@@ -115,8 +115,11 @@ class LinearTransformation(_native.Handle):
     def coefficients(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
         """Return rotations, multipliers and coefficients, (diagonals, degree), for :meth:`restore`.
 
-        Raises :class:`~cipherlm.engine.EngineError` where diagonals repeat or are kept as residues.
+        Raises ``ValueError`` where diagonals are kept as residues, and
+        :class:`~cipherlm.engine.EngineError` where their values repeat.
         """
+        if self.storage == "residues":
+            raise ValueError("diagonals that are kept as residues cannot be stored")
         count, degree = self.diagonals, self.parameters.degree
         rotations, multipliers = np.empty(count, np.int64), np.empty(count, np.int64)
         coefficients = np.empty((count, degree), self.storage)
