@@ -121,6 +121,7 @@ def test_inspect(capsys, few):
     assert figures["modules"] == ["transformer.h"]
     assert (figures["ring_degree"], figures["security_bits"], figures["levels"]) == (16384, 128, 8)
     assert figures["modulus_bits"] <= 438
+    assert not figures["post_quantum"]
     assert figures["rotation_keys"] > 10
     assert figures["ciphertext_bytes_token"] > 10**5
     assert [sorted(block) for block in figures["ranges"]["transformer.h"]] == [

@@ -15,8 +15,8 @@ from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_
 BLOCK = "transformer.h.1"
 
 
-def calibrated_tiny(target) -> EncryptedGPT2LMHeadModel:
-    config = EncryptionConfig(target, scheme="ckks", context=16)
+def calibrated_tiny(target, **options) -> EncryptedGPT2LMHeadModel:
+    config = EncryptionConfig(target, scheme="ckks", context=16, **options)
     model = get_encrypted_model(load_model("tiny"), config)
     model.calibrate(encode(load_tokenizer("tiny"), calibration_sentences()[:30], max_tokens=15))
     model.set_fhe_mode("execute")
@@ -47,9 +47,17 @@ def test_hybrid_modules_on_ciphertexts(target):
     assert ids.shape[1] > model.encryption_config.tokens
 
 
+def test_an_mlp_with_post_quantum_parameters():
+    model = calibrated_tiny(["transformer.h.2.mlp"], post_quantum=True)
+    ids = prompt(model, "The old man looked")
+    assert (logits(model, ids) - logits(load_model("tiny"), ids)).abs().max() < 0.01
+    assert model.placement.geometry.parameters.log_qp <= 411
+
+
 @pytest.mark.slow
-def test_the_whole_model_generates_on_ciphertexts():
-    model = calibrated_tiny("all")
+@pytest.mark.parametrize("post_quantum", [False, True])
+def test_the_whole_model_generates_on_ciphertexts(post_quantum):
+    model = calibrated_tiny("all", post_quantum=post_quantum)
     ids = prompt(model, "The old man")
     expected = load_model("tiny").generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)

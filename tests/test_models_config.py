@@ -65,6 +65,8 @@ def test_it_stays_as_it_was_checked():
         ({"prefix": [0]}, "prefix means nothing to scheme='tfhe'"),
         ({"tokens": 16}, "tokens means nothing to scheme='tfhe'"),
         ({"context": 9}, "context means nothing to scheme='tfhe'"),
+        ({"post_quantum": True}, "post_quantum means nothing to scheme='tfhe'"),
+        ({"scheme": "ckks", "post_quantum": 1}, "post_quantum must be True or False"),
         ({"scheme": "ckks", "n_bits": 5}, "n_bits means nothing to scheme='ckks'"),
         ({"scheme": "ckks", "heads": [0]}, "heads means nothing to scheme='ckks'"),
         ({"scheme": "ckks", "p_error": 1e-3}, "p_error means nothing to scheme='ckks'"),
@@ -108,6 +110,7 @@ def test_a_file_of_the_first_version():
 def test_a_file_has_its_scheme_s_fields_only():
     assert "prefix" not in EncryptionConfig("attn").to_dict()
     assert "n_bits" not in EncryptionConfig("attn", scheme="ckks").to_dict()
+    assert "post_quantum" not in EncryptionConfig("attn").to_dict()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])

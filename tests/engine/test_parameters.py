@@ -12,6 +12,8 @@ from cipherlm.engine import (
     Parameters,
     ParametersError,
 )
+from cipherlm.engine.parameters import POST_QUANTUM_LIMITS, POST_QUANTUM_PRESETS
+from cipherlm.linear import plan
 
 LIMITS = {12: 109, 13: 218, 14: 438, 15: 881, 16: 1747}
 
@@ -22,6 +24,26 @@ def test_presets_are_secure(log_degree):
     assert parameters.log_qp < LIMITS[log_degree]
     assert parameters.slots == parameters.degree // 2 == 2 ** (log_degree - 1)
     assert parameters.max_level == len(PRESETS[log_degree]["log_q"]) - 1
+
+
+@pytest.mark.parametrize("log_degree", sorted(POST_QUANTUM_PRESETS))
+def test_post_quantum_presets_are_secure_and_have_the_same_levels(log_degree):
+    """By the Standard's table for attacks with quantum computers, which the usual presets exceed."""
+    usual, parameters = Parameters.preset(log_degree), Parameters.preset(log_degree, post_quantum=True)
+    assert POST_QUANTUM_LIMITS == {12: 101, 13: 202, 14: 411, 15: 827}
+    assert parameters.log_qp <= POST_QUANTUM_LIMITS[log_degree] < usual.log_qp
+    assert (parameters.post_quantum, usual.post_quantum) == (True, False)
+    assert parameters.max_level == usual.max_level
+
+
+def test_linear_layers_have_post_quantum_parameters():
+    assert Parameters(**plan._LITERAL).post_quantum
+
+
+def test_a_post_quantum_preset_is_held_to_its_limit(monkeypatch):
+    monkeypatch.setitem(POST_QUANTUM_PRESETS, 14, PRESETS[14])
+    with pytest.raises(InsecureParametersError, match=r"is 43\d\.\d+, .* allow 411"):
+        Parameters.preset(14, post_quantum=True)
 
 
 @pytest.mark.parametrize("log_degree", sorted(LIMITS))

@@ -5,6 +5,7 @@ Each mistake is an error in words for the client, and the session goes on servin
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 
@@ -113,7 +114,9 @@ def damaged(frame: bytes):
 
 
 def test_the_geometry_survives_json():
-    assert geometry_of({"parameters": parameters_of(small.GEOMETRY)}) == small.GEOMETRY
+    for geometry in (small.GEOMETRY, dataclasses.replace(small.GEOMETRY, post_quantum=True)):
+        assert geometry_of({"parameters": parameters_of(geometry)}) == geometry
+    assert "post_quantum" not in small.GEOMETRY.to_dict()
     for parameters in (None, [], {}, {"geometry": small.GEOMETRY.to_dict()}, {"rotations": "0"}):
         with pytest.raises(ValueError, match=r"geometry|version"):
             geometry_of({"parameters": parameters})

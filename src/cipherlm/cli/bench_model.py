@@ -82,6 +82,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="the most tokens that keys and rows of scores are made for (default: 64)",
     )
     parser.add_argument(
+        "--post-quantum", action="store_true", help="parameters that are secure against quantum computers too"
+    )
+    parser.add_argument(
         "--runs", type=positive_integer, default=2, metavar="R", help="timed runs (default: 2)"
     )
     parser.add_argument(
@@ -101,7 +104,9 @@ def run(options: argparse.Namespace) -> Figures:
     )
     start = subject.prefix_tokens
     try:
-        geometry = Geometry(*subject.shape, options.side_by_side, start, options.context)
+        geometry = Geometry(
+            *subject.shape, options.side_by_side, start, options.context, post_quantum=options.post_quantum
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
     if start + prompt + new > options.context:

@@ -123,6 +123,7 @@ def remote_figures(told: "Summary") -> dict[str, Any]:
         "levels": parameters.max_level,
         "modulus_bits": round(parameters.log_qp, 1),
         "security_bits": 128,
+        "post_quantum": parameters.post_quantum,
         "scale_bits": round(float(np.log2(parameters.scale))),
         "rotation_keys": len(geometry.layout.rotations(parameters.max_level)),
         "ciphertext_bytes_prompt": sizes[0],
@@ -169,7 +170,8 @@ def described(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("ring degree", f"{figures['ring_degree']}, {figures['levels']} levels"),
         (
             "security",
-            f"{figures['security_bits']} bits: a modulus of {figures['modulus_bits']:g} bits, a scale of "
+            f"{figures['security_bits']} bits{', against quantum computers too' * figures['post_quantum']}: "
+            f"a modulus of {figures['modulus_bits']:g} bits, a scale of "
             f"{figures['scale_bits']}",
         ),
         ("rotation keys", str(figures["rotation_keys"])),

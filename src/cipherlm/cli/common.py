@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
     from cipherlm.progress import Progress
 
-_CONFIG_OPTIONS = ("scheme", "n_bits", "heads", "p_error", "context")
-_OPTIONS_OF = {"tfhe": ("n_bits", "heads", "p_error"), "ckks": ("context",)}
+_CONFIG_OPTIONS = ("scheme", "n_bits", "heads", "p_error", "context", "post_quantum")
+_OPTIONS_OF = {"tfhe": ("n_bits", "heads", "p_error"), "ckks": ("context", "post_quantum")}
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def add_encryption_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scheme_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--scheme`` and ``--context``."""
+    """Add ``--scheme``, ``--context`` and ``--post-quantum``."""
     parser.add_argument(
         "--scheme",
         choices=tuple(_OPTIONS_OF),
@@ -72,6 +72,12 @@ def add_scheme_option(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="N",
         help="tokens of a text at most, with --scheme ckks (default: 64)",
+    )
+    parser.add_argument(
+        "--post-quantum",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="128 bits of security against quantum computers too, with --scheme ckks: twice the errors",
     )
 
 

@@ -93,7 +93,17 @@ def _check_server_options(options: argparse.Namespace) -> None:
         for name in server_options_given(options):
             raise UsageError(f"{name} goes with --server")
         return
-    settled = ("scheme", "heads", "n_bits", "p_error", "context", "block", "target_modules", "calibration")
+    settled = (
+        "scheme",
+        "heads",
+        "n_bits",
+        "p_error",
+        "context",
+        "post_quantum",
+        "block",
+        "target_modules",
+        "calibration",
+    )
     for name in (*settled, "tokens"):
         if getattr(options, name, None) is not None:
             raise UsageError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from . import _native
+from .errors import InsecureParametersError
 from .serialization import BinaryReader, Serializable, read_frame
 
 Ring = Literal["standard", "conjugate_invariant"]
@@ -56,9 +57,21 @@ class Parameters(Serializable):
         return result
 
     @classmethod
-    def preset(cls, log_degree: int) -> Parameters:
-        """Return the preset of a ring degree, 2^12 to 2^16; see ``PRESETS``."""
-        return cls(log_degree, **PRESETS[log_degree])
+    def preset(cls, log_degree: int, *, post_quantum: bool = False) -> Parameters:
+        """Return the preset of a ring degree, 2^12 to 2^16; see ``PRESETS``.
+
+        With ``post_quantum``, one of ``POST_QUANTUM_PRESETS``. Raises :class:`InsecureParametersError` should
+        that fall short.
+        """
+        if not post_quantum:
+            return cls(log_degree, **PRESETS[log_degree])
+        parameters = cls(log_degree, **POST_QUANTUM_PRESETS[log_degree])
+        if not parameters.post_quantum:
+            raise InsecureParametersError(
+                f"log2(QP) is {parameters.log_qp:.2f}, and 128 bits of security against quantum computers "
+                f"allow {POST_QUANTUM_LIMITS[log_degree]} at 2^{log_degree}"
+            )
+        return parameters
 
     @classmethod
     def from_dict(cls, literal: Mapping[str, Any]) -> Parameters:
@@ -122,6 +135,11 @@ class Parameters(Serializable):
         return float(self._about["log_qp"])
 
     @property
+    def post_quantum(self) -> bool:
+        """Whether there are 128 bits of security against quantum computers: see ``POST_QUANTUM_LIMITS``."""
+        return self.log_qp <= POST_QUANTUM_LIMITS.get(self.log_degree, 0)
+
+    @property
     def ring(self) -> Ring:
         """The kind of ring."""
         ring: Ring = self._about["ring"]
@@ -168,4 +186,13 @@ PRESETS: dict[int, dict[str, Any]] = {
     14: {"log_q": [50] + [36] * 8, "log_p": [50, 49], "log_scale": 36},
     15: {"log_q": [50] + [36] * 19, "log_p": [49, 49, 48], "log_scale": 36},
     16: {"log_q": [50] + [40] * 24, "log_p": [50] * 4, "log_scale": 40},
+}
+
+# log2(QP) for 128 bits of security against quantum computers with a uniform ternary secret: the Homomorphic
+# Encryption Standard (2018), table 2. The engine itself holds all parameters to the classical limits.
+POST_QUANTUM_LIMITS = {12: 101, 13: 202, 14: 411, 15: 827}
+
+# The same levels in fewer bits: what is computed has about twice the error.
+POST_QUANTUM_PRESETS: dict[int, dict[str, Any]] = {
+    14: {"log_q": [45] + [35] * 8, "log_p": [43, 42], "log_scale": 35},
 }

@@ -23,7 +23,7 @@ LINEAR = "linear"
 
 OWN_FIELDS: dict[Scheme, tuple[str, ...]] = {
     "tfhe": ("n_bits", "heads", "p_error"),
-    "ckks": ("prefix", "tokens", "context"),
+    "ckks": ("prefix", "tokens", "context", "post_quantum"),
 }
 """The fields that mean something to one scheme only."""
 
@@ -49,6 +49,8 @@ class EncryptionConfig:
     the model's token for the beginning of a text. They are not encrypted, and take GPT-2's huge activations
     at the first position out of what is. ``tokens`` of a prompt, those of the prefix among them, lie side by
     side in a ciphertext: a power of two, 8 for the width of GPT-2. A text has at most ``context`` tokens.
+    ``post_quantum`` keeps 128 bits of security against quantum computers too, with errors about twice as
+    large. Linear layers, whose parameters are their own, have that anyway.
 
     Raises ``ValueError`` on anything that cannot work whatever the model is.
     """
@@ -61,6 +63,7 @@ class EncryptionConfig:
     prefix: list[int] | None = None
     tokens: int = 8
     context: int = 64
+    post_quantum: bool = False
 
     def __post_init__(self) -> None:
         # Lists are copied, so that this object stays as it was checked.
@@ -83,6 +86,8 @@ class EncryptionConfig:
             value = getattr(self, name)
             if not _is_integer(value) or value < 2:
                 raise ValueError(f"{name} must be an integer of at least 2, not {value!r}")
+        if not isinstance(self.post_quantum, bool):
+            raise ValueError(f"post_quantum must be True or False, not {self.post_quantum!r}")
         if self.prefix is not None:
             object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.tokens))
 

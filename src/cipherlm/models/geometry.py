@@ -31,4 +31,11 @@ def geometry_of(config: EncryptionConfig, model_config: Any) -> Geometry:
         raise ValueError(
             f"context={config.context} is more than the {model_config.n_positions} tokens of the model"
         )
-    return Geometry(heads, model_config.n_embd // heads, config.tokens, len(prefix), config.context)
+    return Geometry(
+        heads,
+        model_config.n_embd // heads,
+        config.tokens,
+        len(prefix),
+        config.context,
+        post_quantum=config.post_quantum,
+    )

@@ -41,8 +41,8 @@ class Geometry:
     """How hidden states lie in ciphertexts: what client and server have to agree on.
 
     ``tokens`` of a prompt go side by side into a ciphertext, the first ``prefix`` of which are public and
-    never encrypted. ``context`` is the highest number of tokens, with the prefix. Raises ``ValueError`` for
-    anything that does not fit.
+    never encrypted. ``context`` is the highest number of tokens, with the prefix. ``post_quantum`` keeps 128
+    bits of security against quantum computers too. Raises ``ValueError`` for anything that does not fit.
     """
 
     heads: int
@@ -51,9 +51,14 @@ class Geometry:
     prefix: int = 1
     context: int = 64
     log_degree: int = 14
+    post_quantum: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.post_quantum, bool):
+            raise ValueError(f"post_quantum must be True or False, not {self.post_quantum!r}")
         for field in fields(self):
+            if field.name == "post_quantum":
+                continue
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 16:
                 raise ValueError(f"{field.name} must be a small integer, not {value!r}")
@@ -69,7 +74,7 @@ class Geometry:
     @cached_property
     def parameters(self) -> Parameters:
         """The parameters of the encryption."""
-        return Parameters.preset(self.log_degree)
+        return Parameters.preset(self.log_degree, post_quantum=self.post_quantum)
 
     @cached_property
     def layout(self) -> Layout:
@@ -86,13 +91,17 @@ class Geometry:
             yield position, 1
 
     def to_dict(self) -> dict[str, int]:
-        """Return the fields, ready for JSON."""
-        return asdict(self)
+        """Return the fields, ready for JSON; ``post_quantum`` only where it is set."""
+        values = asdict(self)
+        if not self.post_quantum:
+            del values["post_quantum"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> Geometry:
         """Read what ``to_dict`` gave. Raises ``ValueError`` for anything else."""
-        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) | {"post_quantum"} != names:
             raise ValueError("not the geometry of an encrypted model")
         return cls(**values)
 
