@@ -86,11 +86,11 @@ def main() -> None:
     text = tokenizer(" ".join(calibration_sentences()), return_tensors="pt").input_ids[0]
     rows = list(text[: len(text) // options.tokens * options.tokens].view(-1, options.tokens)[:32])
 
-    clear = train(copy.deepcopy(model), rows, options)
-    encrypted = get_encrypted_model(model, EncryptionConfig(target_modules="linear"))
-    encrypted.set_fhe_mode(options.mode)
+    model = get_encrypted_model(model, EncryptionConfig(target_modules="linear"))
+    clear = train(copy.deepcopy(model), rows, options)  # in the mode "disable": the clear model
+    model.set_fhe_mode(options.mode)
     start = time.perf_counter()
-    losses = train(encrypted, rows, options)
+    losses = train(model, rows, options)
     seconds = time.perf_counter() - start
     for step, (expected, found) in enumerate(zip(clear, losses, strict=True), 1):
         print(f"step {step}: loss {found:.4f}, in the clear {expected:.4f}")

@@ -178,6 +178,18 @@ def test_saved_and_loaded(architecture, auto, tmp_path):
         assert torch.equal(loaded(**call(architecture))[0], again(**call(architecture))[0])
 
 
+def test_a_model_that_was_quantised_in_its_file_only(tmp_path):
+    clear = tiny("llama")
+    # As transformers leaves a model that it has read from a GGUF file.
+    clear.is_quantized, clear.hf_quantizer = True, object()
+    clear.config.quantization_config = {"quant_method": "gguf"}
+    model = get_encrypted_model(clear, LINEAR)
+    assert not model.is_quantized
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    EncryptedLinearModel.from_pretrained(tmp_path)
+
+
 def test_only_encrypted_models_are_loaded(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no encryption_config\.json"):

@@ -55,11 +55,12 @@ def adapted(model: nn.Module, **options) -> nn.Module:
     )
 
 
-def losses(model: nn.Module, directory, steps: int = STEPS, **options) -> list[float]:
+def losses(
+    model: nn.Module, directory, steps: int = STEPS, texts: Texts | None = None, **options
+) -> list[float]:
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
-        per_device_train_batch_size=4,
         learning_rate=2e-2,
         logging_steps=1,
         save_strategy="no",
@@ -67,9 +68,9 @@ def losses(model: nn.Module, directory, steps: int = STEPS, **options) -> list[f
         use_cpu=True,
         disable_tqdm=True,
         seed=1,
-        **options,
+        **{"per_device_train_batch_size": 4, **options},
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
+    trainer = Trainer(model=model, args=arguments, train_dataset=texts or Texts())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -90,6 +91,18 @@ def test_the_losses_are_those_of_the_clear_model(architecture, tmp_path):
     # for what adapters on it need.
     assert sum(not transposed for _, transposed in products.calls) == STEPS * len(model.groups)
     assert sum(transposed for _, transposed in products.calls) == STEPS * (len(model.groups) - 1)
+
+
+@pytest.mark.slow
+def test_losses_on_ciphertexts(tmp_path):
+    options = {"texts": Texts(tokens=5), "per_device_train_batch_size": 1}
+    expected = losses(adapted(tiny("llama")), tmp_path, **options)
+    model = get_encrypted_model(tiny("llama"), LINEAR)
+    model.set_fhe_mode("execute")
+    found = losses(adapted(model), tmp_path, **options)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert found != expected
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
 
 
 def test_checkpointed_gradients(tmp_path):

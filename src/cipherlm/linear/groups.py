@@ -21,6 +21,7 @@ from cipherlm.linear.products import Float32, LinearGroup
 logger = logging.getLogger(__name__)
 
 LinearLayer = nn.Linear | Conv1D
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
@@ -39,7 +40,7 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
             )
         if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, NonDynamicallyQuantizableLinear):
             continue
-        if not isinstance(module.weight, torch.Tensor) or not module.weight.is_floating_point():
+        if getattr(module.weight, "dtype", None) not in _PLAIN:
             raise ValueError(f"the weights of {name} are quantised: load the model without quantisation")
         if type(module).forward in (nn.Linear.forward, Conv1D.forward) or _computes_a_product(module):
             found[name] = module
@@ -82,7 +83,7 @@ def weights_of(layers: Mapping[str, LinearLayer], group: LinearGroup) -> Float32
         weight = layers[name].weight.detach()
         if weight.is_meta:
             raise ValueError(f"the weights of {name} are not in memory: load the model without offloading")
-        if not bool(weight.isfinite().all()):
+        if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
             raise ValueError(f"the weights of {name} have NaN or infinity")
         matrices.append((weight.T if isinstance(layers[name], Conv1D) else weight).to("cpu", torch.float32))
     stacked: Float32 = np.ascontiguousarray(torch.cat(matrices).numpy())

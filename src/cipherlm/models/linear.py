@@ -191,12 +191,26 @@ def encrypt_linear(
     weights = {group.name: weights_of(layers, group) for group in groups}
     transposed = frozenset(name for name in names if isinstance(layers[name], Conv1D))
     replace(model, groups, ClearProducts(weights))
+    _forget_quantization(model)
     model.__class__ = _subclass(type(model))
     assert isinstance(model, EncryptedLinearModel)
     model.encryption_config, model.groups = config, groups
     model._weights, model._transposed = weights, transposed
     model._modes, model._backends = {group.name: "disable" for group in groups}, _Backends()
     return model
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let transformers save and train a model from a GGUF file.
+
+    It turns such weights into plain ones when it loads them, and goes on to call the model quantised. Other
+    quantised models have been refused for their weights.
+    """
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+        for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            if hasattr(owner, name):
+                delattr(owner, name)
 
 
 def _subclass(model_class: type[nn.Module]) -> type[nn.Module]:
