@@ -2,9 +2,12 @@
 
 An assertion fails for samples of the right distribution with probability at most ALARM: a threshold is taken
 for ALARM divided by the number of comparisons that the assertion makes. No test makes as many as 1,000
-assertions, so that a test fails by chance with probability below 1e-9. What is normal here is a mean of at
-least 2^12 terms of light tails, for which the normal distribution is right to within a small factor (below
-100) at the 9 deviations that thresholds reach; ALARM has room for it.
+assertions, so that a test fails by chance with probability below 1e-9.
+
+Thresholds are those of normal variables, and what is compared are means of n >= 2^12 terms. At z deviations
+their tail is that of the normal one times about exp(z^3 k / (6 sqrt(n))), where k is the skewness of a term
+(Cramer): 50 for squares of Gaussians (2.8 at z = 8), 60 for products of the sparsest terms that are compared
+here, ternary ones that are zero four times in five (2.0 at z = 9.2). ALARM has room for it.
 """
 
 from __future__ import annotations

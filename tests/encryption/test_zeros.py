@@ -86,7 +86,8 @@ def test_each_zero_has_an_error_of_its_own(client: Client, source: Callable):
         counts = np.array([(signs == value).sum() for value in (-1, 0, 1)])
         above = NormalDist(0, SIGMA).cdf(threshold - 0.5)
         assert_frequencies(counts, np.array([above, 3 - 2 * above, above]) / 3)
-        assert_unrelated(signs)
+        if threshold > -6:  # where few are not zero, correlations are not normal
+            assert_unrelated(signs)
 
 
 @pytest.mark.parametrize("flood", [16, 24])
