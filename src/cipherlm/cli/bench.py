@@ -1,6 +1,7 @@
 """Measure one encrypted step for real: keys, encryption, execution and decryption, with nothing cached."""
 
 import argparse
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 
 from cipherlm.cli.common import add_json_option, human_bytes, print_pairs, quiet_libraries, write_json
@@ -11,6 +12,7 @@ examples:
   cipherlm bench attention --scheme ckks --tokens 8 --heads all --json
   cipherlm bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3 --json
   cipherlm bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --json
+  cipherlm bench linear --geometry smollm2 --json
   cipherlm bench engine --degrees 14 --json
 """
 
@@ -18,6 +20,7 @@ _BENCHMARKS = {
     "attention": "one attention layer: errors against floating point, seconds, bytes, table lookups",
     "block": "one block of a GPT-2 on ciphertexts (CKKS)",
     "model": "blocks of a GPT-2 on ciphertexts (CKKS): seconds, bytes, round trips, operations",
+    "linear": "the linear layers of a model on ciphertexts: GPT-2, SmolLM2, a Llama of a billion weights",
     "engine": "the operations of the CKKS engine",
 }
 
@@ -54,7 +57,16 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         write_json(figures)
     else:
-        print_pairs([(name, _written(name, value)) for name, value in figures.items()])
+        print_pairs(list(_lines(figures)))
+
+
+def _lines(figures: Mapping[str, object], within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a line for each figure, and for each of those that have others in them."""
+    for name, value in figures.items():
+        if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
+            yield from _lines(value, f"{within}{name} ")
+        else:
+            yield f"{within}{name}", _written(name, value)
 
 
 def _written(name: str, value: object) -> str:
