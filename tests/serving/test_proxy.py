@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import httpx
 import openai
 import pytest
 import torch
+import trustme
 import uvicorn
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -779,6 +781,28 @@ def test_the_end_of_the_endpoint_is_told(model, tokenizer, stream, logged):
 
 
 # Who is let in
+
+
+def test_over_tls(model, tokenizer, tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    app = create_proxy(model, tokenizer, name="tiny", allowed_hosts=None, api_key="sesame")
+    server = ProxyServer(app, certfile=tmp_path / "cert.pem", keyfile=tmp_path / "key.pem")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        place = f"://127.0.0.1:{listener.getsockname()[1]}/v1/models"
+        headers = {"Authorization": "Bearer sesame"}
+        with httpx.Client(verify=context, headers=headers) as client:
+            assert client.get("https" + place).status_code == 200
+            with pytest.raises(httpx.HTTPError):
+                client.get("http" + place)
+        server.should_exit = True
+        thread.join(20)
 
 
 @pytest.mark.parametrize(
