@@ -194,7 +194,7 @@ def test_it_is_still_the_same_transformers_model(target):
     assert model is clear
     assert list(model.state_dict()) == names
     assert set(map(id, model.parameters())) == parameters
-    assert type(model).generate is GPT2LMHeadModel.generate
+    assert type(model)._sample is GPT2LMHeadModel._sample  # which generate calls
     assert "scheme=ckks" in repr(model)
     model.load_state_dict(new_model().state_dict())
 
@@ -217,10 +217,11 @@ def test_in_clear(target):
 def test_generate_greedy(target):
     model, server = served(target)
     expected = new_model().generate(ids(), max_new_tokens=5, do_sample=False)
-    assert torch.equal(model.generate(ids(), max_new_tokens=5, do_sample=False), expected)
-    rows = server.rows
     remote = len(model.encrypted_modules)
-    assert rows == [(1, 5)] * remote + [(6 + i // remote, 1) for i in range(4 * remote)]
+    # Nine tokens are evaluated, and at a server that is not to learn how many there are, twelve.
+    for options, tokens in (({}, 12), ({"reveal_length": True}, 9)):
+        assert torch.equal(model.generate(ids(), max_new_tokens=5, do_sample=False, **options), expected)
+        assert server.rows == [(1, 5)] * remote + [(6 + i // remote, 1) for i in range((tokens - 5) * remote)]
 
 
 def test_generate_sampled():

@@ -100,7 +100,7 @@ class Stepwise:
         model = self
         self.running.set()
         try:
-            criteria = StoppingCriteriaList([*stopping_criteria, Wait()])
+            criteria = StoppingCriteriaList([Wait(), *stopping_criteria])  # a reply is given when it is heard
             return self._model.generate(ids, stopping_criteria=criteria, **options)
         finally:
             self.running.clear()

@@ -21,7 +21,12 @@ from cipherlm.cli.common import (
     quiet_libraries,
     write_json,
 )
-from cipherlm.cli.server_options import add_server_options, connect, server_options_given
+from cipherlm.cli.server_options import (
+    add_reveal_length_option,
+    add_server_options,
+    connect,
+    server_options_given,
+)
 from cipherlm.progress import TerminalProgress
 
 EXAMPLES = """\
@@ -68,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="of drawing (default: 0)")
     add_calibration_option(parser)
     add_server_options(parser, required=False)
+    add_reveal_length_option(parser)
     add_json_option(parser)
 
 
@@ -194,7 +200,14 @@ def _continued(
         options.seed or 0,
     )
     stream = TokenStream(tokenizer, show)
-    generated = generate(model, ids, options.max_new_tokens, stream=stream, sampling=sampling)
+    generated = generate(
+        model,
+        ids,
+        options.max_new_tokens,
+        stream=stream,
+        sampling=sampling,
+        reveal_length=options.reveal_length,
+    )
     return {
         "model": options.model,
         "mode": options.mode,

@@ -19,7 +19,7 @@ from typing import Any
 from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer, quiet_libraries
 from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
-from cipherlm.cli.server_options import add_server_options
+from cipherlm.cli.server_options import add_reveal_length_option, add_server_options
 from cipherlm.cli.server_options import connect as open_remote
 from cipherlm.progress import TerminalProgress
 
@@ -94,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a reply when a request does not say (default: 16; in a chat what the context leaves)",
     )
+    add_reveal_length_option(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -152,6 +153,7 @@ def serve(
         waiting=options.waiting,
         default_max_tokens=options.max_tokens,
         context_length=model.context_length,
+        reveal_length=options.reveal_length,
     )
     certfile, keyfile = tls
     url = f"http{'s' if certfile else ''}://{host}:{listener.getsockname()[1]}/v1"

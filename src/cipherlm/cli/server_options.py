@@ -44,9 +44,29 @@ def add_transport_options(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_reveal_length_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--reveal-length``."""
+    parser.add_argument(
+        "--reveal-length",
+        action="store_true",
+        help="end with the text: faster, but the server sees how long texts are, and one that cheats reads "
+        "bits of the key or the prompt from that (default: a server is asked until the limit of tokens is "
+        "reached, and up to 3 times more, whatever ends a text; each costs as much as a token)",
+    )
+
+
 def server_options_given(options: argparse.Namespace) -> list[str]:
     """Return the options that only make sense with ``--server``."""
-    names = ("bundle", "keys", "token", "ca", "insecure_plain_http", "passphrase_file", "ask_passphrase")
+    names = (
+        "bundle",
+        "keys",
+        "token",
+        "ca",
+        "insecure_plain_http",
+        "passphrase_file",
+        "ask_passphrase",
+        "reveal_length",
+    )
     return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
 
 

@@ -57,12 +57,18 @@ def generate(
     *,
     stream: TokenStream,
     sampling: Sampling | None = None,
+    reveal_length: bool = False,
 ) -> torch.Tensor:
-    """Continue the token ids (1, tokens) and return all of them."""
+    """Continue the token ids (1, tokens) and return all of them.
+
+    ``reveal_length`` is for a model at a server.
+    """
     choice: dict[str, Any] = {"do_sample": False}
     if sampling is not None and sampling.sample:
         torch.manual_seed(sampling.seed)
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    if reveal_length:
+        choice["reveal_length"] = True
     generated: torch.Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

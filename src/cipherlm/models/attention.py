@@ -12,6 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.length import bounded
 from cipherlm.models.modules import EncryptedModule, Float64, cache_of, to_numpy
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import AttentionWeights, QuantizedAttention
@@ -63,6 +64,11 @@ class EncryptedAttention(EncryptedModule):
     def is_calibrated(self) -> bool:
         """Whether the quantisation parameters are there."""
         return self.quantized is not None or self._elsewhere is not None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the circuit is at a server."""
+        return self._elsewhere is not None
 
     @property
     def circuit_tokens(self) -> int:
@@ -167,7 +173,8 @@ class EncryptedAttention(EncryptedModule):
     def _encrypted(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the circuit's output (batch, tokens, outputs)."""
         run = self._runner()
-        rows = [run(sequence) for sequence in to_numpy(hidden_states)]
+        inputs = to_numpy(hidden_states)
+        rows = [run(sequence) for sequence in (bounded(inputs) if self.is_elsewhere else inputs)]
         return torch.from_numpy(np.stack(rows)).to(hidden_states)
 
     def _runner(self) -> Callable[[Float64], Float64]:

@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 from cipherlm.models.attention import EncryptedAttention
 from cipherlm.models.ckks import Backend
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.length import at_full_length, evaluated_tokens
 from cipherlm.models.linear import EncryptedLinearModel, encrypt_linear
 from cipherlm.models.loading import SUPPORTED_ARCHITECTURES, load_model
 from cipherlm.models.modules import MODES, EncryptedModule, FheMode, cache_of, is_causal
@@ -60,6 +61,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
     encryption_config: EncryptionConfig
     placement: Placement | None
     """What is remote, and who computes it: with CKKS only."""
+    _longest: int
+    """How many tokens the text that is being generated may have, the prompt's with them."""
 
     @property
     def encrypted_modules(self) -> dict[str, EncryptedModule]:
@@ -115,6 +118,40 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         Raises ``ValueError`` with TFHE.
         """
         self._ckks().connect(backend)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server elsewhere computes, and so sees how often it is asked."""
+        if self.placement is not None:
+            modes = {module.mode for module in self.remote_modules.values()}
+            return "execute" in modes and self.placement.is_connected
+        return any(module.is_elsewhere for module in self._circuits.values())
+
+    def generate(self, *args: Any, reveal_length: bool = False, **kwargs: Any) -> Any:
+        """Continue token ids (n, tokens) as transformers' ``generate`` does.
+
+        Where a server elsewhere computes, it is asked as often as the token budget allows (``max_new_tokens``
+        or ``max_length``, rounded up by three tokens at most), whatever ends the text: it learns neither how
+        long the text is nor when it ends. This returns when all has been evaluated, so that a text that ends
+        early takes as long as one that does not. Every call then evaluates its whole prompt, also where the
+        text before began as this one does. With ``reveal_length`` a generation ends with its text; see
+        docs/security.md for what a server that cheats reads from that.
+        """
+        generate = super().generate
+        if reveal_length or not self.is_elsewhere:
+            return generate(*args, **kwargs)
+        self._longest = 0
+        with ExitStack() as stack:
+            if self.placement is not None:
+                stack.enter_context(self.placement.hiding_length(self.remote_modules.values()))
+            return at_full_length(self, lambda: generate(*args, **kwargs), self._evaluated_tokens)
+
+    def _evaluated_tokens(self) -> int:
+        if self.placement is not None:
+            room = self.placement.geometry.context
+        else:
+            room = min(module.circuit_tokens for module in self._circuits.values())
+        return evaluated_tokens(self._longest, len(self.prefix), room)
 
     def make_keys(self) -> float:
         """Make the keys for the mode ``"execute"`` in this process, and return the seconds it took.
@@ -411,6 +448,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         transformers calls this with the final ``max_length``, however it was given.
         """
         super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
+        self._longest = generation_config.max_length
         for module in self.encrypted_modules.values():
             # The last token is generated, but never read.
             module.check_ready(generation_config.max_length - 1)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from cipherlm.models.ckks import (
 )
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.geometry import geometry_of, public_prefix
+from cipherlm.models.length import bounded
 from cipherlm.models.modules import EncryptedModule, FheMode, Float64, cache_of, to_numpy
 from cipherlm.progress import Progress, counted, silent
 from cipherlm.schemes.ckks.session import InProcess, Module, Server
@@ -50,6 +51,7 @@ class Placement:
         self.prefix = public_prefix(config, model_config)
         self.geometry = geometry_of(config, model_config)
         self.modules: dict[str, Module] = {}
+        self.hides_length = False
         self._connected: Backend | None = None
         self._client: MeteredClient | None = None
         self._backends: dict[FheMode, Backend] = {}
@@ -62,6 +64,26 @@ class Placement:
     def connect(self, backend: Backend | None) -> None:
         """Let ``backend`` compute in the mode ``"execute"``, or with None a server in this process."""
         self._connected = backend
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a backend elsewhere computes."""
+        return self._connected is not None
+
+    @contextmanager
+    def hiding_length(self, modules: Iterable[RemoteModule]) -> Iterator[None]:
+        """Let what is asked for depend on the lengths of texts alone, for as long as the context lasts."""
+        modules = list(modules)
+        self.hides_length = True
+        try:
+            for module in modules:
+                module.forget()
+            yield
+        finally:
+            self.hides_length = False
+            # Behind the text are tokens that do not belong to it.
+            for module in modules:
+                module.forget()
 
     def backend(self, mode: FheMode) -> Backend:
         """Return who computes in a mode. A server in this process, and its keys, are made here."""
@@ -171,7 +193,7 @@ class RemoteModule(EncryptedModule):
             call.get("head_mask"),
         )
         assert self.exact is not None  # check_call
-        results = np.stack([self._sequence(rows) for rows in to_numpy(hidden_states)])
+        results = np.stack([self._sequence(rows) for rows in self._separate(to_numpy(hidden_states))])
         hidden = torch.from_numpy(results).to(hidden_states)
         return hidden if self.exact.extra is None else (hidden, *[None] * self.exact.extra)
 
@@ -237,6 +259,19 @@ class RemoteModule(EncryptedModule):
     def extra_repr(self) -> str:
         """Say in ``print(model)`` that this is encrypted."""
         return f"scheme=ckks, mode={self.mode}"
+
+    def forget(self) -> None:
+        """Start the next text anew, whatever it begins with."""
+        self._text = None
+
+    def _separate(self, batch: Float64) -> Iterator[Float64]:
+        """Yield the texts (tokens, width) of a batch."""
+        for rows in batch:
+            if self.placement.hides_length:
+                if len(batch) > 1:  # whether two texts begin in the same way depends on what is in them
+                    self.forget()
+                rows = bounded(rows)
+            yield rows
 
     @staticmethod
     def _centred(part: Part, rows: Float64) -> Float64:

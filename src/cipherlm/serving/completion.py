@@ -37,6 +37,8 @@ class Settings:
     seed: int | None = None
     stop: Sequence[str] = ()
     choices: int = 1
+    reveal_length: bool = False
+    """Let a generation end with its text, for the server to see."""
     strip: bool = False
     """Leave out the white space that the text begins with."""
 
@@ -125,12 +127,26 @@ def _overlap(text: str, stop: Sequence[str]) -> int:
 
 
 class _Listener(StoppingCriteria):
-    """Hears every token that ``generate`` appends, and ends it."""
+    """Hears every token that ``generate`` appends, and ends it.
 
-    def __init__(self, prompt_length: int, text: Text, emit: Callable[[str], None], job: "Job") -> None:
-        self._seen = prompt_length
+    ``finish`` is called as soon as the text is finished: ``generate`` may go on behind it for a while, so
+    that a server does not learn how long it is.
+    """
+
+    def __init__(
+        self,
+        prompt_length: int,
+        max_tokens: int,
+        text: Text,
+        emit: Callable[[str], None],
+        finish: Callable[[], None],
+        job: "Job",
+    ) -> None:
+        self._seen, self._end = prompt_length, prompt_length + max_tokens
+        self.over = False
         self._text = text
         self._emit = emit
+        self._finish = finish
         self._job = job
 
     def hear(self, ids: torch.Tensor) -> None:
@@ -139,6 +155,9 @@ class _Listener(StoppingCriteria):
         self._seen += len(new)
         if text := self._text.add(new):
             self._emit(text)
+        if not self.over and (self._text.finished or self._seen >= self._end):
+            self.over = True
+            self._finish()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         """Return whether to stop, as one Boolean a sequence; there is one sequence."""
@@ -150,21 +169,24 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: Se
     """Continue every prompt ``settings.choices`` times, one after the other, and put the pieces into ``job``.
 
     Choice k of prompt i has the number ``i * choices + k``. Raises what ``model.generate`` raises, and
-    :class:`Cancelled`, after a token, if ``job`` was cancelled.
+    :class:`Cancelled` if ``job`` was cancelled: after a token if the length is revealed, else when the
+    generation is over. The job has ended for its listener with the last choice's text.
     """
+    last = len(prompts) * settings.choices - 1
     for number, prompt in enumerate(prompts):
         first = number * settings.choices
         # Tokens on encrypted data are dear: equal choices are generated once.
         together = settings.choices if settings.greedy else 1
         with _seeded(settings.seed):
             for choice in range(first, first + settings.choices, together):
-                _complete_one(model, tokenizer, prompt, settings, job, range(choice, choice + together))
+                numbers = range(choice, choice + together)
+                _complete_one(model, tokenizer, prompt, settings, job, numbers, last in numbers)
 
 
 def _complete_one(
-    model: Any, tokenizer: Any, prompt: Prompt, settings: Settings, job: "Job", choices: range
+    model: Any, tokenizer: Any, prompt: Prompt, settings: Settings, job: "Job", choices: range, last: bool
 ) -> None:
-    """Continue a prompt once, for one choice or for several that are the same."""
+    """Continue a prompt once, for one choice or for several that are the same; the job's ``last`` ends it."""
 
     def emit(text: str, finish_reason: FinishReason | None = None) -> None:
         for choice in choices:
@@ -173,25 +195,34 @@ def _complete_one(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def finish() -> None:
+        rest = written.end()  # which finishes if it ends with a stop sequence that was held back
+        finished = written.finished or len(written.tokens) < settings.max_tokens
+        emit(rest, "stop" if finished else "length")
+        if last:
+            job.put(None)
+
     written = Text(decode, settings.stop, _end_ids(model, tokenizer), settings.strip)
     if prompt.echo:
         emit(prompt.echo)
-    if settings.max_tokens:
-        ids = torch.tensor([prompt.ids])
-        listener = _Listener(len(prompt.ids), written, emit, job)
-        generated = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=settings.max_tokens,
-            stopping_criteria=StoppingCriteriaList([listener]),
-            **_sampling(settings),
-        )
-        if job.cancelled:
-            raise Cancelled
-        listener.hear(generated[0])
-    rest = written.end()  # which finishes if it ends with a stop sequence that was held back
-    finished = written.finished or len(written.tokens) < settings.max_tokens
-    emit(rest, "stop" if finished else "length")
+    if not settings.max_tokens:
+        finish()
+        return
+    ids = torch.tensor([prompt.ids])
+    listener = _Listener(len(prompt.ids), settings.max_tokens, written, emit, finish, job)
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=settings.max_tokens,
+        stopping_criteria=StoppingCriteriaList([listener]),
+        **_sampling(settings),
+        **({"reveal_length": True} if settings.reveal_length else {}),
+    )
+    if job.cancelled:
+        raise Cancelled
+    listener.hear(generated[0])
+    if not listener.over:
+        finish()
 
 
 def _sampling(settings: Settings) -> dict[str, Any]:

@@ -59,15 +59,20 @@ def create_proxy(
     waiting: int = 8,
     default_max_tokens: int | None = None,
     context_length: int | None = None,
+    reveal_length: bool = False,
 ) -> FastAPI:
     """Return an ASGI application that serves ``model`` as OpenAI's API does, under the name ``name``.
 
     ``model`` has the ``generate`` of ``transformers``: it is called with ``input_ids`` (1, tokens) and
     ``attention_mask``, ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` (0 is the
     whole vocabulary) and ``stopping_criteria``, on one thread and never twice at once. ``waiting`` more
-    requests may wait for their turn; the next is refused with 429. A request whose client has gone ends after
-    its current token. ``seed`` makes a reply reproducible; with ``temperature`` 0 all ``n`` choices are the
-    same and are generated once.
+    requests may wait for their turn; the next is refused with 429. ``seed`` makes a reply reproducible; with
+    ``temperature`` 0 all ``n`` choices are the same and are generated once.
+
+    A reply is given when its text ends. A model at a server is then asked on until the limit of tokens is
+    reached, so that the server does not learn how long the text is; the next request waits for that. So it
+    is behind a request whose client has gone. With ``reveal_length``, nothing is asked behind the end of a
+    text, and a request whose client has gone ends after its current token.
 
     Endpoints: ``GET /v1/models``, ``GET /v1/models/{id}``, ``POST /v1/completions`` and
     ``POST /v1/chat/completions``. What cannot be honoured is refused with an error that names the field.
@@ -96,6 +101,7 @@ def create_proxy(
         Worker(waiting),
         default_max_tokens,
         context_length or _context_length(model),
+        reveal_length,
         int(time.time()),
     )
 
@@ -139,6 +145,7 @@ class _Proxy:
     worker: Worker
     default_max_tokens: int | None
     context_length: int
+    reveal_length: bool
     created: int
 
     async def models(self) -> dict[str, Any]:
@@ -160,14 +167,15 @@ class _Proxy:
         request = await self._read(http, CompletionRequest)
         prompts = [self._prompt(prompt, request.echo) for prompt in request.prompt]
         default = COMPLETION_TOKENS if self.default_max_tokens is None else self.default_max_tokens
-        settings = _settings(request, self._max_tokens(request, default, prompts, "prompt"))
+        settings = self._settings(request, self._max_tokens(request, default, prompts, "prompt"))
         return await self._respond(http, request, Reply(self.name), prompts, settings)
 
     async def _chat(self, http: Request) -> Response:
         request = await self._read(http, ChatRequest)
         text = _chat_text(self.tokenizer, request.messages)
         prompts = [Prompt(self._encode(text, "messages"))]
-        settings = _settings(request, self._max_tokens(request, self.default_max_tokens, prompts, "messages"))
+        limit = self._max_tokens(request, self.default_max_tokens, prompts, "messages")
+        settings = self._settings(request, limit)
         if not self.tokenizer.chat_template:
             settings = replace(settings, strip=True, stop=[*settings.stop, *_OTHER_ROLES])
         return await self._respond(http, request, ChatReply(self.name), prompts, settings)
@@ -234,6 +242,18 @@ class _Proxy:
             )
         return tokens
 
+    def _settings(self, request: GenerationRequest, max_tokens: int) -> Settings:
+        return Settings(
+            max_tokens=max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            seed=request.seed,
+            stop=request.stop,
+            choices=request.n,
+            reveal_length=self.reveal_length,
+        )
+
     async def _respond(
         self,
         http: Request,
@@ -275,18 +295,6 @@ class _Proxy:
         if not request.stream:
             return JSONResponse(answer.result())
         return _EventStream(job, _events(job, answer, reply, prompt_tokens, request.include_usage))
-
-
-def _settings(request: GenerationRequest, max_tokens: int) -> Settings:
-    return Settings(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed,
-        stop=request.stop,
-        choices=request.n,
-    )
 
 
 def _context_length(model: Any) -> int:

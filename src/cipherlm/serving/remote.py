@@ -141,6 +141,10 @@ class RemoteModel:
 
         Returns them with what follows, (n, tokens + new). Texts need not start with the public prefix; where
         they do not, streamers, stopping criteria and logits processors see nothing of it either.
+
+        The server is asked until the token budget (``max_new_tokens``) is reached, whatever ends the text, so
+        that it does not learn how long the text is; with ``reveal_length=True`` it is not. See
+        :meth:`~cipherlm.models.integration.EncryptedGPT2LMHeadModel.generate`.
         """
         prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
         added = 0
