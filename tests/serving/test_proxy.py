@@ -307,6 +307,8 @@ def test_a_seed_leaves_the_process_s_draws_alone(client):
     expected = torch.rand(1)
     torch.manual_seed(0)
     client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, seed=5)
+    # A reply may come before its generation is over; the next request's turn is behind that.
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1, temperature=0)
     assert torch.rand(1) == expected
 
 
@@ -608,7 +610,7 @@ def test_disconnect_in_midstream_frees_the_model(model, tokenizer, cancelled):
         assert cancelled.wait(20)
         slow.permits.release(2)
         eventually(lambda: not slow.running.is_set())
-        assert slow.tokens == 5
+        assert slow.tokens == 4
         slow.permits.release(1)
         assert waiter.post("/completions", json=COMPLETION).status_code == 200
         waiter.close()
