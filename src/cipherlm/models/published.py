@@ -39,7 +39,7 @@ class _PublishedModel(EncryptedGPT2LMHeadModel):  # type: ignore[no-untyped-call
             raise ValueError("an encrypted model keeps no key-value cache: leave use_cache=False")
         config = EncryptionConfig([f"transformer.h.{layer}.attn"], n_bits=n_bits, heads=heads)
         if not Path(name, CONFIG_NAME).is_file():
-            return cls._encrypt(load_model(name), config, progress)
+            return cls.encrypt(load_model(name), config, progress=progress)
         saved = EncryptionConfig.from_pretrained(name)
         if saved != config:
             raise ValueError(
