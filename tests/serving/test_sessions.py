@@ -7,6 +7,8 @@ from contextlib import ExitStack, suppress
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from cipherlm.serving import sessions
+
 from .conftest import FINGERPRINT, MEGABYTE, entries, eventually, frame, parse
 
 
@@ -438,6 +440,26 @@ def test_a_client_that_asks_for_nothing(start):
             assert error(client.receive()) == "timeout"
             assert client.closed() == 1008
         assert harness.service.sessions == 0
+
+
+def test_who_takes_no_answers_is_let_go(start, monkeypatch, logged):
+    """Requests without end, and nobody who reads the answers: they do not pile up at the server."""
+    monkeypatch.setattr(sessions, "FAREWELL_SECONDS", 0.1)
+    unsent = [0]
+
+    def ask(client):
+        [session] = harness.service.conversations
+        for _ in range(1_000_000):
+            client.ask("no such module")
+            unsent.append(session._outbox.qsize())
+
+    with start() as harness, harness.socket(close_timeout=0.5) as client:
+        assert client.open(harness.keys())["type"] == "opened"
+        with pytest.raises((ConnectionClosed, OSError)):
+            ask(client)
+        eventually(lambda: not harness.service.conversations)
+    assert max(unsent) < 100
+    assert [entry["code"] for entry in entries(logged, "session failed")] == ["protocol"]
 
 
 def test_evaluations_per_hour(start):

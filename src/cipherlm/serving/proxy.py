@@ -15,15 +15,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.completion import Busy, Job, Piece, Prompt, Settings, Stopped, Worker, complete
 from cipherlm.serving.errors import ConnectionFailed, RemoteError, ServerError, SessionLost
-from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed
+from cipherlm.serving.hosts import LOOPBACK_HOSTS
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.openai_format import (
     COMPLETION_TOKENS,
@@ -41,6 +40,7 @@ from cipherlm.serving.openai_format import (
     parse,
     server_sent_event,
 )
+from cipherlm.serving.proxy_guard import Guard, error_response
 
 MAX_BODY_BYTES = 4 << 20
 KEEP_ALIVE_SECONDS = 15.0
@@ -113,7 +113,7 @@ def create_proxy(
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.close = proxy.worker.close
-    app.add_middleware(_Guard, keys=keys, allowed_hosts=allowed_hosts)
+    app.add_middleware(Guard, keys=keys, allowed_hosts=allowed_hosts)
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", proxy.model_card, methods=["GET"])
     app.add_api_route("/v1/completions", proxy.completions, methods=["POST"], response_model=None)
@@ -121,12 +121,12 @@ def create_proxy(
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return _error_response(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return _error_response(ApiError(error.status_code, message, headers=error.headers))
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(request: Request, error: ClientDisconnect) -> Response:
@@ -445,42 +445,3 @@ def _remote_error(message: str, code: str | None, *, for_now: bool) -> ApiError:
     if for_now:
         return ApiError(503, message, code=code or "server_unavailable", headers={"Retry-After": "5"})
     return ApiError(502, message, code=code or "server_failed")
-
-
-def _error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-class _Guard:
-    """Refuses what a web page could send, and requests without the API key."""
-
-    def __init__(self, app: ASGIApp, *, keys: Tokens, allowed_hosts: Collection[str] | None) -> None:
-        self._app = app
-        self._keys = keys
-        self._allowed_hosts = allowed_hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._check(Headers(scope=scope))
-            except ApiError as error:
-                await _error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _check(self, headers: Headers) -> None:
-        hosts = headers.getlist("host")
-        if self._allowed_hosts is not None and not host_allowed(hosts, self._allowed_hosts):
-            raise ApiError(403, "This endpoint does not answer to this host name.", code="host_not_allowed")
-        host = hosts[0].lower() if len(hosts) == 1 else ""
-        # Browsers name the origin of what a page sends; only pages of this endpoint would be its own.
-        for origin in headers.getlist("origin"):
-            if origin.lower() not in (f"http://{host}", f"https://{host}"):
-                raise ApiError(403, "This endpoint does not answer web pages.", code="origin_not_allowed")
-        if self._keys.owner(headers.get("authorization")) is None:
-            raise ApiError(
-                401,
-                "Incorrect API key provided.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
