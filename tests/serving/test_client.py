@@ -564,10 +564,11 @@ def test_a_full_queue_is_asked_again(tmp_path, model):
 
 def test_evaluations_per_hour_are_not_waited_for(tmp_path, monkeypatch):
     with echo_server(tmp_path, limits=Limits(evaluations_per_hour=1)) as url, session(url) as connection:
-        connection.evaluate("echo", 0, 1, [b"ab"], upper)
+        for _ in connection.describe()["modules"]:
+            connection.evaluate("echo", 0, 1, [b"ab"], upper)
         monkeypatch.setattr(transport.Backoff, "wait", lambda _: pytest.fail("it waits"))
         for call in (lambda: connection.evaluate("echo", 0, 1, [b"ab"], upper), connection.reopen):
-            with pytest.raises(ServerError, match="1 evaluations within an hour") as caught:
+            with pytest.raises(ServerError, match="1 evaluations of the model within an hour") as caught:
                 call()
             assert (caught.value.code, caught.value.retry) == ("rate_limited", True)
             assert 3000 < caught.value.retry_after <= 3600

@@ -8,6 +8,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from cipherlm.serving import sessions
+from cipherlm.serving.rate import HourlyBudget
 
 from .conftest import FINGERPRINT, MEGABYTE, entries, eventually, frame, parse
 
@@ -465,10 +466,12 @@ def test_who_takes_no_answers_is_let_go(start, monkeypatch, logged):
 def test_evaluations_per_hour(start):
     """One owner has had its share: its sessions stay open, and others are served."""
     now = [0.0]
-    with start(tokens=[("a", "ta"), ("b", "tb")], evaluations_per_hour=3, idle_seconds=60) as harness:
+    with start(tokens=[("a", "ta"), ("b", "tb")], evaluations_per_hour=2, idle_seconds=60) as harness:
         harness.service.budget._clock = lambda: now[0]
+        modules = len(harness.service.description["modules"])
         with harness.session(b"a", "ta") as one, harness.session(b"a", "ta") as two:
-            for client in (one, two, one):
+            # Each is of one module, so that as many of them as there are modules are one of the model.
+            for client in [one] * modules + [two] * modules:
                 now[0] += 100
                 client.ask("reverse", b"abc")
                 assert client.receive()[1] == [b"cba"]
@@ -476,12 +479,12 @@ def test_evaluations_per_hour(start):
                 client.ask("reverse", b"abc")
                 header, _ = client.receive()
                 assert (error(header), header["retry"]) == ("rate_limited", True)
-                assert header["retry_after"] == 3600 - 200  # a hundred seconds in was the first
-                assert "3 evaluations within an hour" in header["message"]
+                assert header["retry_after"] == 3600 + 100 - now[0]  # a hundred seconds in was the first
+                assert "2 evaluations of the model within an hour" in header["message"]
             with pytest.raises(InvalidStatus) as refused, harness.socket("ta"):
                 pass
             assert refused.value.response.status_code == 429
-            assert refused.value.response.headers["Retry-After"] == str(3600 - 200)
+            assert refused.value.response.headers["Retry-After"] == f"{3600 + 100 - now[0]:.0f}"
             with harness.session(b"b", "tb") as other:
                 other.ask("reverse", b"abc")
                 assert other.receive()[1] == [b"cba"]
@@ -492,9 +495,28 @@ def test_evaluations_per_hour(start):
             assert one.receive()[0]["retry_after"] == 100
 
 
+def test_a_budget_is_exact_in_any_hour_and_small():
+    now = [0.0]
+    budget = HourlyBudget(1000, lambda: now[0])
+    for _ in range(1000):
+        assert budget.wait("a") == 0
+        budget.spend("a")
+        now[0] += 0.01
+    assert budget.wait("a") == pytest.approx(3590)
+    assert budget.wait("b") == 0
+    assert len(budget._entries["a"]) <= 11
+    now[0] = 3600
+    assert budget.wait("a") == 0  # the first second's are gone
+    spent = 0
+    while not budget.wait("a"):
+        budget.spend("a")
+        spent += 1
+    assert 90 <= spent <= 101
+
+
 def test_what_is_refused_spends_nothing(start):
     with start(evaluations_per_hour=1) as harness, harness.session() as client:
-        for _ in range(3):
+        for _ in range(30):
             client.ask("reverse", b"abc", count=17)
             assert error(client.receive()[0]) == "bad_request"
         client.ask("reverse", b"abc")

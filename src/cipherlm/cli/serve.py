@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--idle-seconds", 900, "a session may do nothing for so long"),
         ("--reply-seconds", 120, "a client may take so long to refresh"),
         ("--evaluation-seconds", 3600, "an evaluation may take so long"),
-        ("--evaluations-per-hour", 3600, "evaluations of one owner in any hour; more are refused"),
+        ("--evaluations-per-hour", 10_000, "evaluations of the whole model for one owner in any hour"),
         ("--grace-seconds", 30, "what runs may take so long when the server is told to end"),
     ):
         limits.add_argument(

@@ -60,8 +60,8 @@ class Limits:
     """For the answer to a refresh, and for taking a message."""
     evaluation_seconds: float = 3600
     """For one evaluation, with its wait in the queue."""
-    evaluations_per_hour: int = 3600
-    """Of one owner, in any hour."""
+    evaluations_per_hour: int = 10_000
+    """Of the whole model, for one owner, in any hour: that of one of n remote modules counts as 1/n."""
     grace_seconds: float = 30
     """For what runs when the server is told to end."""
 
@@ -82,7 +82,10 @@ class Service:
         )
         self.owners = max(1, len(self.tokens.owners))
         self.scheduler = Scheduler(self.limits.workers, self.limits.queue, self.owners)
-        self.budget = HourlyBudget(self.limits.evaluations_per_hour)
+        # In evaluations of one module, of which a token takes one each.
+        self.budget = HourlyBudget(
+            self.limits.evaluations_per_hour * max(1, len(self.description["modules"]))
+        )
         self.loading = asyncio.Semaphore(_LOADS_AT_ONCE)
         self.draining = False
         self.conversations: set[Session] = set()
@@ -136,8 +139,8 @@ class Service:
         if seconds:
             raise Failure(
                 protocol.RATE_LIMITED,
-                f"you have had {self.budget.most} evaluations within an hour, as many as you may here: "
-                f"try again in {seconds} s",
+                f"you have had {self.limits.evaluations_per_hour} evaluations of the model within an hour, "
+                f"as many as you may here: try again in {seconds} s",
                 retry=True,
                 retry_after=seconds,
             )
