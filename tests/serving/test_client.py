@@ -20,7 +20,7 @@ import trustme
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import serve
 
-from cipherlm.serving import client, protocol, transport
+from cipherlm.serving import client, client_session, protocol, transport
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.client import (
@@ -58,7 +58,7 @@ def url(tmp_path, model):
 def in_a_hurry(monkeypatch):
     monkeypatch.setattr(transport, "_FIRST_DELAY_SECONDS", 0.02)
     monkeypatch.setattr(transport, "_GREATEST_DELAY_SECONDS", 0.2)
-    monkeypatch.setattr(client, "_CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(client_session, "_CLOSE_SECONDS", 0.2)
 
 
 def connected(url: str, **options) -> Connection:

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from websockets.exceptions import (
-    ConnectionClosed,
-    InvalidHandshake,
-    InvalidStatus,
-    WebSocketException,
-)
-from websockets.sync.client import ClientConnection, connect
-
 from cipherlm.progress import Detail, Progress, detailed, silent
 from cipherlm.serving import protocol
 from cipherlm.serving.bounds import UNKNOWN, Bounds
+from cipherlm.serving.client_session import ClientSession
 from cipherlm.serving.computation import Report
 from cipherlm.serving.errors import (
     ConnectionFailed,
@@ -41,14 +33,8 @@ from cipherlm.serving.transport import (
     Address,
     Backoff,
     Requests,
-    asks_too_much,
-    json_object,
     may_pass,
     nonsense,
-    refusal,
-    server_error,
-    timed_out,
-    unreachable,
 )
 
 __all__ = [
@@ -66,19 +52,8 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 UPLOAD_BYTES = 4 << 20
 """What is sent again at most when an upload breaks; not above ``protocol.CHUNK_BYTES``."""
-_UNREAD_FRAMES = 1
-"""Messages of a server that are taken before the client asks for them."""
 _MAX_SETBACKS = 3
 _PIECE = 1 << 20
-_CLOSE_SECONDS = 2.0
-# Where the session has ended but nothing was wrong with what was asked of it.
-_SESSION_OVER = {protocol.SHUTTING_DOWN, protocol.TIMEOUT, protocol.BUSY}
-
-# At its level DEBUG, websockets logs the headers of the handshake, the token among them.
-_logger = logging.getLogger("cipherlm.serving.websocket")
-_logger.setLevel(logging.INFO)
-
-_Answer = protocol.Opened | protocol.Queued | protocol.Progress | protocol.Refresh | protocol.Result
 
 
 class Connection:
@@ -122,7 +97,7 @@ class Connection:
         self._requests = Requests(self._address, timeout, patience)
         self._description: dict[str, Any] | None = None
         self._keys: dict[str, str] | None = None
-        self._session: _Session | None = None
+        self._session: ClientSession | None = None
         self._closed = False
 
     @property
@@ -301,11 +276,11 @@ class Connection:
             raise nonsense(self._address, doing)
         return received, complete
 
-    def _open(self, description: Mapping[str, Any], keys: Mapping[str, str]) -> _Session:
+    def _open(self, description: Mapping[str, Any], keys: Mapping[str, str]) -> ClientSession:
         doing = "opening a session"
         size = min(description["message_bytes"], self.bounds.message_bytes)
         limit, rounds = protocol.message_limit({"message_bytes": size}), self.bounds.rounds
-        session = _Session(self._address, limit, rounds, self._timeout, self._evaluation_timeout, doing)
+        session = ClientSession(self._address, limit, rounds, self._timeout, self._evaluation_timeout, doing)
         try:
             session.open(str(description["fingerprint"]), keys)
         except ServerError as error:
@@ -318,7 +293,7 @@ class Connection:
             raise
         return session
 
-    def _current(self) -> _Session:
+    def _current(self) -> ClientSession:
         if self._keys is None:
             raise RuntimeError("no session was opened yet: call open() first")
         if self._session is None:
@@ -329,203 +304,6 @@ class Connection:
         session, self._session = self._session, None
         if session is not None:
             session.close()
-
-
-class _Session:
-    """One WebSocket, from its opening to its end."""
-
-    def __init__(
-        self,
-        address: Address,
-        limit: int,
-        rounds: int,
-        timeout: float,
-        evaluation_timeout: float,
-        doing: str,
-    ) -> None:
-        self._address = address
-        self._limit = limit
-        self._rounds = rounds
-        self._timeout = timeout
-        self._evaluation_timeout = evaluation_timeout
-        self._id = 0
-        self._unfinished: int | None = None
-        self.begun = False
-        """Whether the server has begun any evaluation."""
-        self.over = False
-        """Whether the connection is of no more use."""
-        with ExitStack() as stack:
-            self._socket = stack.enter_context(_connected(address, limit, timeout, doing))
-            # A server that stops reading must not hold up a message for ever.
-            self._socket.socket.settimeout(evaluation_timeout)
-            self._stack = stack.pop_all()
-
-    def open(self, model: str, keys: Mapping[str, str]) -> None:
-        doing = "opening a session"
-        try:
-            self._send(self._packed(protocol.Open(protocol.VERSION, model, dict(keys))))
-            # The server reads the keys first, which takes time.
-            if not isinstance(self._receive(doing, self._evaluation_timeout), protocol.Opened):
-                raise self._misunderstood(doing)
-        except SessionLost as error:
-            raise ConnectionFailed(f"{doing}: {self._address.http} ended the connection") from error
-
-    def evaluate(
-        self,
-        module: str,
-        start: int,
-        count: int,
-        inputs: Sequence[bytes],
-        refresh: Callable[[bytes], bytes],
-        report: Report | None,
-        show: Detail,
-    ) -> list[bytes]:
-        doing = f"evaluating {module}"
-        self._await_unfinished()
-        self._id += 1
-        request = self._packed(protocol.Evaluate(self._id, module, start, count, list(inputs)))
-        rounds = 0
-        self._unfinished = self._id
-        try:
-            self._send(request)
-            while True:
-                message = self._receive(doing, self._evaluation_timeout)
-                if isinstance(message, protocol.Opened) or message.id != self._id:
-                    raise self._misunderstood(doing)
-                if isinstance(message, protocol.Queued):
-                    show(f"{message.position} before in the queue")
-                    continue
-                self.begun = True
-                if isinstance(message, protocol.Progress):
-                    show(f"block {message.done} of {message.total}")
-                    if report is not None:
-                        report(message.done, message.total)
-                elif isinstance(message, protocol.Refresh):
-                    if message.round != rounds:
-                        raise self._misunderstood(doing)
-                    if rounds == self._rounds:
-                        self.over = True
-                        raise asks_too_much(self._address, doing, f"more than {rounds} refreshes")
-                    rounds += 1
-                    reply = protocol.Refreshed(self._id, message.round, refresh(message.blob))
-                    self._send(self._packed(reply))
-                else:
-                    self._unfinished = None
-                    return list(message.blobs)
-        except BaseException:
-            self._cancel()
-            raise
-
-    def close(self) -> None:
-        """Say goodbye if anybody listens."""
-        if not self.over:
-            self.over = True
-            with suppress(WebSocketException, OSError):
-                self._socket.send(protocol.pack(protocol.Close()))
-        self._stack.close()
-
-    def _cancel(self) -> None:
-        """Tell the server that nobody waits any more; its last word is read before the next evaluation."""
-        if self._unfinished is not None and not self.over:
-            with suppress(RemoteError):
-                self._send(protocol.pack(protocol.Cancel(self._unfinished)))
-
-    def _await_unfinished(self) -> None:
-        doing = "waiting for the end of a cancelled evaluation"
-        while self._unfinished is not None:
-            try:
-                message = self._receive(doing, self._timeout)
-            except TimedOut as error:
-                raise SessionLost(f"{error}: open the session again") from error
-            except ServerError:
-                if self.over:
-                    raise
-                continue
-            if isinstance(message, protocol.Result) and message.id == self._unfinished:
-                self._unfinished = None
-
-    def _packed(self, message: protocol.ClientMessage) -> bytes:
-        data = protocol.pack(message)
-        if len(data) > self._limit:
-            raise ValueError(f"a message of {len(data)} bytes; the server takes {self._limit} at most")
-        return data
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self._socket.send(data)
-        except (ConnectionClosed, OSError) as error:
-            raise self._lost(error) from error
-        except BaseException:
-            self.over = True  # half a message is on its way: nothing can follow it
-            raise
-
-    def _receive(self, doing: str, timeout: float) -> _Answer:
-        try:
-            data = self._socket.recv(timeout=timeout)
-        except TimeoutError as error:
-            self.over = True
-            raise timed_out(self._address, doing, timeout) from error
-        except (ConnectionClosed, OSError) as error:
-            raise self._lost(error) from error
-        try:
-            if isinstance(data, str):
-                raise protocol.ProtocolError("a text")
-            message = protocol.unpack(data, protocol.SERVER_MESSAGES)
-        except protocol.ProtocolError as error:
-            raise self._misunderstood(doing) from error
-        if isinstance(message, protocol.Error):
-            raise self._failure(message, doing)
-        return message
-
-    def _failure(self, message: protocol.Error, doing: str) -> RemoteError:
-        error = server_error(
-            message.code, message.message, doing, retry=message.retry, retry_after=message.retry_after
-        )
-        if message.id is not None and message.id == self._unfinished:
-            self._unfinished = None
-            if message.code != protocol.SHUTTING_DOWN:
-                return error
-        self.over = True
-        if message.code in _SESSION_OVER and self._id:
-            return SessionLost(f"{error}: open a session again")
-        return error
-
-    def _misunderstood(self, doing: str) -> ServerError:
-        self.over = True
-        return nonsense(self._address, doing)
-
-    def _lost(self, error: Exception) -> SessionLost:
-        self.over = True
-        why = " ".join(str(error).split())[:200]
-        return SessionLost(f"the session with {self._address.http} broke off ({why}): open it again")
-
-
-@contextmanager
-def _connected(address: Address, limit: int, timeout: float, doing: str) -> Iterator[ClientConnection]:
-    with ExitStack() as stack:
-        try:
-            socket = stack.enter_context(
-                connect(
-                    f"{address.websocket}/v1/session",
-                    ssl=address.ssl,
-                    additional_headers=address.headers,
-                    proxy=None if address.loopback else True,
-                    compression=None,  # ciphertexts do not get smaller
-                    open_timeout=timeout,
-                    close_timeout=_CLOSE_SECONDS,
-                    max_size=limit,
-                    max_queue=_UNREAD_FRAMES,
-                    logger=_logger,
-                )
-            )
-        except InvalidStatus as error:
-            answer = json_object(bytes(error.response.body or b""))
-            raise refusal(address, doing, error.response.status_code, answer) from error
-        except TimeoutError as error:
-            raise timed_out(address, doing, timeout) from error
-        except (OSError, InvalidHandshake, WebSocketException, EOFError) as error:
-            raise unreachable(address, doing, error) from error
-        yield socket
 
 
 @contextmanager
