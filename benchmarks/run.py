@@ -20,16 +20,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 ROWS = {
-    "head-6": "bench attention --geometry gpt2 --tokens 6 --heads 1 --n-bits 4",
-    "head-8": "bench attention --geometry gpt2 --tokens 8 --heads 1 --n-bits 4",
-    "tiny-8": "bench attention --geometry tiny --tokens 8 --heads 1 --n-bits 4",
-    "tiny-all": "bench attention --geometry tiny --tokens 4 --heads all --n-bits 4",
-    "ckks-attention": "bench attention --scheme ckks --tokens 8 --heads all",
+    "head-6": "bench attention --scheme tfhe --tokens 6 --heads 1 --n-bits 4",
+    "head-8": "bench attention --scheme tfhe --tokens 8 --heads 1 --n-bits 4",
+    "tiny-8": "bench attention --scheme tfhe --geometry tiny --tokens 8 --heads 1 --n-bits 4",
+    "tiny-all": "bench attention --scheme tfhe --geometry tiny --tokens 4 --heads all --n-bits 4",
+    "ckks-attention": "bench attention --tokens 8",
     "ckks-block": "bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3",
     "ckks-tiny": "bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --runs 1",
     "ckks-gpt2": "bench model --geometry gpt2 --prompt-tokens 8 --new-tokens 2 --runs 1",
-    "agreement-head": "evaluate --heads 0 --n-bits 4",
-    "agreement-all": "evaluate --heads all --n-bits 7",
+    "agreement-head": "evaluate --scheme tfhe --heads 0 --n-bits 4",
+    "agreement-all": "evaluate --scheme tfhe --heads all --n-bits 7",
 }
 
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import cipherlm.cli as cli
-from cipherlm.cli import VERBS, main
-from cipherlm.cli.common import heads_argument, heads_label, human_bytes, human_seconds
+from cipherlm import EncryptionConfig
+from cipherlm.cli import VERBS, CommandError, bench_attention, main
+from cipherlm.cli.common import encryption_config, heads_argument, heads_label, human_bytes, human_seconds
 from cipherlm.cli.evaluate import bits_argument
 
 
@@ -96,7 +98,7 @@ def test_arguments_that_do_not_go_together(capsys, arguments, words):
     ("arguments", "words"),
     [
         (["generate", "x", "--model", "./nothing-here"], "no such directory"),
-        (["generate", "x", "--mode", "disable", "--block", "9"], "transformer.h.9.attn"),
+        (["generate", "x", "--mode", "disable", "--block", "9"], "transformer.h.9"),
         (["generate", "x", "--mode", "disable", "--heads", "7"], "head"),
         (["generate", "x", "--mode", "disable", "--heads", "0,0"], "twice"),
         (["generate", "x", "--mode", "disable", "--n-bits", "9"], "2"),
@@ -328,15 +330,72 @@ def test_agreement_on_the_embedded_model(capsys, heads, bits, least):
     assert row["top10"] >= 0.99
 
 
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "targets"),
+    [
+        ("", "ckks", "all"),
+        ("--block 2", "ckks", ["transformer.h.2"]),
+        ("--context 24", "ckks", "all"),
+        ("--heads 0", "tfhe", ["transformer.h.0.attn"]),
+        ("--heads all", "tfhe", ["transformer.h.0.attn"]),
+        ("--n-bits 4 --block 2", "tfhe", ["transformer.h.2.attn"]),
+        ("--p-error 0.001", "tfhe", ["transformer.h.0.attn"]),
+        ("--tokens 8", "tfhe", ["transformer.h.0.attn"]),
+        ("--scheme tfhe", "tfhe", ["transformer.h.0.attn"]),
+        ("--scheme ckks --heads all", "ckks", "all"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "inspect", "export"])
+def test_the_whole_model_on_ckks_unless_an_option_is_about_tfhe(monkeypatch, verb, options, scheme, targets):
+    configs = []
+
+    def configured(given, *_):
+        configs.append(encryption_config(given))
+        raise CommandError("seen")
+
+    monkeypatch.setattr(f"cipherlm.cli.{verb}.load_encrypted", configured)
+    monkeypatch.setattr("cipherlm.cli.inspect.configured", configured)
+    needed = {"generate": ["x"], "inspect": [], "export": ["tiny", "somewhere-new"]}[verb]
+    assert main([verb, *needed, *options.split()]) == 1
+    (config,) = configs
+    assert (config.scheme, config.target_modules) == (scheme, targets)
+
+
+def test_benchmarks_and_evaluations_have_the_same_default(monkeypatch):
+    configs = []
+
+    def configured(given, *_):
+        configs.append(encryption_config(given))
+        raise CommandError("seen")
+
+    monkeypatch.setattr("cipherlm.cli.evaluate.load_encrypted", configured)
+    for heads in ([], ["--scheme", "ckks", "--heads", "all"]):
+        assert main(["evaluate", *heads]) == 1
+    assert configs == [EncryptionConfig()] * 2
+    parser = argparse.ArgumentParser()
+    bench_attention.add_arguments(parser)
+    geometry = bench_attention.GEOMETRIES["gpt2"]
+    for options, scheme in (
+        ("", "ckks"),
+        ("--heads 12", "ckks"),
+        ("--heads 1", "tfhe"),
+        ("--n-bits 4", "tfhe"),
+    ):
+        assert bench_attention._scheme(parser.parse_args(options.split()), geometry) == scheme
+
+
 # Without the extra
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("generate", "The old man"),
+        ("generate", "The old man", "--scheme", "tfhe"),
         ("inspect", "--tokens", "3"),
-        ("bench", "attention", "--geometry", "tiny", "--tokens", "2"),
+        ("bench", "attention", "--scheme", "tfhe", "--geometry", "tiny", "--tokens", "2"),
     ],
 )
 def test_tfhe_without_concrete_says_what_to_install(capsys, monkeypatch, arguments):

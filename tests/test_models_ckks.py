@@ -426,7 +426,7 @@ def test_nothing_is_calibrated():
 
 
 def test_what_is_for_ckks_only():
-    model = get_encrypted_model(new_model(), EncryptionConfig(ATTENTION))
+    model = get_encrypted_model(new_model(), EncryptionConfig(ATTENTION, scheme="tfhe"))
     assert (model.prefix, model.placement, model.remote_modules) == ([], None, {})
     for call in (lambda: model.connect(None), lambda: model.fingerprint):
         with pytest.raises(ValueError, match="for scheme='ckks', not 'tfhe'"):

@@ -9,15 +9,24 @@ NAME = "encryption_config.json"
 
 
 def test_defaults():
-    config = EncryptionConfig("transformer.h.0.attn")
+    config = EncryptionConfig()
+    assert (config.target_modules, config.scheme, config.tokens, config.context) == ("all", "ckks", 8, 64)
+    assert EncryptionConfig("transformer.h.0.attn") == EncryptionConfig("transformer.h.0.attn", "ckks")
+    config = EncryptionConfig("transformer.h.0.attn", scheme="tfhe")
     assert (config.scheme, config.n_bits, config.heads) == ("tfhe", 4, None)
     assert config.p_error == DEFAULT_P_ERROR
+
+
+@pytest.mark.parametrize("given", [{"n_bits": 4}, {"heads": [0]}, {"p_error": DEFAULT_P_ERROR}])
+def test_a_field_of_tfhe_is_about_tfhe(given):
+    assert EncryptionConfig("attn", **given) == EncryptionConfig("attn", scheme="tfhe", **given)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        EncryptionConfig("transformer.h.0.attn"),
+        EncryptionConfig(),
+        EncryptionConfig("transformer.h.0.attn", scheme="tfhe"),
         EncryptionConfig(["a.attn", "b.attn"], n_bits=8, heads=[2, 0], p_error=1e-3),
         EncryptionConfig(("attn",), heads=range(3)),
         EncryptionConfig("all", scheme="ckks"),
@@ -62,12 +71,12 @@ def test_it_stays_as_it_was_checked():
         ({"p_error": 0.1}, "p_error must be"),
         ({"p_error": float("nan")}, "p_error must be"),
         ({"p_error": "small"}, "p_error must be"),
-        ({"prefix": [0]}, "prefix means nothing to scheme='tfhe'"),
-        ({"tokens": 16}, "tokens means nothing to scheme='tfhe'"),
-        ({"context": 9}, "context means nothing to scheme='tfhe'"),
-        ({"post_quantum": True}, "post_quantum means nothing to scheme='tfhe'"),
+        ({"scheme": "tfhe", "prefix": [0]}, "prefix means nothing to scheme='tfhe'"),
+        ({"n_bits": 4, "tokens": 16}, "tokens means nothing to scheme='tfhe'"),
+        ({"scheme": "tfhe", "context": 9}, "context means nothing to scheme='tfhe'"),
+        ({"heads": [0], "post_quantum": True}, "post_quantum means nothing to scheme='tfhe'"),
         ({"scheme": "ckks", "post_quantum": 1}, "post_quantum must be True or False"),
-        ({"scheme": "ckks", "n_bits": 5}, "n_bits means nothing to scheme='ckks'"),
+        ({"scheme": "ckks", "n_bits": 5}, "n_bits means nothing to scheme='ckks': .* or give scheme='tfhe'"),
         ({"scheme": "ckks", "heads": [0]}, "heads means nothing to scheme='ckks'"),
         ({"scheme": "ckks", "p_error": 1e-3}, "p_error means nothing to scheme='ckks'"),
         ({"scheme": "ckks", "prefix": []}, "prefix is empty"),
@@ -105,12 +114,14 @@ def test_damaged_values(values, message, tmp_path):
 def test_a_file_of_the_first_version():
     values = {"version": 1, "target_modules": "attn", "scheme": "tfhe", "n_bits": 5, "heads": [1]}
     assert EncryptionConfig.from_dict(values) == EncryptionConfig("attn", n_bits=5, heads=[1])
+    old = EncryptionConfig.from_dict({"version": 1, "target_modules": "attn"})
+    assert old == EncryptionConfig("attn", scheme="tfhe")
 
 
 def test_a_file_has_its_scheme_s_fields_only():
-    assert "prefix" not in EncryptionConfig("attn").to_dict()
+    assert "prefix" not in EncryptionConfig("attn", scheme="tfhe").to_dict()
     assert "n_bits" not in EncryptionConfig("attn", scheme="ckks").to_dict()
-    assert "post_quantum" not in EncryptionConfig("attn").to_dict()
+    assert "post_quantum" not in EncryptionConfig("attn", scheme="tfhe").to_dict()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])

@@ -83,7 +83,7 @@ def test_save_and_load(heads, tmp_path):
 
 
 def test_calibration_needs_two_tokens():
-    model = get_encrypted_model(small_model(), EncryptionConfig(ATTENTION))
+    model = get_encrypted_model(small_model(), EncryptionConfig(ATTENTION, scheme="tfhe"))
     with pytest.raises(ValueError, match="two tokens"):
         model.calibrate(ids(3, 1))
     assert not model.is_calibrated

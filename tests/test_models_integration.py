@@ -132,7 +132,7 @@ def ids(batch: int = 1, tokens: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def encrypted(target: str | list[str] = ATTENTION, heads=None, **changes) -> EncryptedGPT2LMHeadModel:
-    return get_encrypted_model(new_model(**changes), EncryptionConfig(target, heads=heads))
+    return get_encrypted_model(new_model(**changes), EncryptionConfig(target, scheme="tfhe", heads=heads))
 
 
 def compiled(target: str | list[str] = ATTENTION, heads=None, tokens=8, mode="execute", **changes):
@@ -194,7 +194,7 @@ def test_other_precisions():
 def test_it_is_still_the_same_transformers_model():
     clear = new_model()
     names, parameters = list(clear.state_dict()), set(map(id, clear.parameters()))
-    model = get_encrypted_model(clear, EncryptionConfig(ATTENTION))
+    model = get_encrypted_model(clear, EncryptionConfig(ATTENTION, scheme="tfhe"))
     assert model is clear
     assert isinstance(model, GPT2LMHeadModel)
     assert list(model.state_dict()) == names
@@ -280,7 +280,7 @@ def test_targets(target, names):
 def test_unknown_targets(target, message):
     clear = new_model()
     with pytest.raises(ValueError, match=message):
-        get_encrypted_model(clear, EncryptionConfig(target))
+        get_encrypted_model(clear, EncryptionConfig(target, scheme="tfhe"))
     assert_untouched(clear)
 
 
@@ -298,7 +298,7 @@ def assert_untouched(model):
 
 
 def test_unsupported_models():
-    config = EncryptionConfig(["attn"])
+    config = EncryptionConfig(["attn"], scheme="tfhe")
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     with pytest.raises(ValueError, match="cannot encrypt the architecture 'llama'; supported: gpt2"):
         get_encrypted_model(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=8)), config)
@@ -314,7 +314,7 @@ def test_weights_in_another_form():
     clear = new_model()
     clear.transformer.h[0].attn.c_attn = torch.nn.Linear(WIDTH, 3 * WIDTH)
     with pytest.raises(ValueError, match="not plain"):
-        get_encrypted_model(clear, EncryptionConfig(ATTENTION))
+        get_encrypted_model(clear, EncryptionConfig(ATTENTION, scheme="tfhe"))
 
 
 def test_modes_of_modules():
@@ -475,7 +475,7 @@ def test_progress_hears_of_each_step():
         steps.append(step)
         return contextlib.nullcontext()
 
-    model = get_encrypted_model(new_model(), EncryptionConfig(ATTENTION), progress=progress)
+    model = get_encrypted_model(new_model(), EncryptionConfig(ATTENTION, scheme="tfhe"), progress=progress)
     model.compile(ids())
     assert steps == ["compiling"]
 

@@ -136,6 +136,7 @@ def test_primitive_operations():
     [
         ("attention --scheme ckks --heads 1", "--heads all"),
         ("attention --scheme ckks --heads 13", "12 heads"),
+        ("attention --scheme ckks --n-bits 4", "--n-bits belongs to --scheme tfhe"),
         ("attention --scheme ckks --heads all --tokens 9", "do not fit"),
         ("block --geometry gpt2 --side-by-side 16", "do not fit"),
         ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 57", "--context 64 has no room for 65"),

@@ -83,7 +83,7 @@ def test_names_of_modules_that_hold_linear_layers_stay_what_they_were():
             EncryptionConfig(["self_attn"], scheme="ckks"),
             "'self_attn' cannot be encrypted, only linear",
         ),
-        ("llama", EncryptionConfig(["q_proj"]), 'supported: gpt2.*target_modules="linear"'),
+        ("llama", EncryptionConfig(["q_proj"], scheme="tfhe"), 'supported: gpt2.*target_modules="linear"'),
         ("llama", EncryptionConfig("all", scheme="ckks"), 'supported: gpt2.*target_modules="linear"'),
         ("gpt2", EncryptionConfig(["q_proj"], scheme="ckks"), "no attention module, MLP or block 'q_proj'"),
     ],

@@ -397,7 +397,7 @@ def test_a_head_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="heads 0 to 3, no head 4"):
         client_state_dict(small_model(), encryption([4]))
     with pytest.raises(ValueError, match="no attention module"):
-        client_state_dict(small_model(), EncryptionConfig("transformer.h.7.attn"))
+        client_state_dict(small_model(), EncryptionConfig("transformer.h.7.attn", scheme="tfhe"))
 
 
 def test_no_remote_weight_is_in_the_client_s_files(exported, compiled, tmp_path):

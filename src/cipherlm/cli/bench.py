@@ -9,7 +9,7 @@ from cipherlm.cli.common import add_json_option, human_bytes, print_pairs, quiet
 EXAMPLES = """\
 examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
-  cipherlm bench attention --scheme ckks --tokens 8 --heads all --json
+  cipherlm bench attention --tokens 8 --json
   cipherlm bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3 --json
   cipherlm bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --json
   cipherlm bench linear --geometry smollm2 --json

@@ -23,6 +23,7 @@ from cipherlm.cli.common import (
     heads_argument,
     positive_integer,
 )
+from cipherlm.models.config import DEFAULT_BITS
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   cipherlm bench attention --scheme tfhe --geometry gpt2 --tokens 6 --heads 1 --n-bits 4 --json
-  cipherlm bench attention --scheme ckks --geometry gpt2 --tokens 8 --heads all --json
-  cipherlm bench attention --geometry tiny --tokens 8 --heads all --n-bits 7
-  cipherlm bench attention --tokens 6 --heads 1 --n-bits 4 --weights model.safetensors --block 3
+  cipherlm bench attention --geometry gpt2 --tokens 8 --json
+  cipherlm bench attention --scheme tfhe --geometry tiny --tokens 8 --heads all --n-bits 7
+  cipherlm bench attention --weights model.safetensors --block 3
 """
 
 Float64 = NDArray[np.float64]
@@ -84,8 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme",
         choices=("tfhe", "ckks"),
-        default="tfhe",
-        help="the encryption; ckks takes all heads and knows no --n-bits (default: tfhe)",
+        default=argparse.SUPPRESS,
+        help="ckks: the whole layer (default); tfhe: heads, quantised (default where an option of its own or "
+        "fewer than all heads are given)",
     )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="gpt2", help="shape (default: gpt2)")
     parser.add_argument(
@@ -97,9 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="K",
         help='how many heads; "all", or as many as there are, is the whole layer with its output projection '
-        "(default: 1; all with --scheme ckks)",
+        "(default: all; 1 with --scheme tfhe)",
     )
-    parser.add_argument("--n-bits", type=int, default=4, metavar="B", help="bits, 2 to 8 (default: 4)")
+    parser.add_argument(
+        "--n-bits",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="B",
+        help=f"with TFHE, bits, 2 to 8 (default: {DEFAULT_BITS})",
+    )
     parser.add_argument(
         "--weights",
         metavar="FILE",
@@ -126,6 +134,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.weights is None and (options.block is not None or options.wpe is not None):
         raise UsageError("--block and --wpe belong to --weights")
     geometry = GEOMETRIES[options.geometry]
+    options.scheme = _scheme(options, geometry)
     heads = _heads(options, geometry)
     rng = np.random.default_rng(options.seed)
     layer = (
@@ -150,7 +159,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR, AttentionCircuit
 
     progress = TerminalProgress()
-    attention = QuantizedAttention.calibrate(layer.weights, calibration, heads=heads, n_bits=options.n_bits)
+    n_bits = getattr(options, "n_bits", DEFAULT_BITS)
+    attention = QuantizedAttention.calibrate(layer.weights, calibration, heads=heads, n_bits=n_bits)
     x = layer.inputs(rng, options.tokens)
     p_error = getattr(options, "p_error", DEFAULT_P_ERROR)
 
@@ -181,7 +191,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "heads": geometry.n_heads if heads is None else len(heads),
         "projection": heads is None,
-        "n_bits": options.n_bits,
+        "n_bits": n_bits,
         "weights": "random" if options.weights is None else Path(options.weights).name,
         "p_error": p_error,
         "compile_seconds": compile_seconds,
@@ -343,6 +353,16 @@ def _read_tensors(
         if shape is not None and tensors[name].shape != shape:
             raise CommandError(f"{path}: {name} has the shape {tensors[name].shape}, not {shape}")
     return tensors
+
+
+def _scheme(options: argparse.Namespace, geometry: Geometry) -> str:
+    """Return the scheme: that of the options, or TFHE for what only it can do, and CKKS otherwise."""
+    own = [name for name in ("n_bits", "p_error") if hasattr(options, name)]
+    scheme = getattr(options, "scheme", None)
+    if scheme == "ckks" and own:
+        raise UsageError(f"--{own[0].replace('_', '-')} belongs to --scheme tfhe")
+    some = getattr(options, "heads", None) not in (None, geometry.n_heads)
+    return scheme or ("tfhe" if own or some else "ckks")
 
 
 def _heads(options: argparse.Namespace, geometry: Geometry) -> list[int] | None:

@@ -18,7 +18,7 @@ WHOLE = "transformer.h"
 
 
 def is_ckks(options: argparse.Namespace) -> bool:
-    """Say whether the options, or the saved model that they name, are about CKKS."""
+    """Say whether the options, settled, or the saved model that they name, are about CKKS."""
     import json
     from pathlib import Path
 
@@ -28,7 +28,7 @@ def is_ckks(options: argparse.Namespace) -> bool:
         saved = json.loads(Path(options.model, CONFIG_NAME).read_text(encoding="utf-8"))
         return isinstance(saved, dict) and saved.get("scheme") == "ckks"
     except (OSError, ValueError):  # not saved encrypted, or damaged, which loading it will say
-        return getattr(options, "scheme", "tfhe") == "ckks"
+        return bool(options.scheme == "ckks")
 
 
 def placement(model: "EncryptedGPT2LMHeadModel") -> "Placement":
@@ -55,8 +55,10 @@ def joined(sentences: "list[torch.Tensor]", length: int) -> "list[torch.Tensor]"
     return [ids[:, start : start + length] for start in range(0, ids.shape[1], length)]
 
 
-def check_length(model: "EncryptedGPT2LMHeadModel", prompt_tokens: int, new_tokens: int) -> None:
-    """Raise unless the context has room for the prefix, a prompt and new tokens."""
+def check_length(
+    model: "EncryptedGPT2LMHeadModel", prompt_tokens: int, new_tokens: int, *, in_context: bool = True
+) -> None:
+    """Raise unless the model, and its context too, have room for the prefix, a prompt and new tokens."""
     context, prefix = placement(model).geometry.context, len(model.prefix)
     needed = prefix + prompt_tokens + new_tokens - 1  # the last token is generated, but never read
     longest = int(model.config.n_positions)
@@ -65,7 +67,7 @@ def check_length(model: "EncryptedGPT2LMHeadModel", prompt_tokens: int, new_toke
             f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones are too long for this model, "
             f"which takes {longest}"
         )
-    if needed > context:
+    if in_context and needed > context:
         raise CommandError(
             f"a public prefix of {prefix}, a prompt of {prompt_tokens} tokens and {new_tokens} new ones need "
             f"--context {needed} or more, not {context}"

@@ -46,14 +46,14 @@ def add_encryption_options(parser: argparse.ArgumentParser) -> None:
         type=heads_argument,
         default=argparse.SUPPRESS,
         metavar="HEADS",
-        help='heads to encrypt, "0" or "0,2", or "all" with the output projection (default: 0)',
+        help='with TFHE, heads to encrypt, "0" or "0,2", or "all" with the output projection (default: 0)',
     )
     parser.add_argument(
         "--n-bits",
         type=int,
         default=argparse.SUPPRESS,
         metavar="B",
-        help="bits of weights and activations, 2 to 8 (default: 4)",
+        help="with TFHE, bits of weights and activations, 2 to 8 (default: 4)",
     )
     add_noise_option(parser)
 
@@ -64,14 +64,15 @@ def add_scheme_option(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         choices=tuple(_OPTIONS_OF),
         default=argparse.SUPPRESS,
-        help="tfhe: heads of attention, quantised (default); ckks: whole modules, blocks or all of them",
+        help="ckks: the whole model, blocks or modules of it (default); tfhe: heads of attention, quantised "
+        "(default where an option of its own is given)",
     )
     parser.add_argument(
         "--context",
         type=positive_integer,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="tokens of a text at most, with --scheme ckks (default: 64)",
+        help="with CKKS, tokens of a text at most (default: 64)",
     )
     parser.add_argument(
         "--post-quantum",
@@ -88,14 +89,14 @@ def add_module_options(parser: argparse.ArgumentParser, verb: str) -> None:
         "--block",
         type=int,
         metavar="I",
-        help=f"{verb} the attention of block I (default: 0); with --scheme ckks all of block I",
+        help=f"{verb} block I; with TFHE its attention (default: 0)",
     )
     group.add_argument(
         "--target-modules",
         type=modules_argument,
         metavar="NAMES",
         help="modules separated by commas, such as transformer.h.0.attn,transformer.h.1.attn; "
-        'with --scheme ckks also transformer.h.0.mlp, transformer.h.0, or "all" (the default there)',
+        'with CKKS also transformer.h.0.mlp, transformer.h.0, or "all" (the default)',
     )
 
 
@@ -106,7 +107,7 @@ def add_noise_option(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=argparse.SUPPRESS,
         metavar="P",
-        help="probability that noise moves one encrypted table lookup to the neighbouring cell",
+        help="with TFHE, probability that noise moves one table lookup to the neighbouring cell",
     )
 
 
@@ -159,16 +160,28 @@ def modules_argument(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def settle_scheme(options: argparse.Namespace, *others: str) -> None:
+    """Choose the scheme where no option says it: TFHE for an option of its own, and CKKS otherwise.
+
+    ``others`` are further options of this verb that mean something to TFHE only. A saved model knows its
+    scheme itself.
+    """
+    if hasattr(options, "scheme") or _is_saved(options):
+        return
+    given = any(hasattr(options, name) for name in _OPTIONS_OF["tfhe"])
+    options.scheme = "tfhe" if given or any(getattr(options, name) for name in others) else "ckks"
+
+
 def encryption_config(options: argparse.Namespace, **changes: Any) -> "EncryptionConfig":
     """Return the configuration that the options describe.
 
-    Where they say nothing, head 0 of block 0 with TFHE, and all blocks with CKKS. Raises ``UsageError`` for
+    Where they say nothing, all blocks with CKKS, and with TFHE head 0 of block 0. Raises ``UsageError`` for
     an option of the other scheme.
     """
     from cipherlm.models.config import ALL, EncryptionConfig
 
     given = {name: getattr(options, name) for name in _CONFIG_OPTIONS if hasattr(options, name)}
-    scheme = given.setdefault("scheme", "tfhe")
+    scheme = given.setdefault("scheme", "ckks")
     for other, names in _OPTIONS_OF.items():
         # None is what verbs with options of their own have where nothing was given.
         wrong = [name for name in names if other != scheme and given.get(name) is not None]

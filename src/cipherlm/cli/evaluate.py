@@ -32,6 +32,7 @@ from cipherlm.cli.common import (
     print_pairs,
     prompt_ids,
     quiet_libraries,
+    settle_scheme,
     write_json,
 )
 from cipherlm.progress import TerminalProgress
@@ -42,10 +43,9 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   cipherlm evaluate
-  cipherlm evaluate --heads 0 --heads all --n-bits 2..8 --plot agreement.png
-  cipherlm evaluate --model gpt2 --heads all --n-bits 7 --perplexity book.txt --json
+  cipherlm evaluate --scheme tfhe --heads 0 --heads all --n-bits 2..8 --plot agreement.png
+  cipherlm evaluate --model gpt2 --perplexity book.txt --json
   cipherlm evaluate --illustration
-  cipherlm evaluate --scheme ckks
 """
 
 ILLUSTRATION_PROMPT = "Cryptography is a"
@@ -64,18 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         type=heads_argument,
         action="append",
+        default=argparse.SUPPRESS,
         metavar="HEADS",
-        help='"0", "0,2" or "all" with the output projection; may be repeated (default: 0, then all)',
+        help='with TFHE, "0", "0,2" or "all" with the output projection; may be repeated (default: 0, all)',
     )
     parser.add_argument(
-        "--n-bits", type=bits_argument, metavar="BITS", help='"4", "2,4,7" or "2..8" (default: 2..8)'
+        "--n-bits",
+        type=bits_argument,
+        default=argparse.SUPPRESS,
+        metavar="BITS",
+        help='with TFHE, "4", "2,4,7" or "2..8" (default: 2..8)',
     )
     add_noise_option(parser)
     parser.add_argument(
         "--mode",
         choices=("disable", "simulate"),
         help="disable: the arithmetic of ciphertexts, in the clear (default with TFHE); simulate: with their "
-        "noise, which compiles first with TFHE (default with --scheme ckks)",
+        "noise, which compiles first with TFHE (default with CKKS)",
     )
     parser.add_argument(
         "--sentences",
@@ -104,12 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a window for perplexity (default: the longest calibration sentence)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw agreement against bits, for example into agreement.png"
+        "--plot", metavar="FILE", help="with TFHE, draw agreement against bits, as into agreement.png"
     )
     parser.add_argument(
         "--illustration",
         action="store_true",
-        help="continue a prompt with the clear model, with enough bits and with too few",
+        help="with TFHE, continue a prompt with the clear model, with enough bits and with too few",
     )
     parser.add_argument(
         "--prompt", metavar="TEXT", help=f'of --illustration (default: "{ILLUSTRATION_PROMPT}")'
@@ -143,6 +148,7 @@ def run(options: argparse.Namespace) -> None:
 
     for path in (options.sentences, options.calibration, options.perplexity):
         existing_file(path)
+    settle_scheme(options, "illustration", "plot")
     with quiet_libraries():
         if is_ckks(options):
             _evaluate_remote(options)
@@ -173,9 +179,8 @@ def _evaluate_remote(options: argparse.Namespace) -> None:
     from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
     from cipherlm.models.loading import load_tokenizer
 
-    for name in ("heads", "n_bits"):  # lists here, of which there is none where nothing was given
-        if getattr(options, name) is None:
-            delattr(options, name)
+    if getattr(options, "heads", None) == [None]:  # all heads are what there is
+        del options.heads
     progress = TerminalProgress()
     tokenizer = load_tokenizer(options.model)
     model = load_encrypted(options, progress)
@@ -231,8 +236,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     options.mode = options.mode or "disable"
     if options.mode == "simulate" and options.perplexity:
         raise UsageError("--perplexity is measured with --mode disable")
-    all_heads = options.heads or [[0], None]
-    all_bits = options.n_bits or list(range(2, 9))
+    all_heads = getattr(options, "heads", None) or [[0], None]
+    all_bits = getattr(options, "n_bits", None) or list(range(2, 9))
     # Every configuration before any work, so that a wrong one costs nothing.
     configs = [
         encryption_config(options, heads=heads, n_bits=bits) for heads in all_heads for bits in all_bits
@@ -352,10 +357,10 @@ def _illustrate(options: argparse.Namespace) -> None:
     for name in ("perplexity", "perplexity_tokens", "window", "plot", "sentences", "limit"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} does not go with --illustration")
-    heads = options.heads[0] if options.heads else None
-    if options.heads and len(options.heads) > 1:
+    heads, *more = getattr(options, "heads", [None])
+    if more:
         raise UsageError("--illustration takes one set of heads")
-    all_bits = options.n_bits or ILLUSTRATION_BITS
+    all_bits = getattr(options, "n_bits", ILLUSTRATION_BITS)
     options.mode = options.mode or "disable"
     configs = [encryption_config(options, heads=heads, n_bits=bits) for bits in all_bits]
     new_tokens = options.max_new_tokens or ILLUSTRATION_TOKENS

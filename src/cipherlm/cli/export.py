@@ -20,13 +20,14 @@ from cipherlm.cli.common import (
     positive_integer,
     print_pairs,
     quiet_libraries,
+    settle_scheme,
     write_json,
 )
 from cipherlm.progress import TerminalProgress
 
 EXAMPLES = """\
 examples:
-  cipherlm export tiny --scheme ckks --target-modules all tiny-bundle
+  cipherlm export tiny tiny-bundle
   cipherlm export gpt2 --scheme tfhe --heads 0 --n-bits 4 --tokens 8 head-bundle
 
 then:
@@ -85,6 +86,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     root = Path(options.directory)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):  # before what takes minutes
         raise CommandError(f"{root} is there already and not empty: export to a new directory")
+    settle_scheme(options, "tokens")
     progress = TerminalProgress()
     tokenizer = load_tokenizer(options.model)
     model = load_encrypted(options, progress)

@@ -19,6 +19,7 @@ from cipherlm.cli.common import (
     positive_integer,
     prompt_ids,
     quiet_libraries,
+    settle_scheme,
     write_json,
 )
 from cipherlm.cli.server_options import (
@@ -32,16 +33,16 @@ from cipherlm.progress import TerminalProgress
 EXAMPLES = """\
 examples:
   cipherlm generate "The old man looked" --max-new-tokens 4
-  cipherlm generate "The old man looked" --scheme ckks --target-modules all
-  cipherlm generate "Cryptography is a" --model gpt2 --heads all --n-bits 7 --mode disable
+  cipherlm generate "The old man looked" --block 0
+  cipherlm generate "Cryptography is a" --model gpt2 --scheme tfhe --heads all --n-bits 7 --mode disable
   cipherlm generate "Once upon a time" --mode clear --max-new-tokens 40 --sample --seed 7
   cipherlm generate --server http://127.0.0.1:8470 --bundle tiny-bundle/client "The old man"
 
 modes:
   execute   on ciphertexts, with real keys (default)
-  simulate  the quantised arithmetic, with the noise that ciphertexts may have
-  disable   the quantised arithmetic, in the clear
-  clear     the model as it was, not quantised
+  simulate  the same arithmetic on clear numbers, with the noise that ciphertexts may have
+  disable   the same arithmetic on clear numbers, without noise
+  clear     the model as it was
 """
 
 
@@ -130,6 +131,7 @@ def _generate_at_server(options: argparse.Namespace) -> dict[str, Any]:
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.cli.ckks import is_ckks
 
+    settle_scheme(options, "tokens")
     if is_ckks(options):
         return _generate_remotely(options)
 
@@ -164,8 +166,8 @@ def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model)
     model = load_encrypted(options, TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
-    check_length(model, ids.shape[1], options.max_new_tokens)
     clear = options.mode == "clear"
+    check_length(model, ids.shape[1], options.max_new_tokens, in_context=not clear)
     keygen_seconds = None
     if not clear:
         calibrate(model, options, tokenizer)

@@ -1,7 +1,7 @@
-"""Show what the encrypted modules of a model cost: circuits, table lookups, keys and ciphertexts.
+"""Show what the encrypted modules of a model cost: parameters, keys, ciphertexts, and circuits.
 
-Compiles them, or reads them from the cache. With --cache, lists the cache instead. With --scheme ckks there
-is no circuit: shows what is remote, the parameters of the encryption, and what each party learns.
+With CKKS: what is remote, the parameters of the encryption, and what each party learns. With TFHE: the
+circuits, which are compiled or read from the cache. With --cache, lists the cache instead.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from cipherlm.cli.common import (
     positive_integer,
     print_pairs,
     quiet_libraries,
+    settle_scheme,
     write_json,
 )
 from cipherlm.progress import TerminalProgress
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  cipherlm inspect --block 0 --heads 0 --n-bits 4 --tokens 8
-  cipherlm inspect --model gpt2 --heads 0 --keys --json
-  cipherlm inspect --scheme ckks --keys
+  cipherlm inspect
+  cipherlm inspect --model gpt2 --keys --json
+  cipherlm inspect --scheme tfhe --block 0 --heads 0 --n-bits 4 --tokens 8
   cipherlm inspect --cache
   cipherlm inspect --clear-cache
 """
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranges",
         action="store_true",
-        help="with --scheme ckks: calibrate, and add the ranges that polynomials are fitted to to --json",
+        help="with CKKS, calibrate, and add the ranges that polynomials are fitted to to --json",
     )
     add_calibration_option(parser)
     group = parser.add_mutually_exclusive_group()
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
     if options.keys and (options.cache or options.clear_cache):
         raise UsageError("--keys does not go with --cache or --clear-cache")
     existing_file(options.calibration)
+    settle_scheme(options, "tokens")
     with quiet_libraries():
         if options.cache or options.clear_cache:
             _show_cache(options)

@@ -21,11 +21,15 @@ ALL = "all"
 LINEAR = "linear"
 """Every linear layer of a model but its output embedding, each on its own."""
 
+DEFAULT_BITS = 4
+
 OWN_FIELDS: dict[Scheme, tuple[str, ...]] = {
     "tfhe": ("n_bits", "heads", "p_error"),
     "ckks": ("prefix", "tokens", "context", "post_quantum"),
 }
 """The fields that mean something to one scheme only."""
+
+_TFHE_DEFAULTS: dict[str, Any] = {"n_bits": DEFAULT_BITS, "p_error": DEFAULT_P_ERROR}
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,15 @@ class EncryptionConfig:
     names of files, or one string, which may also be a regular expression for the whole name. TFHE encrypts
     attention modules of GPT-2. CKKS encrypts these, MLPs (``"transformer.h.0.mlp"``), blocks
     (``"transformer.h.0"``), and with ``"all"`` every block as one. Of any other model, and by their names of
-    GPT-2 too, it encrypts linear layers; ``"linear"``, which needs no ``scheme``, stands for all of them but
-    the output embedding.
+    GPT-2 too, it encrypts linear layers; ``"linear"`` stands for all of them but the output embedding. By
+    default the whole model is encrypted.
+
+    ``scheme`` is CKKS, unless a field of TFHE's is given.
 
     TFHE alone has these. ``heads`` chooses attention heads; the other heads and the output projection then
     stay in the clear. With None, all heads and the output projection are encrypted. ``n_bits`` is the
-    precision of weights and activations, 2 to 8. ``p_error`` is the probability that the noise of encryption
-    moves one table lookup to a neighbouring cell; lower is slower.
+    precision of weights and activations, 2 to 8 (4 by default). ``p_error`` is the probability that the
+    noise of encryption moves one table lookup to a neighbouring cell; lower is slower.
 
     CKKS alone has these. ``prefix`` are the ids of public tokens that every text starts with; None stands for
     the model's token for the beginning of a text. They are not encrypted, and take GPT-2's huge activations
@@ -55,11 +61,12 @@ class EncryptionConfig:
     Raises ``ValueError`` on anything that cannot work whatever the model is.
     """
 
-    target_modules: str | list[str]
-    scheme: Scheme = "tfhe"
-    n_bits: int = 4
+    target_modules: str | list[str] = ALL
+    # None tells what was given from what was not; nobody finds it there later.
+    scheme: Scheme = None  # type: ignore[assignment]
+    n_bits: int = None  # type: ignore[assignment]
     heads: list[int] | None = None
-    p_error: float = DEFAULT_P_ERROR
+    p_error: float = None  # type: ignore[assignment]
     prefix: list[int] | None = None
     tokens: int = 8
     context: int = 64
@@ -68,8 +75,7 @@ class EncryptionConfig:
     def __post_init__(self) -> None:
         # Lists are copied, so that this object stays as it was checked.
         object.__setattr__(self, "target_modules", _checked_names(self.target_modules))
-        if self.is_linear and self.scheme == "tfhe":
-            object.__setattr__(self, "scheme", "ckks")
+        self._settle()
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, not {self.scheme!r}")
         self._check_scheme()
@@ -91,6 +97,13 @@ class EncryptionConfig:
         if self.prefix is not None:
             object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.tokens))
 
+    def _settle(self) -> None:
+        """Fill in what was not given."""
+        tfhe = any(getattr(self, name) is not None for name in OWN_FIELDS["tfhe"]) and not self.is_linear
+        for name, value in {"scheme": "tfhe" if tfhe else "ckks", **_TFHE_DEFAULTS}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     @property
     def is_linear(self) -> bool:
         """Whether ``target_modules`` stands for every linear layer."""
@@ -99,10 +112,13 @@ class EncryptionConfig:
     def _check_scheme(self) -> None:
         """Refuse what the scheme would ignore."""
         for scheme, names in OWN_FIELDS.items():
-            defaults = {field.name: field.default for field in fields(self)}
+            defaults = {**{field.name: field.default for field in fields(self)}, **_TFHE_DEFAULTS}
             given = [name for name in names if getattr(self, name) != defaults[name]]
             if scheme != self.scheme and given:
-                raise ValueError(f"{given[0]} means nothing to scheme={self.scheme!r}: leave it out")
+                raise ValueError(
+                    f"{given[0]} means nothing to scheme={self.scheme!r}: leave it out, or give "
+                    f"scheme={scheme!r}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scheme's fields and the format's version, ready for JSON."""
@@ -129,6 +145,8 @@ class EncryptionConfig:
             raise ValueError(f"unknown fields in an encryption config: {', '.join(unknown)}")
         if "target_modules" not in values:
             raise ValueError("an encryption config needs target_modules")
+        # What was written while TFHE was the default.
+        values.setdefault("scheme", "tfhe")
         return cls(**values)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

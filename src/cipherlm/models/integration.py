@@ -1,6 +1,6 @@
 """Encryption for a ``transformers`` model in two lines, as PEFT adds adapters.
 
-    config = EncryptionConfig(target_modules="all", scheme="ckks")
+    config = EncryptionConfig()  # the whole model on CKKS
     model = get_encrypted_model(model, config)
 
 The model keeps its class's behaviour, its weights and their names; the modules named in the configuration

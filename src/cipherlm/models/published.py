@@ -37,7 +37,7 @@ class _PublishedModel(EncryptedGPT2LMHeadModel):  # type: ignore[no-untyped-call
     ) -> Self:
         if use_cache:
             raise ValueError("an encrypted model keeps no key-value cache: leave use_cache=False")
-        config = EncryptionConfig([f"transformer.h.{layer}.attn"], n_bits=n_bits, heads=heads)
+        config = EncryptionConfig([f"transformer.h.{layer}.attn"], "tfhe", n_bits=n_bits, heads=heads)
         if not Path(name, CONFIG_NAME).is_file():
             return cls.encrypt(load_model(name), config, progress=progress)
         saved = EncryptionConfig.from_pretrained(name)
