@@ -106,7 +106,7 @@ def test_wrong_or_missing_passphrase(tmp_path):
     keys = create(tmp_path, passphrase=PASSPHRASE)
     with pytest.raises(PassphraseError, match="wrong passphrase"):
         keys.secret("correct horsf")
-    with pytest.raises(PassphraseError, match="needs its passphrase: give --passphrase-file or"):
+    with pytest.raises(PassphraseError, match="needs its passphrase: give --passphrase-file, --ask"):
         keys.secret()
     with pytest.raises(PassphraseError, match="empty"):
         keys.secret("")

@@ -325,7 +325,7 @@ def _unseal(path: Path, data: bytes, passphrase: str | None) -> bytes:
         raise DamagedKeysError(f"{path} asks for too little or too much work: it is not one of CipherLM's")
     if passphrase is None:
         raise PassphraseError(
-            f"{path} needs its passphrase: give --passphrase-file or --ask-passphrase, or passphrase= in Python"
+            f"{path} needs its passphrase: give --passphrase-file, --ask-passphrase or passphrase="
         )
     try:
         return ChaCha20Poly1305(_derive(passphrase, salt, log2_n, r, p)).decrypt(nonce, content, header)
