@@ -13,15 +13,18 @@ import signal
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import positive_integer
 from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from cipherlm.serving.auth import Tokens
-    from cipherlm.serving.computation import HostedModel
+    from cipherlm.serving.computation import HostedModel, HostedProducts
+    from cipherlm.serving.keys import KeyStore
     from cipherlm.serving.service import Limits
 
 EXAMPLES = """\
@@ -68,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     for option, default, text in (
         ("--workers", 1, "evaluations that compute at once; one uses all cores"),
-        ("--queue", 32, "evaluations that may wait; more are refused"),
-        ("--max-sessions", 8, "sessions at once; each holds its keys in memory"),
         ("--max-connections", 128, "connections at once"),
         ("--idle-seconds", 900, "a session may do nothing for so long"),
         ("--reply-seconds", 120, "a client may take so long to refresh"),
@@ -79,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         limits.add_argument(
             option, type=positive_integer, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    for option, default, linear, text in (
+        ("--queue", 32, 64, "evaluations that may wait; more are refused"),
+        ("--max-sessions", 8, 64, "sessions at once; each holds its keys in memory"),
+    ):
+        limits.add_argument(
+            option,
+            type=positive_integer,
+            metavar="N",
+            help=f"{text} (default: {default}, with linear layers {linear})",
         )
     limits.add_argument(
         "--max-sessions-per-owner",
@@ -132,7 +143,6 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--ray-workers needs --ray")
     try:
         from cipherlm.serving.auth import is_loopback
-        from cipherlm.serving.keys import KeyStore
         from cipherlm.serving.logs import log_to
         from cipherlm.serving.run import create_server
         from cipherlm.serving.service import Service
@@ -149,18 +159,15 @@ def run(options: argparse.Namespace) -> None:
     # Before the model is loaded, which takes a while.
     with closing(listen(options.host, options.port)) as listener, ExitStack() as stack:
         log_to()
-        limits = limits_of(options)
+        model: HostedModel | HostedProducts
+        workers = 1
         if options.ray is None:
             model = load_hosted_model(Path(options.bundle))
         else:
             model, workers = ray_hosted_model(Path(options.bundle), options.ray, options.ray_workers, stack)
-            limits = dataclasses.replace(limits, workers=max(workers, limits.workers))
-        keys = KeyStore(
-            data_directory(options.data_dir),
-            model.description["keys"],
-            options.disk_budget,
-            owners=tokens.owners,
-        )
+        keys = key_store(options, model.description["keys"], tokens)
+        limits = limits_of(options, linear=keys is None)
+        limits = dataclasses.replace(limits, workers=max(workers, limits.workers))
         service = Service(model, keys, tokens, limits)
         server = create_server(
             service,
@@ -178,7 +185,7 @@ def run(options: argparse.Namespace) -> None:
             signal.signal(signal.SIGTERM, previous)
 
 
-def load_hosted_model(bundle: Path) -> "HostedModel":
+def load_hosted_model(bundle: Path) -> "HostedModel | HostedProducts":
     """Return the model in a server bundle."""
     from cipherlm.serving.bundle import load_hosted_model
 
@@ -195,10 +202,21 @@ def ray_hosted_model(
     ray_cluster.connect(address)
     machines = ray_cluster.cluster_cores()
     number = workers or max(len(machines), 1)
-    load = functools.partial(bundles.load_hosted_model, str(bundle.resolve()))
+    load = functools.partial(
+        cast("Callable[[str], HostedModel]", bundles.load_hosted_model), str(bundle.resolve())
+    )
     cores = ray_cluster.cores_per_worker(machines, number)
     model = stack.enter_context(closing(ray_cluster.RayHostedModel(load, number, cores)))
     return model, number
+
+
+def key_store(options: argparse.Namespace, kinds: "Mapping[str, int]", tokens: "Tokens") -> "KeyStore | None":
+    """Return where keys of these kinds are kept, or None for a model whose keys come with connections."""
+    from cipherlm.serving.keys import KeyStore
+
+    if not kinds:
+        return None
+    return KeyStore(data_directory(options.data_dir), kinds, options.disk_budget, owners=tokens.owners)
 
 
 def read_tokens(options: argparse.Namespace) -> "Tokens":
@@ -222,14 +240,15 @@ def data_directory(given: str | None) -> Path:
     return Path(os.environ.get("CIPHERLM_HOME") or platformdirs.user_data_dir("cipherlm")) / "server"
 
 
-def limits_of(options: argparse.Namespace) -> "Limits":
+def limits_of(options: argparse.Namespace, *, linear: bool = False) -> "Limits":
     """Return the limits that the options set."""
-    from cipherlm.serving.service import Limits
+    from cipherlm.serving.service import LINEAR_LIMITS, Limits
 
+    defaults = LINEAR_LIMITS if linear else Limits()
     return Limits(
         workers=options.workers,
-        queue=options.queue,
-        sessions=options.max_sessions,
+        queue=options.queue or defaults.queue,
+        sessions=options.max_sessions or defaults.sessions,
         sessions_per_owner=options.max_sessions_per_owner,
         connections=options.max_connections,
         max_tokens=options.max_tokens,

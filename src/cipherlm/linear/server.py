@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +90,15 @@ class LinearServer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan and the diagonals, which :meth:`load` maps into memory."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        index: list[dict[str, Any]] = []
-        with (path / MATRICES_NAME).open("wb") as file:
-            for transposed, side in self._matrices.items():
-                for name, matrices in side.items():
-                    for block in (block for row in matrices.blocks for block in row):
-                        rotations, multipliers, coefficients = block.coefficients()
-                        index.append(
-                            {
-                                "group": name,
-                                "transposed": transposed,
-                                "rotations": rotations.tolist(),
-                                "multipliers": multipliers.tolist(),
-                            }
-                        )
-                        file.write(coefficients.tobytes())
-        (path / _INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
-        (path / PLAN_NAME).write_text(json.dumps(self.plan.to_dict()), encoding="utf-8")
+        _write(
+            Path(directory),
+            self.plan,
+            (
+                (name, transposed, matrices)
+                for transposed, side in self._matrices.items()
+                for name, matrices in side.items()
+            ),
+        )
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "LinearServer":
@@ -148,6 +138,51 @@ class LinearServer:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the matrices in {os.fspath(path)!r} are damaged: {error}") from error
         return cls(plan, sides[False], sides[True])
+
+
+def encode_to(
+    directory: str | os.PathLike[str],
+    plan: Plan,
+    weights: Mapping[str, NDArray[np.floating[Any]]],
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write what :meth:`LinearServer.save` does, with one group's diagonals in memory at a time.
+
+    ``report`` hears how many matrices of how many are encoded.
+    """
+
+    def encoded() -> Iterator[tuple[str, bool, Matrices]]:
+        work = [(name, False) for name in plan.forward] + [(name, True) for name in plan.backward]
+        for done, (name, transposed) in enumerate(work):
+            report(done, len(work))
+            matrix = weights[name].T if transposed else weights[name]
+            yield (
+                name,
+                transposed,
+                _encode(plan, plan.of(name, transposed), matrix),
+            )
+
+    _write(Path(directory), plan, encoded())
+
+
+def _write(path: Path, plan: Plan, matrices: Iterable[tuple[str, bool, Matrices]]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    index: list[dict[str, Any]] = []
+    with (path / MATRICES_NAME).open("wb") as file:
+        for name, transposed, group in matrices:
+            for block in (block for row in group.blocks for block in row):
+                rotations, multipliers, coefficients = block.coefficients()
+                index.append(
+                    {
+                        "group": name,
+                        "transposed": transposed,
+                        "rotations": rotations.tolist(),
+                        "multipliers": multipliers.tolist(),
+                    }
+                )
+                file.write(coefficients.tobytes())
+    (path / _INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+    (path / PLAN_NAME).write_text(json.dumps(plan.to_dict()), encoding="utf-8")
 
 
 def load_plan(directory: Path) -> Plan:

@@ -16,9 +16,12 @@ from starlette.requests import ClientDisconnect
 
 from cipherlm import __version__
 from cipherlm.serving import protocol
+from cipherlm.serving.conversation import Conversation
 from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed, in_url
+from cipherlm.serving.keys import KeyStore
 from cipherlm.serving.logs import log, log_exception
+from cipherlm.serving.products_session import ProductsSession
 from cipherlm.serving.service import Service, shutting_down
 from cipherlm.serving.sessions import Session
 
@@ -67,43 +70,11 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
     async def model(owner: Owner) -> Response:
         return JSONResponse(service.description)
 
-    @app.get("/v1/keys/{fingerprint}")
-    async def key_status(owner: Owner, fingerprint: str) -> Response:
-        return JSONResponse(service.keys.status(owner, fingerprint))
-
-    @app.post("/v1/keys")
-    async def announce_key(owner: Owner, request: Request) -> Response:
-        body = await _body(service, request, _BODY_BYTES, service.limits.head_seconds)
-        kind, size, fingerprint = _announcement(body)
-        return JSONResponse(await to_thread(service.keys.announce, owner, kind, size, fingerprint))
-
-    @app.patch("/v1/keys/{fingerprint}")
-    async def append_chunk(owner: Owner, fingerprint: str, request: Request) -> Response:
-        offset, checksum = _chunk_headers(request)
-        service.keys.status(owner, fingerprint)  # before 8 MiB come for nothing
-        limits = service.limits
-        with service.uploading(owner):
-            chunk = await _body(
-                service, request, protocol.CHUNK_BYTES, limits.upload_seconds, limits.upload_idle_seconds
-            )
-            if await to_thread(_sha256, chunk) != checksum:
-                raise Failure(protocol.BAD_KEYS, "a chunk that does not have its checksum", retry=True)
-            status = await to_thread(service.keys.append, owner, fingerprint, offset, chunk)
-        if status["complete"]:
-            log("key uploaded", owner=owner, key=fingerprint[:12], bytes=status["size"])
-        return JSONResponse(status)
-
-    @app.delete("/v1/keys/{fingerprint}")
-    async def delete_key(owner: Owner, fingerprint: str) -> Response:
-        await to_thread(service.keys.delete, owner, fingerprint)
-        return Response(status_code=204)
-
     @app.get("/metrics")
     async def metrics(owner: Owner) -> Response:
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.websocket("/v1/session")
-    async def session(socket: WebSocket) -> None:
+    async def converse(socket: WebSocket, kind: type[Conversation]) -> None:
         owner = service.tokens.owner(socket.headers.get("authorization"))
         if owner is None:
             await _deny(socket, _answer(_no_token()))
@@ -113,9 +84,21 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
         except Failure as failure:
             await _deny(socket, _answer(failure))
         else:
-            session = Session(service, socket, owner)
+            conversation = kind(service, socket, owner)
             await socket.accept()
-            await session.run()
+            await conversation.run()
+
+    if service.keys is None:
+
+        @app.websocket("/v1/products")
+        async def products(socket: WebSocket) -> None:
+            await converse(socket, ProductsSession)
+    else:
+        _add_keys(app, service, service.keys, owner_of)
+
+        @app.websocket("/v1/session")
+        async def session(socket: WebSocket) -> None:
+            await converse(socket, Session)
 
     @app.exception_handler(Failure)
     async def failed(request: Request, failure: Failure) -> Response:
@@ -133,6 +116,42 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
     allowed_hosts = None if service.tokens else {*LOOPBACK_HOSTS, in_url(host)}
     app.add_middleware(_Watch, service=service, allowed_hosts=allowed_hosts)
     return app
+
+
+def _add_keys(app: FastAPI, service: Service, keys: KeyStore, owner_of: Callable[[Request], str]) -> None:
+    """Add the routes for keys that are uploaded before a session."""
+    Owner = Annotated[str, Depends(owner_of)]
+
+    @app.get("/v1/keys/{fingerprint}")
+    async def key_status(owner: Owner, fingerprint: str) -> Response:
+        return JSONResponse(keys.status(owner, fingerprint))
+
+    @app.post("/v1/keys")
+    async def announce_key(owner: Owner, request: Request) -> Response:
+        body = await _body(service, request, _BODY_BYTES, service.limits.head_seconds)
+        kind, size, fingerprint = _announcement(body)
+        return JSONResponse(await to_thread(keys.announce, owner, kind, size, fingerprint))
+
+    @app.patch("/v1/keys/{fingerprint}")
+    async def append_chunk(owner: Owner, fingerprint: str, request: Request) -> Response:
+        offset, checksum = _chunk_headers(request)
+        keys.status(owner, fingerprint)  # before 8 MiB come for nothing
+        limits = service.limits
+        with service.uploading(owner):
+            chunk = await _body(
+                service, request, protocol.CHUNK_BYTES, limits.upload_seconds, limits.upload_idle_seconds
+            )
+            if await to_thread(_sha256, chunk) != checksum:
+                raise Failure(protocol.BAD_KEYS, "a chunk that does not have its checksum", retry=True)
+            status = await to_thread(keys.append, owner, fingerprint, offset, chunk)
+        if status["complete"]:
+            log("key uploaded", owner=owner, key=fingerprint[:12], bytes=status["size"])
+        return JSONResponse(status)
+
+    @app.delete("/v1/keys/{fingerprint}")
+    async def delete_key(owner: Owner, fingerprint: str) -> Response:
+        await to_thread(keys.delete, owner, fingerprint)
+        return Response(status_code=204)
 
 
 class _Watch:

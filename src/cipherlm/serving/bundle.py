@@ -5,11 +5,13 @@
     OUT/server/bundle.json       scheme, parameters, modules, fingerprint, SHA-256 of every other file
               weights.safetensors, modules.json    CKKS: weights and ranges of the remote modules
               circuits/                            TFHE: compiled circuits
+              linear_plan.json, matrices.json, matrices.int16   linear layers: encoded weights
     OUT/client/bundle.json       the same, and the server's description
               config.json, model.safetensors       the model without the remote modules' weights
               encryption_config.json, tokenizer files
               remote.safetensors                   CKKS: what remote modules make of the public prefix
               circuits/                            TFHE: scales and parameters
+              linear_plan.json, remote_layers.json, public_prefix.safetensors   linear layers
 
 There is no pickle in them. A client's bundle is for everybody who may use the model; a server's is what has
 to be kept from them.
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cipherlm.serving.computation import HostedModel
+from cipherlm.serving.computation import HostedModel, HostedProducts
 from cipherlm.serving.keystore import KeyMaterial, sha256
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 BUNDLE_NAME = "bundle.json"
 FORMAT = "cipherlm-bundle"
 VERSION = 1
+LINEAR = "linear"
+"""The placement of bundles that :mod:`cipherlm.serving.linear_bundle` writes."""
 STATE_NAME = "model.safetensors"
 CONSTANTS_NAME = "remote.safetensors"
 _MOST_BYTES = 4 << 20
@@ -78,9 +82,14 @@ class Bundle:
             )
         if about.get("party") != party:
             raise BundleError(f"{root} is for the {about.get('party')}, not for the {party}")
+        mapped = about.get("mapped", {})
         for name, expected in files.items():
             file = root / name
-            if not file.is_file() or sha256(file) != expected:
+            # What is mapped into memory is read when it is needed, and not for its sum at every start.
+            whole = file.is_file() and (
+                file.stat().st_size == mapped[name] if name in mapped else sha256(file) == expected
+            )
+            if not whole:
                 raise BundleError(f"{file} is missing or damaged: export the model or copy the bundle again")
         return cls(root, about)
 
@@ -88,6 +97,11 @@ class Bundle:
     def scheme(self) -> str:
         """The scheme of the encryption."""
         return str(self.about["scheme"])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether linear layers are at the server, one by one, and not modules that hold some."""
+        return self.about.get("placement") == LINEAR
 
 
 def export(
@@ -98,14 +112,10 @@ def export(
     Returns the description that clients get from the server. Raises ``RuntimeError`` for a model that is not
     ready, and ``ValueError`` for a directory that is not empty.
     """
-    root = Path(directory)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} is there already and not empty: export to a new directory")
     if not model.is_calibrated:
         raise RuntimeError("the model is not calibrated: call compile(calibration_ids) before exporting")
-    server, client = root / "server", root / "client"
-    server.mkdir(parents=True)
-    client.mkdir()
+    root = Path(directory)
+    server, client = new_bundles(root)
     scheme = model.encryption_config.scheme
     if scheme == "ckks":
         about, constants = _export_ckks(model, server, client)
@@ -115,18 +125,35 @@ def export(
     model.encryption_config.save_pretrained(client)
     tokenizer.save_pretrained(client)
     _save_state(_client_state(model), client / STATE_NAME)
-    common = {"format": FORMAT, "version": VERSION, "scheme": scheme, "name": name, **about}
-    _write(server, {**common, "party": "server"})
+    common = {"scheme": scheme, "name": name, **about}
+    seal(server, {**common, "party": "server"})
     description = load_hosted_model(server).description
-    _write(client, {**common, "party": "client", "description": description, **constants})
+    seal(client, {**common, "party": "client", "description": description, **constants})
     return description
 
 
-def load_hosted_model(directory: str | os.PathLike[str]) -> HostedModel:
+def new_bundles(root: Path) -> tuple[Path, Path]:
+    """Make the directories of the server's and the client's bundle.
+
+    Raises ``ValueError`` for a directory that is not empty.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is there already and not empty: export to a new directory")
+    server, client = root / "server", root / "client"
+    server.mkdir(parents=True)
+    client.mkdir()
+    return server, client
+
+
+def load_hosted_model(directory: str | os.PathLike[str]) -> HostedModel | HostedProducts:
     """Load a server's bundle. Raises :class:`BundleError`, naming the file, if that cannot be."""
     bundle = Bundle.load(directory, "server")
     about = bundle.about
     try:
+        if bundle.is_linear:
+            from cipherlm.serving.linear import LinearHostedModel
+
+            return LinearHostedModel.load(bundle.directory, about["fingerprint"], about["name"])
         if bundle.scheme == "ckks":
             from cipherlm.serving.ckks import CkksHostedModel, geometry_of
 
@@ -232,9 +259,14 @@ def _save_state(state: dict[str, torch.Tensor], path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def _write(directory: Path, about: dict[str, Any]) -> None:
+def seal(directory: Path, about: dict[str, Any]) -> None:
+    """Write a bundle's :data:`BUNDLE_NAME`: what it is about, and the sums of all its files.
+
+    ``about["mapped"]`` has the sizes in bytes of files that are too large to be summed at every start.
+    """
     files = {path.relative_to(directory).as_posix(): sha256(path) for path in _files(directory)}
-    text = json.dumps({**about, "files": files}, indent=1, allow_nan=False)
+    whole = {"format": FORMAT, "version": VERSION, **about, "files": files}
+    text = json.dumps(whole, indent=1, allow_nan=False)
     (directory / BUNDLE_NAME).write_text(text + "\n", encoding="utf-8")
 
 

@@ -69,6 +69,40 @@ class HostedModel(Protocol):
         """
 
 
+class Products(Protocol):
+    """Products with the weights of linear layers, for one client's keys. Nothing is remembered between them.
+
+    Several threads may use it.
+    """
+
+    def multiply(self, group: str, transposed: bool, rows: int, inputs: Sequence[bytes]) -> list[bytes]:
+        """Return the ciphertexts of ``rows`` products, row by row, for those of as many inputs.
+
+        Raises :class:`~cipherlm.errors.Refused` for what the client got wrong, and :class:`WorkerLost`.
+        """
+
+    def close(self) -> None:
+        """Let go of the keys."""
+
+
+class HostedProducts(Protocol):
+    """A server bundle of linear layers, loaded: shared by all connections, thread-safe."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What clients may know, as JSON.
+
+        ``{"scheme": "ckks", "placement": "linear", "name": ..., "modules": [names of groups], "fingerprint":
+        hex, "plan": hex, "keys": {}, "max_rows": n, "key_bytes": n, "message_bytes": n, "max_tokens": n}``
+        """
+
+    def connect(self, keys: bytes) -> Products:
+        """Take a client's evaluation keys.
+
+        Raises :class:`~cipherlm.errors.Refused` for keys that are damaged or another plan's.
+        """
+
+
 class Evaluator(Protocol):
     """What the client's side of a scheme needs of a connection to a server."""
 

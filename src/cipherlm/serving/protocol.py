@@ -157,13 +157,49 @@ class Error:
     retry_after: int | None = None
 
 
+@dataclass(frozen=True)
+class Connect:
+    """Client: begin with products of a model's linear layers; the blob has evaluation keys for its plan."""
+
+    type: ClassVar[str] = "connect"
+    protocol: int
+    model: str
+    plan: str
+    blob: bytes
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Client: multiply ``rows`` vectors by a group's weights; the blobs are theirs, vector by vector."""
+
+    type: ClassVar[str] = "multiply"
+    id: int
+    group: str
+    transposed: bool
+    rows: int
+    blobs: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Connected:
+    """Server: products can be asked for, within these limits (rows, requests at a time, bytes, seconds)."""
+
+    type: ClassVar[str] = "connected"
+    session: str
+    limits: dict[str, int]
+
+
 ClientMessage = Open | Evaluate | Refreshed | Cancel | Close
 ServerMessage = Opened | Queued | Progress | Refresh | Result | Error
-Message = ClientMessage | ServerMessage
+ProductsClientMessage = Connect | Multiply | Close
+ProductsServerMessage = Connected | Result | Error
+Message = ClientMessage | ServerMessage | ProductsClientMessage | ProductsServerMessage
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (Open, Evaluate, Refreshed, Cancel, Close)
 SERVER_MESSAGES: tuple[type[ServerMessage], ...] = (Opened, Queued, Progress, Refresh, Result, Error)
+PRODUCTS_CLIENT_MESSAGES: tuple[type[ProductsClientMessage], ...] = (Connect, Multiply, Close)
+PRODUCTS_SERVER_MESSAGES: tuple[type[ProductsServerMessage], ...] = (Connected, Result, Error)
 
 
 def error(

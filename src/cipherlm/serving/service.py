@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cipherlm.serving import protocol
 from cipherlm.serving.auth import Tokens
-from cipherlm.serving.computation import HostedModel
+from cipherlm.serving.computation import HostedModel, HostedProducts
 from cipherlm.serving.failures import Failure
 from cipherlm.serving.fairness import may_have_another
 from cipherlm.serving.keys import KeyStore
@@ -21,7 +21,7 @@ from cipherlm.serving.rate import HourlyBudget
 from cipherlm.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from cipherlm.serving.sessions import Session
+    from cipherlm.serving.conversation import Conversation
 
 FAREWELL_SECONDS = 5.0
 """For a client to take the server's last words."""
@@ -66,20 +66,34 @@ class Limits:
     """For what runs when the server is told to end."""
 
 
+LINEAR_LIMITS = Limits(queue=64, sessions=64)
+"""Defaults for linear layers, whose keys are small.
+
+A session has one product in the queue at a time, so that all sessions have a place there.
+"""
+
+
 class Service:
-    """A model, its clients' keys, who may use them, and who does. Belongs to the loop that serves."""
+    """A model, its clients' keys, who may use them, and who does. Belongs to the loop that serves.
+
+    ``keys`` is None for a model whose keys come with each connection.
+    """
 
     def __init__(
-        self, model: HostedModel, keys: KeyStore, tokens: Tokens | None = None, limits: Limits | None = None
+        self,
+        model: HostedModel | HostedProducts,
+        keys: KeyStore | None,
+        tokens: Tokens | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.model = model
         self.keys = keys
         self.tokens = tokens or Tokens()
         self.limits = limits or Limits()
         self.description = dict(model.description)
-        self.description["max_tokens"] = min(
-            self.limits.max_tokens or self.description["max_tokens"], self.description["max_tokens"]
-        )
+        if "max_tokens" in self.description:
+            most = self.description["max_tokens"]
+            self.description["max_tokens"] = min(self.limits.max_tokens or most, most)
         self.owners = max(1, len(self.tokens.owners))
         self.scheduler = Scheduler(self.limits.workers, self.limits.queue, self.owners)
         # In evaluations of one module, of which a token takes one each.
@@ -88,7 +102,7 @@ class Service:
         )
         self.loading = asyncio.Semaphore(_LOADS_AT_ONCE)
         self.draining = False
-        self.conversations: set[Session] = set()
+        self.conversations: set[Conversation] = set()
         self._admitted: Counter[str] = Counter()
         self._uploading: Counter[str] = Counter()
         self._reading: set[asyncio.Task[bytes]] = set()
@@ -96,7 +110,7 @@ class Service:
         self.metrics.sessions.set_function(lambda: self.sessions)
         self.metrics.waiting.set_function(lambda: self.scheduler.waiting)
         self.metrics.running.set_function(lambda: self.scheduler.running)
-        self.metrics.key_bytes.set_function(lambda: self.keys.size)
+        self.metrics.key_bytes.set_function(lambda: self.keys.size if self.keys is not None else 0)
 
     @property
     def sessions(self) -> int:

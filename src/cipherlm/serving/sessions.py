@@ -5,89 +5,50 @@ loop. None of them waits, so each runs alone and nothing needs a lock.
 """
 
 import asyncio
-import secrets
 import time
-from asyncio import Queue, TimerHandle, create_task, to_thread, wait_for
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+from asyncio import create_task, to_thread
+from typing import cast
 
-from fastapi import WebSocket, WebSocketDisconnect
+from fastapi import WebSocket
 
 from cipherlm.errors import Refused
 from cipherlm.serving import protocol
-from cipherlm.serving.computation import Computation, WorkerLost
+from cipherlm.serving.computation import Computation, HostedModel, WorkerLost
+from cipherlm.serving.conversation import Conversation
 from cipherlm.serving.evaluations import Evaluation
 from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.keys import Lease
 from cipherlm.serving.logs import log, log_exception
-from cipherlm.serving.protocol import CLIENT_MESSAGES, ProtocolError, message_limit, pack, unpack
+from cipherlm.serving.protocol import CLIENT_MESSAGES, ProtocolError, unpack
 from cipherlm.serving.scheduler import Full
-from cipherlm.serving.service import FAREWELL_SECONDS, Service, shutting_down
+from cipherlm.serving.service import Service, shutting_down
 
 _UNSENT_NEWS = 8
 """Where so many messages wait to be sent, progress is left out."""
-_MOST_UNSENT = 64
-"""A client that asks on without taking so many answers is none."""
-_CLOSED = 1000
-_POLICY_VIOLATION = 1008
-_SERVICE_RESTART = 1012
 
 
-class Session:
-    """A conversation over one WebSocket, from its acceptance to its end."""
+class Session(Conversation):
+    """A session over one WebSocket: keys that were uploaded, one evaluation at a time."""
 
     def __init__(self, service: Service, socket: WebSocket, owner: str) -> None:
-        self.id = secrets.token_hex(8)
-        self._service = service
-        self._limits = service.limits
-        self._socket = socket
-        self.owner = owner
-        self._loop = asyncio.get_running_loop()
-        self._outbox: Queue[bytes | None] = Queue()
-        self._over = asyncio.Event()
-        self._connected = True
-        self._ending = False
-        self._close_code = _CLOSED
-        self._timer: TimerHandle | None = None
+        super().__init__(service, socket, owner)
         self._lease: Lease | None = None
         self._loading: asyncio.Task[None] | None = None
         self._computation: Computation | None = None
         self._evaluation: Evaluation | None = None
         self._last_id = -1
 
-    async def run(self) -> None:
-        """Serve the client until the session is over, then let go of all that it held."""
-        self._service.conversations.add(self)
-        reader, writer = create_task(self._read()), create_task(self._write())
-        self._wait(self._limits.head_seconds, self._late, 'no "open" came')
-        try:
-            await self._over.wait()
-        finally:
-            self._wait_no_more()
-            if self._evaluation is not None:
-                self._evaluation.cancel(Failure(protocol.CANCELLED, "the session is over"))
-            reader.cancel()
-            await self._part(writer)
-            self._service.conversations.discard(self)
-            await self._let_go()
+    @property
+    def _busy(self) -> bool:
+        return self._evaluation is not None
 
-    def end(self, *, at_once: bool) -> None:
-        """End because the server does; an evaluation may finish unless ``at_once``."""
-        self._ending = True
-        if at_once or self._evaluation is None:
-            self._fail(shutting_down())
+    def _cancel(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.cancel(Failure(protocol.CANCELLED, "the session is over"))
 
     # What the client says.
 
-    def _received(self, data: bytes | None) -> None:
-        if self._outbox.qsize() > _MOST_UNSENT:
-            raise ProtocolError("messages from a client that does not take the answers")
-        if data is None:
-            raise ProtocolError("a text message; messages are binary")
-        self._service.metrics.bytes.labels("in").inc(len(data))
-        if len(data) > message_limit(self._service.description):
-            raise Failure(protocol.TOO_LARGE, "a message larger than this model's are")
+    def _said(self, data: bytes) -> None:
         message = unpack(data, CLIENT_MESSAGES)
         if isinstance(message, protocol.Open):
             self._open(message)
@@ -118,6 +79,7 @@ class Session:
         if message.keys.keys() != description["keys"].keys():
             kinds = ", ".join(description["keys"])
             raise Failure(protocol.BAD_REQUEST, f"a session needs keys of exactly these kinds: {kinds}")
+        assert self._service.keys is not None  # as all models that have sessions need some
         lease = self._service.keys.lease(self.owner, message.keys)
         try:
             self._service.admit(self.owner)
@@ -234,72 +196,14 @@ class Session:
         log("session opened", session=self.id, owner=self.owner)
         self._rest()
 
-    def _gone(self) -> None:
-        self._connected = False
-        self._over.set()
-
-    def _late(self, what: str) -> None:
-        raise Failure(protocol.TIMEOUT, f"{what} in time", retry=True)
-
-    def _fail(self, failure: Failure) -> None:
-        """Tell the client why its session ends, and end it."""
-        if self._over.is_set():
-            return
-        log("session failed", session=self.id, owner=self.owner, code=failure.code)
-        self._send(protocol.error(failure.code, failure.message, retry=failure.retry))
-        self._close_code = _SERVICE_RESTART if failure.code == protocol.SHUTTING_DOWN else _POLICY_VIOLATION
-        self._over.set()
-
     def _rest(self) -> None:
         self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
-
-    def _wait(self, seconds: float, then: Callable[..., None], *arguments: Any) -> None:
-        """Call ``then`` unless the client does what is waited for within ``seconds``."""
-        self._wait_no_more()
-        if not self._over.is_set():
-            self._timer = self._loop.call_later(seconds, self._happen, then, *arguments)
-
-    def _wait_no_more(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _happen(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
-            function(*arguments)
-        except Failure as failure:
-            self._fail(failure)
-        except ProtocolError as error:
-            self._fail(Failure(protocol.PROTOCOL, str(error)))
-
-    def _send(self, message: protocol.ServerMessage) -> None:
-        self._outbox.put_nowait(pack(message))
-
-    async def _read(self) -> None:
-        try:
-            while not self._over.is_set():
-                event = await self._socket.receive()
-                if event["type"] == "websocket.disconnect":
-                    self._gone()
-                else:
-                    self._happen(self._received, event.get("bytes"))
-        except Exception as error:
-            reference = log_exception("session broke", error, session=self.id)
-            self._fail(broken("the server could not go on", reference))
-
-    async def _write(self) -> None:
-        while (data := await self._outbox.get()) is not None:
-            try:
-                await wait_for(self._socket.send_bytes(data), self._limits.reply_seconds)
-            except (WebSocketDisconnect, RuntimeError, OSError, asyncio.TimeoutError):
-                self._gone()
-                return
-            self._service.metrics.bytes.labels("out").inc(len(data))
 
     async def _load(self, lease: Lease) -> None:
         try:
             async with self._service.loading:
-                self._computation = await to_thread(self._service.model.open, lease.paths)
+                model = cast("HostedModel", self._service.model)  # or there were no route to this
+                self._computation = await to_thread(model.open, lease.paths)
         except Refused as error:
             self._fail(Failure(protocol.BAD_KEYS, str(error)))
         except WorkerLost as error:
@@ -310,15 +214,6 @@ class Session:
         else:
             if not self._over.is_set():
                 self._opened()
-
-    async def _part(self, writer: "asyncio.Task[None]") -> None:
-        """Send what is left to send and close the connection, if somebody is there."""
-        self._outbox.put_nowait(None)
-        if self._connected:
-            await asyncio.wait({writer}, timeout=FAREWELL_SECONDS)
-            with suppress(RuntimeError, OSError, WebSocketDisconnect, asyncio.TimeoutError):
-                await wait_for(self._socket.close(self._close_code), FAREWELL_SECONDS)
-        writer.cancel()
 
     async def _let_go(self) -> None:
         """Give back memory, keys and place, when no thread uses them any more."""
