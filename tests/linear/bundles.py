@@ -4,10 +4,17 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from cipherlm.linear.plan import make_plan
+from cipherlm.linear.products import LinearGroup
+from cipherlm.linear.server import PLAN_NAME, encode_to
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.serving.bundle import LINEAR, new_bundles, seal
+from cipherlm.serving.linear import describe
 from cipherlm.serving.linear_bundle import export_linear
 from linear.architectures import VOCABULARY, tiny
 
@@ -56,3 +63,26 @@ def exported(architecture: str = "llama", *, seed: int = 0, **options: str | boo
         **options,
     )
     return directory
+
+
+WIDE = LinearGroup("wide", ("wide",), 300, (900,))
+"""It needs rotations, which the layers of small models do not."""
+
+
+@cache
+def wide_weights() -> dict[str, NDArray[np.float32]]:
+    return {"wide": np.random.default_rng(3).normal(0, 0.05, (900, 300)).astype(np.float32)}
+
+
+@cache
+def exported_wide() -> Path:
+    """Return the directory with the bundles of one matrix, without a model around it."""
+    root = Path(_directory.name) / "wide"
+    server, client = new_bundles(root)
+    plan = make_plan([WIDE], wide_weights())
+    encode_to(server, plan, wide_weights())
+    (client / PLAN_NAME).write_bytes((server / PLAN_NAME).read_bytes())
+    common = {"scheme": "ckks", "placement": LINEAR, "name": "wide", "fingerprint": "ab" * 32}
+    seal(server, {**common, "party": "server"})
+    seal(client, {**common, "party": "client", "description": describe(plan, "ab" * 32, "wide")})
+    return root

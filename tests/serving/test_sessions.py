@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from cipherlm.serving import sessions
+from cipherlm.serving import conversation
 from cipherlm.serving.rate import HourlyBudget
 
 from .conftest import FINGERPRINT, MEGABYTE, entries, eventually, frame, parse
@@ -445,7 +445,7 @@ def test_a_client_that_asks_for_nothing(start):
 
 def test_who_takes_no_answers_is_let_go(start, monkeypatch, logged):
     """Requests without end, and nobody who reads the answers: they do not pile up at the server."""
-    monkeypatch.setattr(sessions, "FAREWELL_SECONDS", 0.1)
+    monkeypatch.setattr(conversation, "FAREWELL_SECONDS", 0.1)
     unsent = [0]
 
     def ask(client):

@@ -70,7 +70,7 @@ class ClientSession:
         self.over = False
         """Whether the connection is of no more use."""
         with ExitStack() as stack:
-            self._socket = stack.enter_context(_connected(address, limit, timeout, doing))
+            self._socket = stack.enter_context(connected(address, "session", limit, timeout, doing))
             # A server that stops reading must not hold up a message for ever.
             self._socket.socket.settimeout(evaluation_timeout)
             self._stack = stack.pop_all()
@@ -218,12 +218,15 @@ class ClientSession:
 
 
 @contextmanager
-def _connected(address: Address, limit: int, timeout: float, doing: str) -> Iterator[ClientConnection]:
+def connected(
+    address: Address, path: str, limit: int, timeout: float, doing: str
+) -> Iterator[ClientConnection]:
+    """Open a WebSocket of the server's for the block. Raises :class:`ConnectionFailed` and its like."""
     with ExitStack() as stack:
         try:
             socket = stack.enter_context(
                 connect(
-                    f"{address.websocket}/v1/session",
+                    f"{address.websocket}/v1/{path}",
                     ssl=address.ssl,
                     additional_headers=address.headers,
                     proxy=None if address.loopback else True,
