@@ -14,6 +14,7 @@ from cipherlm import __version__
 
 VERBS = {
     "demo": "generate text with the embedded model, all its blocks on real ciphertexts",
+    "chat": "talk to a chat model, its linear layers on encrypted text",
     "generate": "continue a prompt, chosen modules on encrypted data",
     "evaluate": "measure what encryption costs: agreement with the clear model, perplexity",
     "inspect": "show circuits, parameters, key and ciphertext sizes, and the cache",

@@ -62,7 +62,7 @@ class PublicPrefix:
         return model.generate(  # type: ignore[no-any-return]
             torch.cat([prefix, input_ids], dim=1),
             attention_mask=torch.cat([torch.ones_like(prefix), mask], dim=1),
-            **{_cache_name(model): self.cache(model, rows * max(copies))},
+            **{cache_name(model): self.cache(model, rows * max(copies))},
             **options,
         )
 
@@ -95,7 +95,7 @@ class PublicPrefix:
 _COPIES = ("num_beams", "num_return_sequences")
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """Return what the model calls its key-value cache: transformers 5.24 gave it a new name."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
@@ -113,7 +113,7 @@ def public_prefix_cache(model: PreTrainedModel, input_ids: torch.Tensor) -> Publ
     # Without the configuration, every layer keeps all tokens, those with a sliding window too.
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **{_cache_name(model): cache})
+        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -1,0 +1,101 @@
+"""Conversations: the same answers as without a cache, turn after turn."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import cipherlm
+from cipherlm.linear.prefix import public_prefix_cache
+from cipherlm.models.chat import Chat, public_head, template_ids
+
+WORDS = ["<s>", "</s>", "<u>", "<a>", *(f"w{i}" for i in range(42)), "a", "b"]
+TEMPLATE = (
+    "<s> {% for m in messages %}{{ {'system': '', 'user': '<u> ', 'assistant': '<a> '}[m.role] }}"
+    "{{ m.content }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="<s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def llama():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def answer_without_cache(model, tokenizer, messages, tokens):
+    ids = torch.tensor([template_ids(tokenizer, messages)])
+    generated = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_turns_equal_those_without_a_cache(tokenizer, with_prefix):
+    model = llama()
+    prefix = None
+    if with_prefix:
+        prefix = public_prefix_cache(model, torch.tensor(public_head(tokenizer, "w5 w6")))
+    chat = Chat(model, tokenizer, system="w5 w6", prefix=prefix)
+    messages = list(chat.messages)
+    for number, question in enumerate(["w7 w8", "w9", "w10 w11 w12"]):
+        pieces = []
+        turn = chat.reply(question, max_new_tokens=5, on_text=pieces.append)
+        messages.append({"role": "user", "content": question})
+        assert turn.text == answer_without_cache(model, tokenizer, messages, 5)
+        assert "".join(pieces).strip() == turn.text
+        messages.append({"role": "assistant", "content": turn.text})
+        assert chat.messages == messages
+        if number or with_prefix:
+            assert turn.cached_tokens > 0
+        assert turn.cached_tokens + turn.prompt_tokens == len(template_ids(tokenizer, messages[:-1]))
+
+
+def test_encrypted_turns(tokenizer):
+    clear = Chat(llama(), tokenizer)
+    model = cipherlm.get_encrypted_model(llama(), cipherlm.EncryptionConfig("linear", scheme="ckks"))
+    model.set_fhe_mode("execute")
+    encrypted = Chat(model, tokenizer)
+    for question in ("w7 w8", "w9"):
+        assert (
+            encrypted.reply(question, max_new_tokens=3).text == clear.reply(question, max_new_tokens=3).text
+        )
+
+
+def test_the_public_head_is_what_conversations_share(tokenizer):
+    head = public_head(tokenizer, "w5")
+    assert tokenizer.decode(head) == "<s> w5 <u>"
+
+
+def test_what_cannot_be(tokenizer):
+    chat = Chat(llama(), tokenizer)
+    with pytest.raises(ValueError, match="beyond the model's context of 64"):
+        chat.reply("w7", max_new_tokens=62)
+    assert chat.messages == []
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no chat template"):
+        Chat(llama(), plain)
+    plain.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match="chat template fails: no such role"):
+        Chat(llama(), plain)
