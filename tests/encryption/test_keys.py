@@ -29,7 +29,7 @@ def opened(client: Client) -> Opened:
         # First keys of the highest level, then of low ones, as many as give enough digits.
         level = client.parameters.max_level
         while sum(map(len, errors)) < client.count or len(seeds) < 2:
-            keys = secret_key.evaluation_keys(rotations[: 2 if not seeds else 8], level=level, **options)
+            keys = secret_key.evaluation_keys(rotations[: 8 if seeds else 1], level=level, **options)
             new_seeds, new_errors = opener.evaluation_keys(keys.to_bytes())
             seeds += new_seeds
             errors += new_errors
