@@ -49,9 +49,11 @@ def test_a_model_equals_its_clear_self(architecture):
     assert expected.keys() == found.keys()
 
 
-@pytest.mark.parametrize("architecture", [*CAUSAL, "t5"])
+BEAMS = {"num_beams": 3, "num_return_sequences": 2}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"]
+    ("architecture", "options"), [*((a, {}) for a in [*CAUSAL, "t5"]), ("llama", BEAMS), ("t5", BEAMS)]
 )
 def test_generate(architecture, options):
     clear, model = tiny(architecture), tiny(architecture)
