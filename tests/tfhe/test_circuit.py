@@ -4,10 +4,14 @@ import json
 import os
 import stat
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
+from cipherlm.schemes.tfhe import circuit as circuits
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit, import_concrete
 from cipherlm.schemes.tfhe.errors import (
@@ -123,6 +127,35 @@ def test_an_unfinished_cache_entry_is_compiled_again(attention, tmp_path):
     (folder / "circuit.json").unlink()
     assert not AttentionCircuit.compile(attention, 2, cache_dir=tmp_path).from_cache
     assert json.loads((folder / "circuit.json").read_text())["statistics"]["tokens"] == 2
+
+
+@pytest.mark.slow
+def test_circuits_that_are_wanted_at_once_are_compiled_once_and_share_keys(attention, tmp_path, monkeypatch):
+    pytest.importorskip("concrete.fhe")
+    compiled, waiting, compile_ = [], threading.Event(), circuits._compile
+
+    def progress(step):
+        if step == "waiting for another process with this circuit":
+            waiting.set()
+        return nullcontext()
+
+    def wanted():
+        circuit = AttentionCircuit.compile(attention, 2, cache_dir=tmp_path, progress=progress)
+        circuit.keygen()
+        return circuit
+
+    with ThreadPoolExecutor(1) as process:
+
+        def compile_while_another_waits(*arguments):
+            compiled.append(process.submit(wanted))
+            assert waiting.wait(60)
+            return compile_(*arguments)
+
+        monkeypatch.setattr(circuits, "_compile", compile_while_another_waits)
+        one = wanted()
+        (other,) = [found.result() for found in compiled]
+    assert (one.from_cache, other.from_cache) == (False, True)
+    assert one._client.keys.serialize() == other._client.keys.serialize()
 
 
 def test_no_parameters_names_the_stages_and_the_mend(small_layer, calibration):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
+from cipherlm.exclusive import exclusive
 from cipherlm.progress import silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 from cipherlm.schemes.tfhe.client import ClientCircuit
@@ -118,7 +119,8 @@ class AttentionCircuit:
     ) -> AttentionCircuit:
         """Compile ``attention`` for up to ``tokens`` tokens, or read the compiled circuit from the cache.
 
-        ``cache_dir`` is a folder, ``True`` for the user's cache directory or ``None`` for no cache.
+        Of processes that want the same circuit at once, one compiles it and the others wait. ``cache_dir`` is
+        a folder, ``True`` for the user's cache directory or ``None`` for no cache.
 
         Raises ``MissingSchemeError`` without Concrete, ``NoParametersError`` where no secure parameters
         exist for it, ``DamagedCacheError`` for a cached circuit that is not what was written.
@@ -130,18 +132,20 @@ class AttentionCircuit:
             raise ValueError(f"p_error must lie between 0 and 0.5, not {p_error}")
         version = concrete_version()
         folder = _circuit_folder(cache_dir, attention, tokens, p_error, version)
-        if folder is not None and (folder / "circuit.json").exists():
-            server, statistics = _load(folder)
-            return cls(
-                attention, tokens, statistics, folder, True, progress,
-                _server=server, _client=fhe.Client(server.client_specs),
-            )  # fmt: skip
-        start = time.perf_counter()
-        with progress("compiling"):
-            circuit = _compile(fhe, attention, tokens, p_error)
-        statistics = _statistics(circuit, attention, tokens, p_error, time.perf_counter() - start, version)
-        if folder is not None:
-            _save(circuit.server, statistics, folder)
+        with _alone(folder, progress):
+            if folder is not None and (folder / "circuit.json").exists():
+                server, statistics = _load(folder)
+                return cls(
+                    attention, tokens, statistics, folder, True, progress,
+                    _server=server, _client=fhe.Client(server.client_specs),
+                )  # fmt: skip
+            start = time.perf_counter()
+            with progress("compiling"):
+                circuit = _compile(fhe, attention, tokens, p_error)
+            seconds = time.perf_counter() - start
+            statistics = _statistics(circuit, attention, tokens, p_error, seconds, version)
+            if folder is not None:
+                _save(circuit.server, statistics, folder)
         return cls(
             attention, tokens, statistics, folder, False, progress,
             _server=circuit.server, _client=circuit.client,
@@ -159,15 +163,16 @@ class AttentionCircuit:
         """
         start = time.perf_counter()
         path = None if self.folder is None else self.folder / "keys"
-        if path is not None and path.exists() and not force:
-            with self.progress("loading keys"):
-                self._client.keys.load_from_bytes(_read_checked(path))
-        else:
-            with self.progress("generating keys"):
-                self._client.keygen(force=True)
-            if path is not None:
-                serialized = self._client.keys.serialize()
-                write_private(path, hashlib.sha256(serialized).digest() + serialized)
+        with _alone(self.folder, self.progress):
+            if path is not None and path.exists() and not force:
+                with self.progress("loading keys"):
+                    self._client.keys.load_from_bytes(_read_checked(path))
+            else:
+                with self.progress("generating keys"):
+                    self._client.keygen(force=True)
+                if path is not None:
+                    serialized = self._client.keys.serialize()
+                    write_private(path, hashlib.sha256(serialized).digest() + serialized)
         self._evaluation_keys = self._client.evaluation_keys
         self.evaluation_key_bytes = len(self._evaluation_keys.serialize())
         self.keygen_seconds = time.perf_counter() - start
@@ -359,6 +364,13 @@ def _circuit_folder(
     root = cache_root() if cache_dir is True else Path(cache_dir)
     parts = [_FORMAT, attention.fingerprint(), tokens, p_error, version]
     return root / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _alone(folder: Path | None, progress: Progress) -> AbstractContextManager[None]:
+    """Keep other processes from a folder of the cache."""
+    if folder is None:
+        return nullcontext()
+    return exclusive(folder, lambda: progress("waiting for another process with this circuit"))
 
 
 def _read_checked(path: Path) -> bytes:
