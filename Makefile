@@ -62,8 +62,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 
+# All but what `make test-ray` runs.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/serving/test_ray.py
 
 # Set-up brings Ray; on a Python for which there is none the tests say so and fail.
 test-ray: $(READY)
