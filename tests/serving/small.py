@@ -27,6 +27,7 @@ from cipherlm.progress import silent
 from cipherlm.schemes.ckks.session import Client, Geometry
 from cipherlm.serving import bundle as bundles
 from cipherlm.serving.computation import HostedModel
+from cipherlm.serving.key_use import USE_NAME
 from cipherlm.serving.keys import KeyStore
 from cipherlm.serving.keystore import KeySet
 from cipherlm.serving.run import create_server, running
@@ -138,8 +139,14 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIPHERLM_HOME", str(home()))
 
 
+def unused(name: str = "one") -> str:
+    """Let keys belong to no server: those of these tests come and go. Return their name."""
+    (keys(name).directory / USE_NAME).unlink(missing_ok=True)
+    return name
+
+
 def connect(url: str, placement: str, name: str = "one", **options) -> RemoteModel:
-    keys(name)
+    unused(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIPHERLM_HOME", str(home()))
         return RemoteModel.connect(url, bundle=exported(placement) / "client", keys=name, **options)

@@ -247,7 +247,7 @@ def test_a_client_s_bundle_says_nothing_of_ranges():
 
 
 def load_client(directory: Path, url: str) -> None:
-    RemoteModel.connect(url, bundle=directory, keys=small.keys().name).close()
+    RemoteModel.connect(url, bundle=directory, keys=small.unused()).close()
 
 
 @pytest.mark.parametrize("party", ["server", "client"])

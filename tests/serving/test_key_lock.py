@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from cipherlm.progress import silent
-from cipherlm.serving import keystore, remote
+from cipherlm.serving import key_choice, keystore, remote
 from cipherlm.serving.bundle import BundleError
 from cipherlm.serving.key_lock import making_keys
 from cipherlm.serving.keystore import KeyMaterial, KeySet, KeyStoreError
@@ -38,6 +38,13 @@ class Told:
         yield lambda *_: None
 
 
+def choice(name, bundle, progress):
+    def unheard(text):
+        raise AssertionError(text)
+
+    return key_choice.KeyChoice(name, bundle, MODEL, "https://a:443", lambda: None, progress, unheard)
+
+
 @pytest.mark.parametrize("name", [None, "work"])
 def test_clients_that_start_at_once_share_keys(monkeypatch, name):
     made = []
@@ -48,10 +55,10 @@ def test_clients_that_start_at_once_share_keys(monkeypatch, name):
             time.sleep(0.01)
         return KeyMaterial(b"secret %d" % len(made), {"public": lambda file: file.write(b"public")})
 
-    monkeypatch.setattr(remote, "generate_keys", generate_keys)
+    monkeypatch.setattr(key_choice, "generate_keys", generate_keys)
     bundle, told = {**MODEL, "bundle": "/out/client"}, Told()
     with ThreadPoolExecutor(4) as clients:
-        found = list(clients.map(lambda _: remote._key_set(name, bundle, MODEL, None, told), range(4)))
+        found = list(clients.map(lambda _: choice(name, bundle, told).take(), range(4)))
     assert len(made) == 1
     assert {keys.secret() for keys in found} == {b"secret 1"}
     assert keystore.names() == [name or "tiny-ffffffff"]
@@ -99,8 +106,8 @@ def test_the_lock_is_no_key_set_and_private(home):
 def test_a_missing_bundle_names_its_option():
     """Where there are no keys, and where there are keys but of another model of these parameters."""
     with pytest.raises(KeyStoreError, match=r"no keys for this model yet.* give --bundle DIR, or bundle= in"):
-        remote._key_set(None, None, MODEL, None, silent)
+        choice(None, None, silent).take()
     KeySet.create(None, "work", MODEL, b"secret", {})
-    keys = remote._key_set(None, None, MODEL, None, silent)
+    keys = choice(None, None, silent).take()
     with pytest.raises(BundleError, match="give --bundle DIR"):
         remote._bundle_of(keys, None, MODEL)

@@ -113,7 +113,7 @@ def test_a_bundle_of_another_version(server, tmp_path):
     text = (directory / "bundle.json").read_text()
     (directory / "bundle.json").write_text(text.replace('"version": 1', '"version": 2', 1))
     with pytest.raises(BundleError, match="export the model again"):
-        RemoteModel.connect(url, bundle=directory, keys=small.keys().name)
+        RemoteModel.connect(url, bundle=directory, keys=small.unused())
 
 
 def test_a_full_disk_at_key_upload(tmp_path, monkeypatch):

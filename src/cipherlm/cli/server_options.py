@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING
 
+from cipherlm.cli.common import positive_integer
 from cipherlm.cli.passphrase import add_passphrase_options, read_passphrase
 
 if TYPE_CHECKING:
@@ -26,6 +28,13 @@ def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> No
         "--keys",
         metavar="NAME",
         help="the keys to use, of those on this machine; made where there are none (default: any that fit)",
+    )
+    group.add_argument(
+        "--key-budget",
+        type=positive_integer,
+        metavar="N",
+        help="texts that keys serve before new ones are made and sent: a server that cheats could learn a "
+        "bit of a key from each (default: 256)",
     )
     group.add_argument(
         "--token", metavar="TOKEN", help="the server's token (default: CIPHERLM_TOKEN in the environment)"
@@ -60,6 +69,7 @@ def server_options_given(options: argparse.Namespace) -> list[str]:
     names = (
         "bundle",
         "keys",
+        "key_budget",
         "token",
         "ca",
         "insecure_plain_http",
@@ -72,6 +82,7 @@ def server_options_given(options: argparse.Namespace) -> list[str]:
 
 def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
     """Return the model at the server that the options name."""
+    from cipherlm.serving.key_use import BUDGET
     from cipherlm.serving.remote import RemoteModel
 
     return RemoteModel.connect(
@@ -82,5 +93,7 @@ def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
         passphrase=lambda: read_passphrase(options),
         verify=options.ca or True,
         insecure_plain_http=options.insecure_plain_http,
+        key_budget=options.key_budget or BUDGET,
+        tell=lambda text: print(text, file=sys.stderr),
         progress=progress,
     )

@@ -5,6 +5,7 @@ A key set is a directory that its owner alone can read::
     NAME/secret       the secret key, encrypted if there is a passphrase
     NAME/evaluation   public material, one file a kind: what a server is given
     NAME/public
+    NAME/use.json     the server and the model that they belong to, and how many texts they have served
     NAME/keys.json    the scheme and its parameters, sizes and SHA-256 of the public files, the date
 
 It appears under its name whole or not at all. Keys are bytes here; the schemes know what is in them.

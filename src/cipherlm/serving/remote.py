@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -21,7 +22,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from cipherlm.engine import EngineError, SecretKey
 from cipherlm.models.attention import EncryptedAttention
-from cipherlm.models.ckks import Backend
 from cipherlm.models.client import Constants, client_model
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.integration import EncryptedGPT2LMHeadModel
@@ -29,7 +29,6 @@ from cipherlm.models.loading import load_tokenizer
 from cipherlm.models.modules import Float64
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.ckks.session import Client
-from cipherlm.serving import keystore
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.bundle import (
     CONSTANTS_NAME,
@@ -37,17 +36,15 @@ from cipherlm.serving.bundle import (
     Bundle,
     BundleError,
     client_description,
-    generate_keys,
 )
 from cipherlm.serving.ckks import CkksBackend, bounds_of, geometry_of
 from cipherlm.serving.client import Connection
 from cipherlm.serving.errors import ServerError
-from cipherlm.serving.key_lock import making_keys
+from cipherlm.serving.key_choice import BUNDLE_HINT, KeyChoice
+from cipherlm.serving.key_use import BUDGET, KeyUse, server_identity
 from cipherlm.serving.keystore import KeySet, KeyStoreError
 from cipherlm.serving.protocol import UNKNOWN_KEYS
 from cipherlm.serving.tfhe import TfheBackend
-
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class RemoteModel:
@@ -62,9 +59,10 @@ class RemoteModel:
         tokenizer: PreTrainedTokenizerBase,
         connection: Connection,
         name: str,
+        keys: Keys | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self._connection = connection
+        self._connection, self._keys = connection, keys
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, connection.close)
 
@@ -79,12 +77,16 @@ class RemoteModel:
         passphrase: Callable[[], str | None] | str | None = None,
         verify: str | os.PathLike[str] | bool = True,
         insecure_plain_http: bool = False,
+        key_budget: int = BUDGET,
+        tell: Callable[[str], None] = warnings.warn,
         progress: Progress = silent,
     ) -> RemoteModel:
         """Connect to ``cipherlm serve`` with the client's bundle of the model, and upload keys if need be.
 
         ``keys`` names a key set on this machine; without a name, it is one that fits the model. Where there
         is none it is made, under the model's name, and remembers the bundle, which can be left out later.
+        Keys belong to the server and the model that they are used with first, and serve ``key_budget`` texts;
+        then new ones take their place, under the name with a number, and ``tell`` hears why.
         ``passphrase``, or what returns it, is asked for only if the keys have one; new keys get it.
         ``verify`` is True, a file of certificates to trust, or False, which does not go with a ``token``.
         A server on another machine needs ``https://``, unless ``insecure_plain_http``.
@@ -103,15 +105,19 @@ class RemoteModel:
         )
         try:
             described = connection.describe()
-            chosen = _key_set(keys, expected, described, passphrase, progress)
+            asked = cache(lambda: passphrase() if callable(passphrase) else passphrase)
+            choice = KeyChoice(
+                keys, expected, described, server_identity(url), asked, progress, tell, key_budget
+            )
+            chosen = choice.take()
             opened = _bundle_of(chosen, bundle, described)
-            secret = chosen.secret(_asked(passphrase) if chosen.has_passphrase else None)
-            model = _model(opened, secret, connection, progress)
-            _open(connection, chosen)
+            model, use_secret = _model(opened, connection, progress)
+            used = Keys(choice, connection, use_secret)
+            used.open(chosen)
         except BaseException:
             connection.close()
             raise
-        return cls(model, load_tokenizer(opened.directory), connection, str(opened.about["name"]))
+        return cls(model, load_tokenizer(opened.directory), connection, str(opened.about["name"]), used)
 
     @property
     def prefix(self) -> list[int]:
@@ -146,6 +152,8 @@ class RemoteModel:
         that it does not learn how long the text is; with ``reveal_length=True`` it is not. See
         :meth:`~cipherlm.models.integration.EncryptedGPT2LMHeadModel.generate`.
         """
+        if self._keys is not None:
+            self._keys.spend(len(input_ids) * (options.get("num_return_sequences") or 1))
         prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
         added = 0
         if len(prefix) and not bool((input_ids[:, : len(prefix)] == prefix).all()):
@@ -224,71 +232,31 @@ class _Circuit:
         return self.backend.evaluate(self.name, x)
 
 
-def _asked(passphrase: Callable[[], str | None] | str | None) -> str | None:
-    return passphrase() if callable(passphrase) else passphrase
+class Keys:
+    """The keys of a connection, and those that take their place when they are spent."""
 
+    def __init__(
+        self, choice: KeyChoice, connection: Connection, use_secret: Callable[[bytes], None]
+    ) -> None:
+        self._choice, self._connection, self._use_secret = choice, connection, use_secret
 
-_BUNDLE = "the client's bundle, the directory `client` of its export: give --bundle DIR, or bundle= in Python"
+    def open(self, keys: KeySet) -> None:
+        """Open a session with keys from now on; upload those that the server lacks."""
+        self._use_secret(keys.secret(self._choice.passphrase() if keys.has_passphrase else None))
+        self._use = KeyUse(keys.directory)
+        try:
+            self._connection.open(keys.fingerprints)
+        except ServerError as error:
+            if error.code != UNKNOWN_KEYS:
+                raise
+            for kind, fingerprint in keys.fingerprints.items():
+                self._connection.upload(kind, Path(keys.path(kind)), sha256=fingerprint)
+            self._connection.open(keys.fingerprints)
 
-
-def _key_set(
-    name: str | None,
-    bundle: Mapping[str, Any] | None,
-    described: Mapping[str, Any],
-    passphrase: Callable[[], str | None] | str | None,
-    progress: Progress,
-) -> KeySet:
-    """Return the keys of a name, or some that fit, made from the bundle if there are none.
-
-    Where another process is making keys, those are waited for.
-    """
-    found = _existing(name, described)
-    if found is not None:
-        return found
-    with making_keys(progress):
-        return _existing(name, described) or _made(name, bundle, passphrase, progress)
-
-
-def _existing(name: str | None, described: Mapping[str, Any]) -> KeySet | None:
-    there = keystore.names()
-    if name is not None and name in there:
-        chosen = KeySet.load(None, name)
-        if not chosen.fits(described):
-            raise KeyStoreError(
-                f"the keys {name!r} are for another model: give another name, and new ones are made"
-            )
-        return chosen
-    if name is None:
-        fitting = [keys for keys in map(_loaded, there) if keys is not None and keys.fits(described)]
-        # The model's own first: they know its bundle.
-        fitting.sort(key=lambda keys: keys.description.get("fingerprint") != described["fingerprint"])
-        if fitting:
-            return fitting[0]
-    return None
-
-
-def _made(
-    name: str | None,
-    bundle: Mapping[str, Any] | None,
-    passphrase: Callable[[], str | None] | str | None,
-    progress: Progress,
-) -> KeySet:
-    if bundle is None:
-        raise KeyStoreError(f"there are no keys for this model yet, and they are made from {_BUNDLE}")
-    if name is None:
-        name = f"{_NOT_IN_NAMES.sub('-', str(bundle['name'])).lstrip('-.')[:40]}-{bundle['fingerprint'][:8]}"
-    with progress("making keys"):
-        material = generate_keys(bundle, progress)
-    with progress("storing keys"):
-        return KeySet.create(None, name, bundle, material.secret, material.public, _asked(passphrase))
-
-
-def _loaded(name: str) -> KeySet | None:
-    """Return keys, or None for damaged ones, which are no reason not to use others."""
-    try:
-        return KeySet.load(None, name)
-    except KeyStoreError:
-        return None
+    def spend(self, texts: int) -> None:
+        """Note texts that are about to be generated, with new keys if those that are used are spent."""
+        while not self._use.spend(texts, self._choice.budget):
+            self.open(self._choice.take())
 
 
 def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None, described: Mapping[str, Any]) -> Bundle:
@@ -296,14 +264,14 @@ def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None, described: M
         return Bundle.load(bundle, "client")
     known = keys.description
     if "bundle" not in known or known.get("fingerprint") != described["fingerprint"]:
-        raise BundleError(f"the keys fit this model, and what else a client needs is in {_BUNDLE}")
+        raise BundleError(f"the keys fit this model, and what else a client needs is in {BUNDLE_HINT}")
     return Bundle.load(known["bundle"], "client")
 
 
 def _model(
-    bundle: Bundle, secret: bytes, connection: Connection, progress: Progress
-) -> EncryptedGPT2LMHeadModel:
-    """Return the client's model, connected."""
+    bundle: Bundle, connection: Connection, progress: Progress
+) -> tuple[EncryptedGPT2LMHeadModel, Callable[[bytes], None]]:
+    """Return the client's model, and what connects it with a secret key."""
     root = bundle.directory
     try:
         encryption = EncryptionConfig.from_pretrained(root)
@@ -315,20 +283,23 @@ def _model(
         raise BundleError(f"{root} is damaged: two schemes")
     constants: Mapping[str, Constants] = {}
     circuits: Mapping[str, _Circuit] = {}
-    backend: Backend | None = None
     if bundle.scheme == "ckks":
         geometry = geometry_of(bundle.about)
         connection.bounds = bounds_of(bundle.about["description"], config.n_layer)
         constants = _constants(bundle)
-        try:
-            secret_key = SecretKey.from_bytes(secret, geometry.parameters)
-        except EngineError as error:
-            raise KeyStoreError("the secret key is for another model, or damaged") from error
-        backend = CkksBackend(Client(secret_key, geometry), connection, connection.bounds.message_bytes)
+
+        def use_secret(secret: bytes) -> None:
+            try:
+                secret_key = SecretKey.from_bytes(secret, geometry.parameters)
+            except EngineError as error:
+                raise KeyStoreError("the secret key is for another model, or damaged") from error
+            client = Client(secret_key, geometry)
+            model.connect(CkksBackend(client, connection, connection.bounds.message_bytes))
+
     else:
         connection.bounds = Bounds(int(bundle.about["description"]["message_bytes"]), rounds=0)
         tfhe = TfheBackend.load(root, connection, progress)
-        tfhe.load_secret(secret)
+        use_secret = tfhe.load_secret
         circuits = {
             name: _Circuit(tfhe, name, circuit.description.tokens) for name, circuit in tfhe.circuits.items()
         }
@@ -336,9 +307,7 @@ def _model(
         model = client_model(config, encryption, state, constants, circuits, progress=progress)
     except (ValueError, RuntimeError) as error:  # torch raises the latter for weights of another shape
         raise BundleError(f"{root} is damaged: {' '.join(str(error).split())}") from error
-    if backend is not None:
-        model.connect(backend)
-    return model
+    return model, use_secret
 
 
 def _constants(bundle: Bundle) -> dict[str, Constants]:
@@ -351,15 +320,3 @@ def _constants(bundle: Bundle) -> dict[str, Constants]:
         }
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
-
-
-def _open(connection: Connection, keys: KeySet) -> None:
-    """Open a session; upload the keys that the server lacks."""
-    try:
-        connection.open(keys.fingerprints)
-    except ServerError as error:
-        if error.code != UNKNOWN_KEYS:
-            raise
-        for kind, fingerprint in keys.fingerprints.items():
-            connection.upload(kind, Path(keys.path(kind)), sha256=fingerprint)
-        connection.open(keys.fingerprints)
