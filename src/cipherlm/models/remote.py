@@ -300,9 +300,7 @@ class RemoteModule(EncryptedModule):
         seen = len(text.rows)
         try:
             new = self._ask(backend, rows[seen:], seen)
-        except TextLost:
-            if not seen:
-                raise
+        except TextLost:  # once: a new session may be lost as well
             seen, text = 0, _Text(backend, rows[:0], rows[:0])
             new = self._ask(backend, rows, 0)
         # Later rows are compared with what was sent.
