@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cipherlm.models.config import EncryptionConfig
     from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.progress import Progress
 
 _CONFIG_OPTIONS = ("scheme", "n_bits", "heads", "p_error", "context", "post_quantum")
@@ -96,7 +97,8 @@ def add_module_options(parser: argparse.ArgumentParser, verb: str) -> None:
         type=modules_argument,
         metavar="NAMES",
         help="modules separated by commas, such as transformer.h.0.attn,transformer.h.1.attn; "
-        'with CKKS also transformer.h.0.mlp, transformer.h.0, or "all" (the default)',
+        'with CKKS also transformer.h.0.mlp, transformer.h.0, or "all" (the default); "linear", or names of '
+        "linear layers, for any architecture",
     )
 
 
@@ -217,15 +219,34 @@ def configured(options: argparse.Namespace) -> "EncryptionConfig":
 
 
 def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":
-    """Return the model that the options name with its modules encrypted, calibrated if it was saved so."""
+    """Return the model that the options name with its modules encrypted, calibrated if it was saved so.
+
+    Raises ``CommandError`` if these are linear layers.
+    """
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+
+    model = load_any_encrypted(options, progress)
+    if not isinstance(model, EncryptedGPT2LMHeadModel):
+        raise CommandError(
+            "linear layers are for `cipherlm generate` and `cipherlm export`, not for this verb"
+        )
+    return model
+
+
+def load_any_encrypted(
+    options: argparse.Namespace, progress: "Progress"
+) -> "EncryptedGPT2LMHeadModel | EncryptedLinearModel":
+    """Return the model that the options name with its modules or its linear layers encrypted."""
     config = configured(options)  # before the model, so that a wrong option is told at once
 
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
     from cipherlm.models.loading import load_model
+    from cipherlm.models.targets import means_linear
 
-    if _is_saved(options):
+    model = load_model(options.model)
+    if _is_saved(options) and not means_linear(model, config):
         return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
-    return EncryptedGPT2LMHeadModel.encrypt(load_model(options.model), config, progress=progress)
+    return get_encrypted_model(model, config, progress=progress)
 
 
 def _is_saved(options: argparse.Namespace) -> bool:

@@ -15,6 +15,7 @@ from cipherlm.cli.common import (
     calibration_ids,
     existing_file,
     human_seconds,
+    load_any_encrypted,
     load_encrypted,
     positive_integer,
     prompt_ids,
@@ -34,6 +35,7 @@ EXAMPLES = """\
 examples:
   cipherlm generate "The old man looked" --max-new-tokens 4
   cipherlm generate "The old man looked" --block 0
+  cipherlm generate "The capital of France is" --model smollm2 --target-modules linear
   cipherlm generate "Cryptography is a" --model gpt2 --scheme tfhe --heads all --n-bits 7 --mode disable
   cipherlm generate "Once upon a time" --mode clear --max-new-tokens 40 --sample --seed 7
   cipherlm generate --server http://127.0.0.1:8470 --bundle tiny-bundle/client "The old man"
@@ -159,14 +161,21 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.cli.ckks import calibrate, check_length, traffic_figures
+    from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.models.loading import load_tokenizer
 
     if options.tokens is not None:
         raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
     tokenizer = load_tokenizer(options.model)
-    model = load_encrypted(options, TerminalProgress())
+    model = load_any_encrypted(options, TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     clear = options.mode == "clear"
+    if isinstance(model, EncryptedLinearModel):
+        if options.calibration is not None:
+            raise UsageError("--calibration: linear layers need none")
+        model.set_fhe_mode("disable" if clear else options.mode)
+        result = _continued(options, model, tokenizer, ids)
+        return {**result, "layers": len(model.remote_modules), "products": len(model.groups)}
     check_length(model, ids.shape[1], options.max_new_tokens, in_context=not clear)
     keygen_seconds = None
     if not clear:

@@ -110,7 +110,15 @@ class EncryptionConfig:
         return self.target_modules in (LINEAR, [LINEAR])
 
     def _check_scheme(self) -> None:
-        """Refuse what the scheme would ignore."""
+        """Refuse what the scheme, or a placement, would ignore."""
+        if self.is_linear and self.scheme != "ckks":
+            raise ValueError(f"target_modules={LINEAR!r} is for scheme='ckks', not {self.scheme!r}")
+        ignored = [name for name in ("prefix", "tokens", "context") if getattr(self, name) != _default(name)]
+        if self.is_linear and ignored:
+            raise ValueError(
+                f"{ignored[0]} means nothing to target_modules={LINEAR!r}, where the client has a key-value "
+                "cache of its own: leave it out"
+            )
         for scheme, names in OWN_FIELDS.items():
             defaults = {**{field.name: field.default for field in fields(self)}, **_TFHE_DEFAULTS}
             given = [name for name in names if getattr(self, name) != defaults[name]]
@@ -171,6 +179,10 @@ class EncryptionConfig:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(EncryptionConfig) if field.name == name)
 
 
 def _checked_names(names: Any) -> str | list[str]:
