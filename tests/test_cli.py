@@ -356,7 +356,7 @@ def test_the_whole_model_on_ckks_unless_an_option_is_about_tfhe(monkeypatch, ver
         configs.append(encryption_config(given))
         raise CommandError("seen")
 
-    monkeypatch.setattr(f"cipherlm.cli.{verb}.load_encrypted", configured)
+    monkeypatch.setattr("cipherlm.cli.common.configured", configured)
     monkeypatch.setattr("cipherlm.cli.inspect.configured", configured)
     needed = {"generate": ["x"], "inspect": [], "export": ["tiny", "somewhere-new"]}[verb]
     assert main([verb, *needed, *options.split()]) == 1
