@@ -507,5 +507,5 @@ def get_encrypted_model(
     if isinstance(model, (EncryptedGPT2LMHeadModel, EncryptedLinearModel)):
         raise ValueError("this model is encrypted already: load the clear one again")
     if means_linear(model, config):
-        return encrypt_linear(model, config, example)
+        return encrypt_linear(model, config, example, progress)
     return EncryptedGPT2LMHeadModel.encrypt(model, config, progress=progress)

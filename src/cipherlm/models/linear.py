@@ -22,6 +22,7 @@ from cipherlm.linear.products import Float32, Float64, LinearGroup, Products
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.modules import MODES, FheMode
 from cipherlm.models.targets import find_linear, match
+from cipherlm.progress import Progress, silent
 
 
 class EncryptedLinearModel(nn.Module):
@@ -62,7 +63,7 @@ class EncryptedLinearModel(nn.Module):
         remote = self.remote_modules
         names = list(remote) if modules is None else match(modules, list(remote), kind="linear layer")
         for product in {remote[name].product for name in names}:
-            product.products = self._backend(fhe)
+            product.products = self._backends.of(fhe)
             self._modes[product.group.name] = fhe
 
     def connect(self, products: Products | None) -> None:
@@ -70,9 +71,7 @@ class EncryptedLinearModel(nn.Module):
 
         None stands for a server in this process, with keys of its own, which is also what there is at first.
         """
-        self._backends.pop("execute", None)
-        if products is not None:
-            self._backends["execute"] = products
+        self._backends.connect(products)
         for name in [name for name, mode in self._modes.items() if mode == "execute"]:
             self.set_fhe_mode("execute", [name])
 
@@ -117,16 +116,6 @@ class EncryptedLinearModel(nn.Module):
         clear = model_class(architectures[0]).from_pretrained(directory, dtype=dtype, **options)
         return encrypt_linear(clear, config, example)
 
-    def _backend(self, fhe: FheMode) -> Products:
-        if fhe not in self._backends:
-            kinds: dict[FheMode, Any] = {"simulate": SimulatedProducts, "execute": LocalProducts}
-            self._backends[fhe] = (
-                _Here(kinds[fhe], self.groups, self._weights)
-                if fhe in kinds
-                else ClearProducts(self._weights)
-            )
-        return self._backends[fhe]
-
     def _clear_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights of remote layers as the clear model has them, under all their names."""
         clear: dict[str, torch.Tensor] = {}
@@ -149,35 +138,60 @@ class _Here:
         kind: type[LocalProducts] | type[SimulatedProducts],
         groups: tuple[LinearGroup, ...],
         weights: dict[str, Float32],
+        progress: Progress,
     ) -> None:
-        self._kind, self._groups, self._weights = kind, groups, weights
+        self._kind, self._groups, self._weights, self._progress = kind, groups, weights, progress
         self._products: LocalProducts | SimulatedProducts | None = None
         self._training = False
 
     def product(self, group: str, x: Float64, *, transposed: bool = False) -> Float64:
         if self._products is None or (transposed and not self._training):
             self._training = transposed
-            plan = make_plan(list(self._groups), self._weights, training=transposed)
-            self._products = self._kind(plan, self._weights)
+            with self._progress("encoding gradients" if transposed else "encoding linear layers"):
+                plan = make_plan(list(self._groups), self._weights, training=transposed)
+                self._products = self._kind(plan, self._weights)
+                if isinstance(self._products, LocalProducts):
+                    _ = self._products.server
         return self._products.product(group, x, transposed=transposed)
 
 
-class _Backends(dict[FheMode, Products]):
-    """Who computes in which mode. A copy of a model has the same servers."""
+class _Backends:
+    """Who computes in which mode. A copy of a model has the same ones, and is connected on its own."""
+
+    def __init__(
+        self, groups: tuple[LinearGroup, ...], weights: dict[str, Float32], progress: Progress
+    ) -> None:
+        self._given = (groups, weights, progress)
+        self._modes: dict[FheMode, Products] = {
+            "disable": ClearProducts(weights),
+            "simulate": _Here(SimulatedProducts, *self._given),
+        }
+        self.connect(None)
+
+    def of(self, fhe: FheMode) -> Products:
+        return self._modes[fhe]
+
+    def connect(self, products: Products | None) -> None:
+        self._modes["execute"] = _Here(LocalProducts, *self._given) if products is None else products
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Backends:
-        copy = memo[id(self)] = _Backends(self)
+        copy = memo[id(self)] = _Backends(*self._given)
+        copy._modes = dict(self._modes)
         return copy
 
 
 def encrypt_linear(
-    model: nn.Module, config: EncryptionConfig, example: Mapping[str, Any] | None = None
+    model: nn.Module,
+    config: EncryptionConfig,
+    example: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> EncryptedLinearModel:
     """Make the linear layers of ``model`` that ``config`` names remote, in place, and return it.
 
     ``example`` has the arguments of a call, to find layers with one input where guessed arguments do not
-    serve. Raises ``ValueError``, and changes nothing, if ``config`` names a layer that is not there, and for
-    adapters and weights that are quantised or not in memory.
+    serve. ``progress`` hears of what takes long in this process. Raises ``ValueError``, and changes nothing,
+    if ``config`` names a layer that is not there, and for adapters and weights that are quantised or not in
+    memory.
     """
     if isinstance(model, EncryptedLinearModel):
         raise ValueError("this model is encrypted already: load the clear one again")
@@ -190,13 +204,14 @@ def encrypt_linear(
         )
     weights = {group.name: weights_of(layers, group) for group in groups}
     transposed = frozenset(name for name in names if isinstance(layers[name], Conv1D))
-    replace(model, groups, ClearProducts(weights))
+    backends = _Backends(groups, weights, progress)
+    replace(model, groups, backends.of("disable"))
     _forget_quantization(model)
     model.__class__ = _subclass(type(model))
     assert isinstance(model, EncryptedLinearModel)
     model.encryption_config, model.groups = config, groups
     model._weights, model._transposed = weights, transposed
-    model._modes, model._backends = {group.name: "disable" for group in groups}, _Backends()
+    model._modes, model._backends = {group.name: "disable" for group in groups}, backends
     return model
 
 
