@@ -16,7 +16,8 @@ from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
 from cipherlm.linear.server import MATRICES_NAME, PLAN_NAME
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.serving.bundle import Bundle, BundleError, load_hosted_model
-from cipherlm.serving.linear_bundle import export_linear, prefix_ids
+from cipherlm.serving.chats import prefix_ids
+from cipherlm.serving.linear_bundle import export_linear
 from linear.architectures import remote, tiny
 from linear.bundles import exported, tokenizer
 

@@ -34,6 +34,11 @@ class PublicPrefix:
             cache.update(next(here), next(here), index)
         return cache
 
+    def first(self, tokens: int) -> PublicPrefix:
+        """Return the first ``tokens`` of it."""
+        layers = tuple((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
+        return PublicPrefix(self.ids[:tokens], layers)
+
     def split(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return ``input_ids`` (n, tokens) less the prefix. Raises ``ValueError`` if a text lacks it."""
         prefix = self.ids.to(input_ids.device)

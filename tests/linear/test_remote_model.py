@@ -1,0 +1,110 @@
+"""A whole model whose linear layers are at a server: the clear model's text, over a loopback connection."""
+
+import pytest
+import torch
+from transformers import StoppingCriteria
+
+from cipherlm.serving.bundle import BundleError
+from cipherlm.serving.errors import WrongModel
+from cipherlm.serving.remote_linear import RemoteLinearModel
+from linear.architectures import tiny
+from linear.bundles import exported
+from linear.test_serving import serving
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+LAYERS = 2
+PRODUCTS = 4 * LAYERS
+"""Of one call of a Llama: queries with keys and values, output, gate with up, down."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    with serving() as (url, _), RemoteLinearModel.connect(url, bundle=exported() / "client") as made:
+        yield made
+
+
+def test_the_clear_models_text(model):
+    ids = torch.tensor([[5, 17, 33, 40]])
+    expected = tiny("llama").generate(ids, **GREEDY)
+    assert model.generate(ids, **GREEDY).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_other_architectures(architecture):
+    root = exported(architecture)
+    ids = torch.tensor([[5, 17, 33]])
+    with serving(root) as (url, _), RemoteLinearModel.connect(url, bundle=root / "client") as made:
+        expected = tiny(architecture).generate(ids, **GREEDY)
+        assert made.generate(ids, **GREEDY).tolist() == expected.tolist()
+
+
+def test_batches_with_padding_and_beams(model):
+    ids = torch.tensor([[0, 0, 9, 17], [12, 8, 33, 40]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = {**GREEDY, "attention_mask": mask, "num_beams": 2}
+    assert model.generate(ids, **options).tolist() == tiny("llama").generate(ids, **options).tolist()
+
+
+def exchanges(model, ids, **options):
+    before = model.products.traffic.exchanges
+    text = model.generate(ids, **{**GREEDY, **options})
+    return model.products.traffic.exchanges - before, text
+
+
+class AtOnce(StoppingCriteria):
+    def __call__(self, input_ids, scores, **_):
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+def test_the_server_does_not_learn_when_a_text_ends(model):
+    ids = torch.tensor([[5, 17, 33, 40]])
+    whole, _ = exchanges(model, ids)
+    ended, text = exchanges(model, ids, stopping_criteria=[AtOnce()])
+    shown, _ = exchanges(model, ids, stopping_criteria=[AtOnce()], reveal_length=True)
+    assert text.shape[1] == 5
+    assert whole == ended == 6 * PRODUCTS
+    assert shown == PRODUCTS
+
+
+def test_a_fault_of_the_clients_own_does_not_end_it_earlier(model):
+    class Broken(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            raise ArithmeticError("broken")
+
+    before = model.products.traffic.exchanges
+    with pytest.raises(ArithmeticError):
+        model.generate(torch.tensor([[5, 17]]), stopping_criteria=[Broken()], **GREEDY)
+    assert model.products.traffic.exchanges - before == 6 * PRODUCTS
+
+
+@pytest.mark.parametrize(("begin", "kept"), [([9, 8, 7], 3), ([9, 8, 20], 2), ([20], 0)])
+def test_a_public_prefix_is_not_sent(begin, kept):
+    root = exported(prefix="w9 w8 w7")
+    ids = torch.tensor([begin + [30] * 20])
+    with serving(root) as (url, _), RemoteLinearModel.connect(url, bundle=root / "client") as made:
+        sent = []
+        product = made.products.product
+        made.products.product = lambda group, x, **o: sent.append(len(x)) or product(group, x, **o)
+        found = made.generate(ids, **GREEDY)
+        assert made.prompt_ids("w30 w31")[0].tolist() == [[9, 8, 7, 30, 31]]
+    assert sent[0] == ids.shape[1] - kept
+    assert found.tolist() == tiny("llama").generate(ids, **GREEDY).tolist()
+
+
+def test_a_chat_has_the_system_message_that_was_exported():
+    root = exported(system="w9 w8")
+    with serving(root) as (url, _), RemoteLinearModel.connect(url, bundle=root / "client") as made:
+        ids, frame = made.prompt_ids("w30")
+        assert made.tokenizer.decode(ids[0]) == "<s> system w9 w8 </s> <s> user w30 </s> <s> assistant"
+        assert frame == ids.shape[1]
+        assert ids[0, : len(made.prefix)].tolist() == made.prefix
+
+
+def test_a_server_of_another_model():
+    with serving(exported(seed=1)) as (url, _), pytest.raises(WrongModel, match="client bundle"):
+        RemoteLinearModel.connect(url, bundle=exported() / "client")
+
+
+def test_a_bundle_for_the_server_is_none_for_clients(model):
+    with pytest.raises(BundleError, match="for the server"):
+        RemoteLinearModel.connect(model.products.url, bundle=exported() / "server")
