@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.published import MultiHeadsQGPT2Model, SingleHeadQGPT2Model
     from cipherlm.serving.remote import RemoteModel
+    from cipherlm.serving.remote_linear import RemoteLinearModel
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _EXPORTS = {
     "EncryptionConfig": "cipherlm.models.config",
     "MultiHeadsQGPT2Model": "cipherlm.models.published",
     "SingleHeadQGPT2Model": "cipherlm.models.published",
+    "RemoteLinearModel": "cipherlm.serving.remote_linear",
     "RemoteModel": "cipherlm.serving.remote",
     "get_encrypted_model": "cipherlm.models.integration",
     "load_model": "cipherlm.models.loading",
@@ -34,6 +36,7 @@ __all__ = [
     "EncryptedLinearModel",
     "EncryptionConfig",
     "MultiHeadsQGPT2Model",
+    "RemoteLinearModel",
     "RemoteModel",
     "SingleHeadQGPT2Model",
     "get_encrypted_model",

@@ -26,8 +26,8 @@ WORDS = [
     "user",
     "assistant",
     *(f"w{i}" for i in range(6, VOCABULARY - 2)),
-    "0",
-    "x",
+    "a",
+    "b",
 ]
 TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"

@@ -16,8 +16,7 @@ from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
 from cipherlm.linear.server import MATRICES_NAME, PLAN_NAME
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.serving.bundle import Bundle, BundleError, load_hosted_model
-from cipherlm.serving.chats import prefix_ids
-from cipherlm.serving.linear_bundle import export_linear
+from cipherlm.serving.linear_bundle import export_linear, public_ids
 from linear.architectures import remote, tiny
 from linear.bundles import exported, tokenizer
 
@@ -50,15 +49,15 @@ def test_the_public_prefix_comes_with_the_clients_bundle():
 
 
 def test_a_chat_begins_with_all_that_is_before_the_message():
-    ids = prefix_ids(tokenizer(), system="w9 w10")
+    ids = public_ids(tokenizer(), system="w9 w10")
     assert tokenizer().decode(ids) == "<s> system w9 w10 </s> <s> user"
 
 
 def test_a_template_that_drops_the_system_message_is_refused():
     made = tokenizer()
     made.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(ValueError, match="does not begin with the system message"):
-        prefix_ids(made, system="w9")
+    with pytest.raises(ValueError, match="does not begin with the system prompt"):
+        public_ids(made, system="w9")
 
 
 def test_layers_that_are_not_there_are_refused(tmp_path):

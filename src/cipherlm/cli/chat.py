@@ -92,8 +92,9 @@ def _conversation(options: argparse.Namespace) -> Iterator[Chat]:
     progress = TerminalProgress()
     if options.server:
         with connect(options, progress) as remote:
-            prefix = None if options.system else getattr(remote, "public_prefix", None)
-            yield _checked(lambda: Chat(remote, remote.tokenizer, system=options.system, prefix=prefix))
+            system = options.system or getattr(remote, "system", None)
+            prefix = getattr(remote, "public_prefix", None)
+            yield _checked(lambda: Chat(remote, remote.tokenizer, system=system, prefix=prefix))
         return
     from cipherlm.models.config import EncryptionConfig
     from cipherlm.models.integration import get_encrypted_model

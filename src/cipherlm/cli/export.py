@@ -5,15 +5,17 @@ unless the model was saved encrypted and has them.
 """
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cipherlm.cli import CommandError
+from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.circuits import compile_circuits
 from cipherlm.cli.common import (
     add_calibration_option,
     add_encryption_options,
     add_json_option,
     calibration_ids,
+    configured,
     existing_file,
     human_bytes,
     load_encrypted,
@@ -25,8 +27,14 @@ from cipherlm.cli.common import (
 )
 from cipherlm.progress import TerminalProgress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cipherlm.models.config import EncryptionConfig
+
 EXAMPLES = """\
 examples:
+  cipherlm export smollm2 --target-modules linear smollm2-bundle
   cipherlm export tiny tiny-bundle
   cipherlm export gpt2 --scheme tfhe --heads 0 --n-bits 4 --tokens 8 head-bundle
 
@@ -53,6 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"TFHE: length to compile circuits for (default: {DEFAULT_TOKENS})",
     )
+    linear = parser.add_argument_group("linear layers")
+    public = linear.add_mutually_exclusive_group()
+    public.add_argument(
+        "--prefix", metavar="TEXT", help="public text before every prompt, which then costs clients nothing"
+    )
+    public.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="public system prompt of chats, likewise (default: what the model's chat template begins with)",
+    )
+    linear.add_argument(
+        "--training", action="store_true", help="let clients have gradients too: twice the matrices"
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the model for clients (default: MODEL)")
     add_calibration_option(parser)
     add_json_option(parser)
@@ -66,10 +87,11 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         write_json(result)
         return
+    modules = result["modules"]
     print_pairs(
         [
             ("model", f"{result['name']}, {result['scheme'].upper()}"),
-            ("at the server", ", ".join(result["modules"])),
+            ("at the server", ", ".join(modules) if len(modules) <= 12 else f"{len(modules)} products"),
             ("server's bundle", f"{result['server']}, {human_bytes(result['server_bytes'])}"),
             ("clients' bundle", f"{result['client']}, {human_bytes(result['client_bytes'])}"),
             ("fingerprint", result["fingerprint"]),
@@ -78,8 +100,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from pathlib import Path
-
     from cipherlm.models.loading import load_tokenizer
     from cipherlm.serving.bundle import export
 
@@ -89,6 +109,22 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     settle_scheme(options, "tokens")
     progress = TerminalProgress()
     tokenizer = load_tokenizer(options.model)
+    name = options.name or Path(options.model).name
+    linear = _linear_layers(options)
+    if linear is not None:
+        from cipherlm.serving.linear_bundle import export_linear
+
+        description = export_linear(
+            *linear,
+            root,
+            tokenizer,
+            name=name,
+            prefix=options.prefix,
+            system=options.system,
+            training=options.training,
+            progress=progress,
+        )
+        return _told(root, description)
     model = load_encrypted(options, progress)
     ckks = model.encryption_config.scheme == "ckks"
     tokens = options.tokens or DEFAULT_TOKENS
@@ -97,11 +133,41 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
             model.calibrate(calibration_ids(options, tokenizer, None if ckks else tokens))
     if not ckks:
         compile_circuits(model, tokens)
-    name = options.name or Path(options.model).name
     with progress("writing bundles"):
         description = export(model, root, tokenizer, name=name)
+    return _told(root, description)
+
+
+def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, EncryptionConfig] | None":
+    """Return the clear model whose linear layers are wanted, and which of them, unless others are."""
+    from transformers import GPT2LMHeadModel
+
+    from cipherlm.models.config import LINEAR, EncryptionConfig
+    from cipherlm.models.loading import load_model
+    from cipherlm.models.targets import means_linear
+
+    config = configured(options)
+    if config.scheme == "ckks":
+        model = load_model(options.model)
+        unsaid = options.target_modules is None and options.block is None
+        if unsaid and not isinstance(model, GPT2LMHeadModel):
+            config = EncryptionConfig(LINEAR)
+        if means_linear(model, config):
+            for name in ("context", "post_quantum", "tokens", "calibration"):
+                if getattr(options, name, None) is not None:
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} means nothing to linear layers: leave it out"
+                    )
+            return model, config
+    for name in ("prefix", "system", "training"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} is for linear layers: add --target-modules linear")
+    return None
+
+
+def _told(root: Path, description: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": description["name"],
         "scheme": description["scheme"],
         "modules": description["modules"],
         "fingerprint": description["fingerprint"],

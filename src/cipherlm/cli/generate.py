@@ -3,7 +3,8 @@
 import argparse
 import sys
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.circuits import circuit_figures, compile_circuits, compiled_length, make_keys
@@ -14,6 +15,7 @@ from cipherlm.cli.common import (
     add_model_option,
     calibration_ids,
     existing_file,
+    human_bytes,
     human_seconds,
     load_any_encrypted,
     load_encrypted,
@@ -30,6 +32,9 @@ from cipherlm.cli.server_options import (
     server_options_given,
 )
 from cipherlm.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from cipherlm.serving.remote_linear import RemoteLinearModel
 
 EXAMPLES = """\
 examples:
@@ -126,8 +131,20 @@ def _generate_at_server(options: argparse.Namespace) -> dict[str, Any]:
     progress = TerminalProgress()
     with connect(options, progress) as model:
         options.model = model.name
-        ids = prompt_ids(model.tokenizer, options.prompt)
-        return {**_continued(options, model, model.tokenizer, ids), "server": options.server}
+        if not hasattr(model, "products"):
+            ids = prompt_ids(model.tokenizer, options.prompt)
+            return {**_continued(options, model, model.tokenizer, ids), "server": options.server}
+        linear = cast("RemoteLinearModel", model)
+        ids, hidden = linear.prompt_ids(options.prompt)
+        result = _continued(options, model, model.tokenizer, ids, hidden)
+        traffic = asdict(linear.products.traffic)
+        if sys.stderr.isatty():
+            print(
+                f"{human_bytes(traffic['to_server'])} to the server and {human_bytes(traffic['to_client'])} "
+                f"back, {human_bytes(traffic['keys'])} of keys",
+                file=sys.stderr,
+            )
+        return {**result, "server": options.server, "traffic": traffic}
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,12 +5,14 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer
 from cipherlm.cli.passphrase import add_passphrase_options, read_passphrase
 
 if TYPE_CHECKING:
     from cipherlm.progress import Progress
     from cipherlm.serving.remote import RemoteModel
+    from cipherlm.serving.remote_linear import RemoteLinearModel
 
 
 def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -80,8 +82,12 @@ def server_options_given(options: argparse.Namespace) -> list[str]:
     return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
 
 
-def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
+def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel | RemoteLinearModel":
     """Return the model at the server that the options name."""
+    from cipherlm.serving.bundle import Bundle
+
+    if options.bundle and Bundle.read(options.bundle, "client").is_linear:
+        return _connect_linear(options, progress)
     from cipherlm.serving.key_use import BUDGET
     from cipherlm.serving.remote import RemoteModel
 
@@ -95,5 +101,24 @@ def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel":
         insecure_plain_http=options.insecure_plain_http,
         key_budget=options.key_budget or BUDGET,
         tell=lambda text: print(text, file=sys.stderr),
+        progress=progress,
+    )
+
+
+def _connect_linear(options: argparse.Namespace, progress: "Progress") -> "RemoteLinearModel":
+    for name in ("keys", "passphrase_file", "ask_passphrase"):
+        if getattr(options, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about stored keys, and those of linear layers are made for "
+                "each run: leave it out"
+            )
+    from cipherlm.serving.remote_linear import RemoteLinearModel
+
+    return RemoteLinearModel.connect(
+        options.server,
+        bundle=options.bundle,
+        token=options.token or os.environ.get("CIPHERLM_TOKEN") or None,
+        verify=options.ca or True,
+        insecure_plain_http=options.insecure_plain_http,
         progress=progress,
     )

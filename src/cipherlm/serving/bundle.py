@@ -59,6 +59,13 @@ class Bundle:
     @classmethod
     def load(cls, directory: str | os.PathLike[str], party: str) -> Bundle:
         """Read a bundle for ``"server"`` or ``"client"``. Raises :class:`BundleError`, naming the file."""
+        bundle = cls.read(directory, party)
+        bundle._check_files()
+        return bundle
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str], party: str) -> Bundle:
+        """Read what a bundle is about, without a look at its files. Raises :class:`BundleError`."""
         root = Path(directory)
         path = root / BUNDLE_NAME
         if not path.is_file():
@@ -82,16 +89,18 @@ class Bundle:
             )
         if about.get("party") != party:
             raise BundleError(f"{root} is for the {about.get('party')}, not for the {party}")
-        mapped = about.get("mapped", {})
-        for name, expected in files.items():
-            file = root / name
+        return cls(root, about)
+
+    def _check_files(self) -> None:
+        mapped = self.about.get("mapped", {})
+        for name, expected in self.about["files"].items():
+            file = self.directory / name
             # What is mapped into memory is read when it is needed, and not for its sum at every start.
             whole = file.is_file() and (
                 file.stat().st_size == mapped[name] if name in mapped else sha256(file) == expected
             )
             if not whole:
                 raise BundleError(f"{file} is missing or damaged: export the model or copy the bundle again")
-        return cls(root, about)
 
     @property
     def scheme(self) -> str:
@@ -180,6 +189,10 @@ def generate_keys(description: Mapping[str, Any], progress: Progress) -> KeyMate
     Raises ``ValueError`` for a description that makes no sense, and for TFHE's without its bundle: its
     parameters are there.
     """
+    if description.get("placement") == LINEAR:
+        raise ValueError(
+            "keys for linear layers are made for each run and not stored: there is nothing to do"
+        )
     if description.get("scheme") == "ckks":
         from cipherlm.serving.ckks import generate, geometry_of
 

@@ -17,12 +17,12 @@ from cipherlm.linear.plan import Plan, make_plan
 from cipherlm.linear.prefix import PREFIX_NAME, public_prefix_cache
 from cipherlm.linear.products import Float32, LinearGroup
 from cipherlm.linear.server import MATRICES_NAME, PLAN_NAME, encode_to
+from cipherlm.models.chat import public_head
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.linear import EncryptedLinearModel
 from cipherlm.models.targets import find_linear
 from cipherlm.progress import Progress, counted, silent
 from cipherlm.serving.bundle import LINEAR, new_bundles, seal
-from cipherlm.serving.chats import prefix_ids
 from cipherlm.serving.keystore import sha256
 from cipherlm.serving.linear import describe
 
@@ -41,8 +41,9 @@ def export_linear(
 ) -> dict[str, Any]:
     """Write the linear layers that ``config`` names as ``server``, the rest of a clear model as ``client``.
 
-    ``prefix`` is a public text that comes before every prompt, ``system`` the public instruction of a chat:
-    the keys and values of either are computed here, and cost clients nothing. ``training`` writes the
+    ``prefix`` is a public text that comes before every prompt, ``system`` the public system prompt of chats:
+    the keys and values of either are computed here, and cost clients nothing. Without them, a model for chats
+    has what its template begins with. ``training`` writes the
     transposed matrices too, which gradients need. Returns the description that clients get from the server.
 
     Raises ``ValueError`` for a directory that is not empty, for layers that are not there or cannot be
@@ -51,10 +52,15 @@ def export_linear(
     if isinstance(model, EncryptedLinearModel):
         raise ValueError("export the clear model: its linear layers are found here")
     layers, names = linear_layers(model), find_linear(model, config)
-    ids = prefix_ids(tokenizer, prefix, system)
+    ids = public_ids(tokenizer, prefix, system)
     with progress("finding linear layers"):
         groups = find_groups(model, names)
-        cache = public_prefix_cache(model, torch.tensor(ids)) if ids else None
+        try:
+            cache = public_prefix_cache(model, torch.tensor(ids)) if ids else None
+        except ValueError:
+            if prefix is not None or system is not None:
+                raise
+            cache = None  # nobody has asked for one
     if not groups:
         raise ValueError(f"the linear layers of a {type(model).__name__} cannot be remote")
     weights = _Weights(layers, groups)
@@ -75,9 +81,32 @@ def export_linear(
     common = {"scheme": "ckks", "placement": LINEAR, "name": name, "fingerprint": fingerprint}
     mapped = {MATRICES_NAME: (server / MATRICES_NAME).stat().st_size}
     seal(server, {**common, "mapped": mapped, "party": "server"})
-    given = {"text": prefix} if prefix else {"system": system} if ids else None
+    given = {name: text for name, text in (("text", prefix), ("system", system)) if text is not None}
     seal(client, {**common, "party": "client", "description": description, "prefix": given})
     return description
+
+
+def public_ids(
+    tokenizer: PreTrainedTokenizerBase, prefix: str | None = None, system: str | None = None
+) -> list[int]:
+    """Return the token ids that texts begin with: a prefix, or the head of a chat; none if there is neither.
+
+    Raises ``ValueError`` for a tokenizer without a chat template, and for one that leaves the system prompt
+    out.
+    """
+    if prefix is not None and system is not None:
+        raise ValueError("a prefix of texts and a system prompt of chats do not go together")
+    if prefix is not None:
+        return list(tokenizer(prefix)["input_ids"])
+    if system is None:
+        try:
+            return public_head(tokenizer)
+        except ValueError:  # not a model for chats
+            return []
+    head = public_head(tokenizer, system)
+    if system not in tokenizer.decode(head):
+        raise ValueError("the model's chat template does not begin with the system prompt")
+    return head
 
 
 class _Weights(Mapping[str, Float32]):

@@ -32,6 +32,7 @@ from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.bundle import (
     CONSTANTS_NAME,
+    LINEAR,
     STATE_NAME,
     Bundle,
     BundleError,
@@ -105,6 +106,11 @@ class RemoteModel:
         )
         try:
             described = connection.describe()
+            if described.get("placement") == LINEAR:
+                raise BundleError(
+                    "linear layers are at this server: give the client's bundle (--bundle), in Python to "
+                    "RemoteLinearModel.connect"
+                )
             asked = cache(lambda: passphrase() if callable(passphrase) else passphrase)
             choice = KeyChoice(
                 keys, expected, described, server_identity(url), asked, progress, tell, key_budget

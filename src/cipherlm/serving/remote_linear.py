@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cipherlm.linear.model import load_client_model, load_groups
 from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
+from cipherlm.models.chat import template_ids
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.progress import Progress, silent
 from cipherlm.serving.bundle import Bundle, BundleError
-from cipherlm.serving.chats import chat_ids
 from cipherlm.serving.errors import RemoteError
 from cipherlm.serving.remote_products import RemoteProducts
 
@@ -27,7 +27,8 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 class RemoteLinearModel:
     """A model whose linear layers are at a server; all else, and the text, is here.
 
-    Made by :meth:`connect`. ``model`` is an ordinary model of transformers. Close it when done.
+    Made by :meth:`connect`. ``model`` is an ordinary model of transformers, whose attributes this has too.
+    Close it when done.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class RemoteLinearModel:
         tokenizer: PreTrainedTokenizerBase,
         products: RemoteProducts,
         name: str,
-        prefix: PublicPrefix | None = None,
-        system: str | None = None,
+        public_prefix: PublicPrefix | None = None,
+        frame: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.products = model, tokenizer, name, products
-        self._prefix, self._system = prefix, system
+        self.public_prefix = public_prefix
+        self._frame = frame or {}
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, products.close)
 
@@ -69,7 +71,7 @@ class RemoteLinearModel:
         with progress("making keys"):
             products = RemoteProducts(
                 url,
-                opened.directory,
+                opened,
                 token=token,
                 verify=verify,
                 insecure_plain_http=insecure_plain_http,
@@ -83,13 +85,17 @@ class RemoteLinearModel:
         except BaseException:
             products.close()
             raise
-        system = (opened.about.get("prefix") or {}).get("system")
-        return cls(model, tokenizer, products, str(opened.about["name"]), prefix, system)
+        return cls(model, tokenizer, products, str(opened.about["name"]), prefix, opened.about.get("prefix"))
 
     @property
     def prefix(self) -> list[int]:
         """The public token ids that cost nothing where a text begins with them."""
-        return [] if self._prefix is None else self._prefix.ids.tolist()
+        return [] if self.public_prefix is None else self.public_prefix.ids.tolist()
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of chats that the model was exported with."""
+        return self._frame.get("system")
 
     @property
     def context_length(self) -> int:
@@ -103,32 +109,21 @@ class RemoteLinearModel:
                 return length
         raise ValueError("the model's configuration does not say how long its context is")
 
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self.model.config
-
-    @property
-    def generation_config(self) -> Any:
-        """What the model generates with unless told otherwise."""
-        return self.model.generation_config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the client's part of the model is."""
-        return self.model.device
-
     def prompt_ids(self, prompt: str) -> tuple[torch.Tensor, int]:
-        """Return a prompt as token ids (1, tokens), and how many of them are the frame around it.
+        """Return a prompt as token ids (1, tokens), and how many of them are not to be shown.
 
-        With a public prefix of texts, the prompt is behind it; of a model that was exported with a system
-        message, it is the message of a chat.
+        Of a model that was exported with a prefix of texts, the prompt is behind it; with a system prompt, it
+        is a question, of which only the answer is shown.
         """
-        if self._system is not None:
-            ids = chat_ids(self.tokenizer, prompt, self._system)
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, {"role": "user", "content": prompt}]
+            ids = template_ids(self.tokenizer, messages)
             return torch.tensor([ids]), len(ids)
-        ids = list(self.tokenizer(prompt, add_special_tokens=not self.prefix)["input_ids"])
-        return torch.tensor([self.prefix + ids]), len(self.prefix)
+        before = self.prefix if "text" in self._frame else []
+        ids = list(self.tokenizer(prompt, add_special_tokens=not before)["input_ids"])
+        if not ids:
+            raise ValueError("the prompt is empty")
+        return torch.tensor([before + ids]), len(before)
 
     def generate(
         self, input_ids: torch.Tensor, *, reveal_length: bool = False, **options: Any
@@ -148,6 +143,15 @@ class RemoteLinearModel:
             return _at_full_length(
                 self.model, lambda: self._generate(input_ids, options), self._budget(input_ids, options)
             )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # while there is none
+            raise AttributeError(name)
+        return getattr(self.model, name)
 
     def close(self) -> None:
         """End the connection to the server."""
@@ -177,14 +181,14 @@ class RemoteLinearModel:
 
     def _shared_prefix(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> PublicPrefix | None:
         """Return as much of the public prefix as all texts begin with; a token at least is left of each."""
-        if self._prefix is None or input_ids.dim() != 2:
+        if self.public_prefix is None or input_ids.dim() != 2:
             return None
-        length = min(len(self._prefix.ids), input_ids.shape[1] - 1)
-        same = (input_ids[:, :length].cpu() == self._prefix.ids[:length]).all(dim=0)
+        length = min(len(self.public_prefix.ids), input_ids.shape[1] - 1)
+        same = (input_ids[:, :length].cpu() == self.public_prefix.ids[:length]).all(dim=0)
         if mask is not None:
             same &= mask[:, :length].cpu().bool().all(dim=0)
         shared = int(same.long().cumprod(0).sum())
-        return self._prefix.first(shared) if shared else None
+        return self.public_prefix.first(shared) if shared else None
 
     def _budget(self, input_ids: torch.Tensor, options: dict[str, Any]) -> int:
         """Return how many new tokens ``generate`` may make."""

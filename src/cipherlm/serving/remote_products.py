@@ -63,7 +63,7 @@ class RemoteProducts:
 
     - ``url``, ``token``, ``verify``, ``insecure_plain_http``: as :class:`~cipherlm.serving.client.Connection`
       takes them.
-    - ``directory``: the client's bundle, which says what the server is asked for and what it may answer.
+    - ``bundle``: the client's, loaded or not: it says what the server is asked for and what it may answer.
     - ``timeout``: seconds for an answer. ``patience``: seconds to try again after failures that may pass.
 
     A secret key is made here and is never stored. Connects when it is first needed, and again after a lost
@@ -75,7 +75,7 @@ class RemoteProducts:
     def __init__(
         self,
         url: str,
-        directory: str | os.PathLike[str],
+        bundle: str | os.PathLike[str] | Bundle,
         *,
         token: str | None = None,
         verify: str | os.PathLike[str] | bool = True,
@@ -84,7 +84,7 @@ class RemoteProducts:
         patience: float = 60.0,
     ) -> None:
         self._address = Address(url, token, verify, insecure_plain_http=insecure_plain_http)
-        bundle = Bundle.load(directory, "client")
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, "client")
         self.plan = bundle_plan(bundle)
         self._fingerprint = str(bundle.about["fingerprint"])
         self._timeout, self._patience = timeout, patience
