@@ -47,7 +47,7 @@ def test_from_export_to_text(saved, tmp_path, capsys, options):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--target-modules", "linear", "--context", "8"], "--context means nothing to linear layers"),
+        (["--target-modules", "linear", "--context", "8"], "context means nothing"),
         (["--target-modules", "attn"], "no linear layer 'attn'"),
         (["--system", "nothing", "--target-modules", "linear"], "does not begin with the system prompt"),
     ],

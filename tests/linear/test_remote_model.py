@@ -100,6 +100,15 @@ def test_a_chat_has_the_system_message_that_was_exported():
         assert ids[0, : len(made.prefix)].tolist() == made.prefix
 
 
+def test_keys_serve_so_many_texts():
+    ids = torch.tensor([[5, 17, 33]])
+    options = {"bundle": exported() / "client", "key_budget": 2}
+    with serving() as (url, _), RemoteLinearModel.connect(url, **options) as made:
+        texts = [made.generate(ids, **GREEDY).tolist() for _ in range(5)]
+        assert made.products.traffic.connections == 3
+    assert texts == [texts[0]] * 5
+
+
 def test_a_server_of_another_model():
     with serving(exported(seed=1)) as (url, _), pytest.raises(WrongModel, match="client bundle"):
         RemoteLinearModel.connect(url, bundle=exported() / "client")

@@ -112,6 +112,7 @@ def _connect_linear(options: argparse.Namespace, progress: "Progress") -> "Remot
                 f"--{name.replace('_', '-')} is about stored keys, and those of linear layers are made for "
                 "each run: leave it out"
             )
+    from cipherlm.serving.key_use import BUDGET
     from cipherlm.serving.remote_linear import RemoteLinearModel
 
     return RemoteLinearModel.connect(
@@ -120,5 +121,6 @@ def _connect_linear(options: argparse.Namespace, progress: "Progress") -> "Remot
         token=options.token or os.environ.get("CIPHERLM_TOKEN") or None,
         verify=options.ca or True,
         insecure_plain_http=options.insecure_plain_http,
+        key_budget=options.key_budget or BUDGET,
         progress=progress,
     )

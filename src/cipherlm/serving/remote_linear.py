@@ -19,6 +19,7 @@ from cipherlm.models.loading import load_tokenizer
 from cipherlm.progress import Progress, silent
 from cipherlm.serving.bundle import Bundle, BundleError
 from cipherlm.serving.errors import RemoteError
+from cipherlm.serving.key_use import BUDGET
 from cipherlm.serving.remote_products import RemoteProducts
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
@@ -39,10 +40,12 @@ class RemoteLinearModel:
         name: str,
         public_prefix: PublicPrefix | None = None,
         frame: Mapping[str, str] | None = None,
+        key_budget: int = BUDGET,
     ) -> None:
         self.model, self.tokenizer, self.name, self.products = model, tokenizer, name, products
         self.public_prefix = public_prefix
         self._frame = frame or {}
+        self._key_budget, self._texts = key_budget, 0
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, products.close)
 
@@ -55,12 +58,14 @@ class RemoteLinearModel:
         token: str | None = None,
         verify: str | os.PathLike[str] | bool = True,
         insecure_plain_http: bool = False,
+        key_budget: int = BUDGET,
         attn_implementation: str | None = None,
         progress: Progress = silent,
     ) -> RemoteLinearModel:
         """Connect to ``cipherlm serve`` with the client's bundle of the model.
 
-        Keys are made for this model alone, sent as the connection opens, and never stored. ``token``,
+        Keys are made for this model alone, sent as the connection opens, and never stored; others take their
+        place after ``key_budget`` texts. ``token``,
         ``verify`` and ``insecure_plain_http`` are as for :class:`~cipherlm.serving.remote.RemoteModel`,
         ``attn_implementation`` as for transformers.
 
@@ -85,7 +90,15 @@ class RemoteLinearModel:
         except BaseException:
             products.close()
             raise
-        return cls(model, tokenizer, products, str(opened.about["name"]), prefix, opened.about.get("prefix"))
+        return cls(
+            model,
+            tokenizer,
+            products,
+            str(opened.about["name"]),
+            prefix,
+            opened.about.get("prefix"),
+            key_budget,
+        )
 
     @property
     def prefix(self) -> list[int]:
@@ -137,6 +150,7 @@ class RemoteLinearModel:
         so that it does not learn how long the text is; with ``reveal_length=True``, and for models with an
         encoder, it is not.
         """
+        self._spend(len(input_ids) * (options.get("num_return_sequences") or 1))
         with torch.inference_mode():
             if reveal_length or getattr(self.config, "is_encoder_decoder", False):
                 return self._generate(input_ids, options)
@@ -167,6 +181,13 @@ class RemoteLinearModel:
 
     def __repr__(self) -> str:
         return f"RemoteLinearModel({self.name!r} at {self.products.url!r})"
+
+    def _spend(self, texts: int) -> None:
+        """Count texts against the budget of a key, and make other keys when that is spent."""
+        if self._texts and self._texts + texts > self._key_budget:
+            self.products.renew_keys()
+            self._texts = 0
+        self._texts += texts
 
     def _generate(self, input_ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         mask = options.get("attention_mask")

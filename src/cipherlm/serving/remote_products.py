@@ -88,17 +88,23 @@ class RemoteProducts:
         self.plan = bundle_plan(bundle)
         self._fingerprint = str(bundle.about["fingerprint"])
         self._timeout, self._patience = timeout, patience
-        self._client = LinearClient(self.plan)
-        self._keys = self._client.evaluation_keys().to_bytes()
-        self._connection: _Connection | None = None
         self._lock = threading.Lock()
+        self._connection: _Connection | None = None
         self._closed = False
         self.traffic = Traffic()
+        self.renew_keys()
 
     @property
     def url(self) -> str:
         """The server's address."""
         return self._address.http
+
+    def renew_keys(self) -> None:
+        """Make other keys, and connect with them when that is needed next."""
+        with self._lock:
+            self._drop()
+            self._client = LinearClient(self.plan)
+            self._keys = self._client.evaluation_keys().to_bytes()
 
     def connect(self) -> None:
         """Connect now. Raises :class:`WrongModel` if the server's weights are not the bundle's."""
