@@ -77,6 +77,17 @@ def test_a_fault_of_the_clients_own_does_not_end_it_earlier(model):
     assert model.products.traffic.exchanges - before == 6 * PRODUCTS
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -1e300])
+def test_numbers_of_no_model_do_not_end_it_earlier(model, monkeypatch, bad):
+    """A server chooses what is decrypted: the client asks for the next product, whatever that is."""
+    decrypt = model.products._client.decrypt
+    monkeypatch.setattr(
+        model.products._client, "decrypt", lambda *args, **options: 0 * decrypt(*args, **options) + bad
+    )
+    count, _ = exchanges(model, torch.tensor([[5, 17, 33, 40]]))
+    assert count == 6 * PRODUCTS
+
+
 @pytest.mark.parametrize(("begin", "kept"), [([9, 8, 7], 3), ([9, 8, 20], 2), ([20], 0)])
 def test_a_public_prefix_is_not_sent(begin, kept):
     root = exported(prefix="w9 w8 w7")

@@ -17,6 +17,7 @@ from cipherlm.engine import Ciphertext, EngineError
 from cipherlm.linear.client import LinearClient
 from cipherlm.linear.plan import Plan
 from cipherlm.linear.server import load_plan
+from cipherlm.models.length import bounded
 from cipherlm.serving import protocol
 from cipherlm.serving.bundle import Bundle, BundleError
 from cipherlm.serving.client_session import connected
@@ -114,7 +115,8 @@ class RemoteProducts:
     def product(self, group: str, x: Float64, *, transposed: bool = False) -> Float64:
         """Return x @ W.T, or x @ W, as ``Products`` says.
 
-        Many rows are several exchanges, some of which are on their way at a time.
+        Many rows are several exchanges, some of which are on their way at a time. What no model's product can
+        be is bounded, so that nothing that a server has made up keeps a client from asking for the next one.
         """
         with self._lock:
             exchanges = self._exchanges(group, x, transposed)
@@ -124,7 +126,7 @@ class RemoteProducts:
                 )
                 for norms, blobs in self._answers(exchanges)
             ]
-        return np.concatenate(results) if results else np.zeros((0, self._rows(group, transposed)))
+        return bounded(np.concatenate(results)) if results else np.zeros((0, self._rows(group, transposed)))
 
     def close(self) -> None:
         """End the connection, for good."""
