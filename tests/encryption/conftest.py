@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 
 from cipherlm.engine import Parameters, Plaintext, SecretKey
-from cipherlm.engine.parameters import PRESETS
+from cipherlm.engine.parameters import POST_QUANTUM_PRESETS, PRESETS
 
 from .frames import HEADER
 from .opener import Opener
 
-# Every preset there is, a new one by itself: the models' own is 2^14. The others are of the same code.
-CLIENTS = [pytest.param(name, marks=pytest.mark.slow if name in (13, 15, 16) else ()) for name in PRESETS]
+# Every preset there is, a new one by itself. The smallest and the models' own are quick enough for every run.
+FAST = {(12, False), (14, False)}
+CLIENTS = [
+    pytest.param(
+        (degree, post_quantum),
+        marks=() if (degree, post_quantum) in FAST else pytest.mark.slow,
+        id=f"{degree}{'-post-quantum' * post_quantum}",
+    )
+    for post_quantum, presets in ((False, PRESETS), (True, POST_QUANTUM_PRESETS))
+    for degree in presets
+]
 SAMPLES = 3 << 14  # coefficients for one test of their distribution
 
 
@@ -51,4 +60,5 @@ class Client:
 
 @pytest.fixture(scope="session", params=CLIENTS)
 def client(request: pytest.FixtureRequest) -> Client:
-    return Client(SecretKey.generate(Parameters.preset(request.param)))
+    degree, post_quantum = request.param
+    return Client(SecretKey.generate(Parameters.preset(degree, post_quantum=post_quantum)))
