@@ -76,6 +76,19 @@ def test_sampling():
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=["lookup", "static", "uncached"],
+)
+def test_other_ways_to_generate(options):
+    clear, model = tiny("llama"), tiny("llama")
+    remote(model)
+    ids = torch.tensor([[5, 9, 17, 5, 9, 17, 5, 9]])
+    options = {**options, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), clear.generate(ids, **options))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_implementations_of_attention(attention):
     clear, model = tiny("llama"), tiny("llama")
