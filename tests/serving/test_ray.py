@@ -13,6 +13,7 @@ import time
 from contextlib import closing, contextmanager, suppress
 
 import pytest
+import torch
 
 from cipherlm import engine
 from cipherlm.cli import main
@@ -21,15 +22,21 @@ from cipherlm.serving.computation import Cancelled, WorkerBroke, WorkerLost
 
 ray = pytest.importorskip("ray")
 
+from linear.architectures import tiny  # noqa: E402
+from linear.bundles import exported  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from cipherlm.linear.client import LinearClient  # noqa: E402
+from cipherlm.linear.server import load_plan  # noqa: E402
 from cipherlm.serving import bundle, ray_cluster  # noqa: E402
 from cipherlm.serving.client import Connection  # noqa: E402
 from cipherlm.serving.errors import SessionLost  # noqa: E402
 from cipherlm.serving.keys import KeyStore  # noqa: E402
 from cipherlm.serving.ray_cluster import ClusterError, RayHostedModel, cores_per_worker  # noqa: E402
+from cipherlm.serving.ray_products import RayHostedProducts  # noqa: E402
+from cipherlm.serving.remote_linear import RemoteLinearModel  # noqa: E402
 from cipherlm.serving.run import create_server, running  # noqa: E402
-from cipherlm.serving.service import Limits, Service  # noqa: E402
+from cipherlm.serving.service import LINEAR_LIMITS, Limits, Service  # noqa: E402
 
 from . import small  # noqa: E402
 from .conftest import eventually  # noqa: E402
@@ -318,7 +325,7 @@ def test_a_worker_that_dies(model, keys):
 
 def test_a_worker_that_was_away(model, keys, monkeypatch):
     """It is told later that a session has ended."""
-    call = ray_cluster._Place.call
+    call = ray_cluster.Place.call
 
     def calling(self, method, *arguments):
         if method == "close":
@@ -327,7 +334,7 @@ def test_a_worker_that_was_away(model, keys, monkeypatch):
 
     with two_sessions(model, keys) as (first, _):
         with monkeypatch.context() as patch:
-            patch.setattr(ray_cluster._Place, "call", calling)
+            patch.setattr(ray_cluster.Place, "call", calling)
             first.close()
         with closing(model.open(keys)) as third:
             assert third._place is first._place
@@ -503,3 +510,55 @@ def test_the_verb_without_a_cluster(tmp_path, capsys):
     assert "there is no Ray cluster to connect to at 127.0.0.1:1" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--ray-workers", "2"]) == 2
     assert "--ray-workers needs --ray" in capsys.readouterr().err
+
+
+@pytest.fixture
+def layers(cluster):
+    """Two workers with half of the linear layers each."""
+    load = functools.partial(bundle.load_hosted_model, str(exported() / "server"))
+    with closing(RayHostedProducts(load, 2)) as model:
+        yield model
+
+
+@contextmanager
+def remote_model(layers):
+    service = Service(layers, None, None, LINEAR_LIMITS)
+    with running(create_server(service, port=0)) as url:
+        options = {"bundle": exported() / "client"}
+        with RemoteLinearModel.connect(url, **options) as model:
+            yield model
+
+
+def continued(model):
+    ids = torch.tensor([[5, 17, 33, 40]])
+    return model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).tolist()
+
+
+def test_linear_layers_on_two_workers(layers):
+    assert [place.index for place in layers._places.values()] == [0] * 4 + [1] * 4
+    with remote_model(layers) as model:
+        assert continued(model) == continued(tiny("llama"))
+
+
+def test_a_worker_with_half_of_the_layers_is_lost(layers):
+    """It is started again, gets the keys again, and the client goes on."""
+    with remote_model(layers) as model:
+        expected = continued(model)
+        worker = layers._workers[1].actor
+        os.kill(ray.get(worker.describe.remote())["process"], signal.SIGKILL)
+        assert continued(model) == expected
+
+
+def test_keys_that_workers_refuse(layers):
+    with pytest.raises(Refused):
+        layers.connect(b"no keys")
+
+
+def test_a_product_that_workers_refuse(layers):
+    keys = LinearClient(load_plan(exported() / "client")).evaluation_keys().to_bytes()
+    with closing(layers.connect(keys)) as products:
+        name = next(iter(layers.description["modules"]))
+        with pytest.raises(Refused, match="0 ciphertexts for 1 vectors"):
+            products.multiply(name, False, 1, [])
+        with pytest.raises(Refused, match="no product"):
+            products.multiply("lm_head", False, 1, [])

@@ -13,14 +13,14 @@ import signal
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import positive_integer
 from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from cipherlm.serving.auth import Tokens
     from cipherlm.serving.computation import HostedModel, HostedProducts
@@ -194,7 +194,7 @@ def load_hosted_model(bundle: Path) -> "HostedModel | HostedProducts":
 
 def ray_hosted_model(
     bundle: Path, address: str, workers: int | None, stack: ExitStack
-) -> "tuple[HostedModel, int]":
+) -> "tuple[HostedModel | HostedProducts, int]":
     """Return the model in a bundle on a cluster's workers, which end with ``stack``, and their number."""
     from cipherlm.serving import bundle as bundles
     from cipherlm.serving import ray_cluster
@@ -202,12 +202,13 @@ def ray_hosted_model(
     ray_cluster.connect(address)
     machines = ray_cluster.cluster_cores()
     number = workers or max(len(machines), 1)
-    load = functools.partial(
-        cast("Callable[[str], HostedModel]", bundles.load_hosted_model), str(bundle.resolve())
-    )
+    load: Any = functools.partial(bundles.load_hosted_model, str(bundle.resolve()))
     cores = ray_cluster.cores_per_worker(machines, number)
-    model = stack.enter_context(closing(ray_cluster.RayHostedModel(load, number, cores)))
-    return model, number
+    if bundles.Bundle.read(bundle, "server").is_linear:
+        from cipherlm.serving.ray_products import RayHostedProducts
+
+        return stack.enter_context(closing(RayHostedProducts(load, number, cores))), number
+    return stack.enter_context(closing(ray_cluster.RayHostedModel(load, number, cores))), number
 
 
 def key_store(options: argparse.Namespace, kinds: "Mapping[str, int]", tokens: "Tokens") -> "KeyStore | None":

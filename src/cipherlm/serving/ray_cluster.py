@@ -96,10 +96,10 @@ class RayHostedModel:
         actor = ray.remote(Worker).options(
             num_cpus=threads, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
         )
-        self._workers = [_Place(actor.remote(load, threads), index) for index in range(workers)]
+        self._workers = [Place(actor.remote(load, threads), index) for index in range(workers)]
         self._lock = threading.Lock()
         try:
-            self._description = self._described(seconds)
+            self._description = described(self._workers, seconds)
         except BaseException:
             self.close()
             raise
@@ -135,47 +135,49 @@ class RayHostedModel:
         for place in self._workers:
             ray.kill(place.actor)
 
-    def _described(self, seconds: float) -> dict[str, Any]:
-        asked = [place.actor.describe.remote() for place in self._workers]
-        try:
-            answers: list[dict[str, Any]] = ray.get(asked, timeout=seconds)
-        except GetTimeoutError:
-            raise ClusterError(
-                f"not all {len(asked)} workers started within {seconds:.0f} s: are their cores free?"
-            ) from None
-        except RayError as error:
-            why = str(error).strip().splitlines()[-1].strip()
-            raise ClusterError(f"a worker did not start: {why}") from error
-        for answer in answers:
-            if answer["version"] != __version__:
-                raise ClusterError(f"{answer['host']} has CipherLM {answer['version']}, not {__version__}")
-            if "fault" in answer:
-                raise ClusterError(f"{answer['host']}: {answer['fault']}")
-            if answer["description"] != answers[0]["description"]:
-                raise ClusterError(f"{answer['host']} and {answers[0]['host']} have different models there")
-        log("workers started", workers=len(answers), hosts=sorted({answer["host"] for answer in answers}))
-        description: dict[str, Any] = answers[0]["description"]
-        return description
-
-    def _reserve(self, among: Sequence[_Place]) -> _Place:
+    def _reserve(self, among: Sequence[Place]) -> Place:
         with self._lock:
             now = time.monotonic()
             place = min(among, key=lambda place: (place.rests_until > now, place.sessions))
             place.sessions += 1
             return place
 
-    def _vacate(self, place: _Place) -> None:
+    def _vacate(self, place: Place) -> None:
         with self._lock:
             place.sessions -= 1
+
+
+def described(workers: Sequence[Place], seconds: float) -> dict[str, Any]:
+    """Return what all workers say of their model. Raises :class:`ClusterError` unless they all do, alike."""
+    asked = [place.actor.describe.remote() for place in workers]
+    try:
+        answers: list[dict[str, Any]] = ray.get(asked, timeout=seconds)
+    except GetTimeoutError:
+        raise ClusterError(
+            f"not all {len(asked)} workers started within {seconds:.0f} s: are their cores free?"
+        ) from None
+    except RayError as error:
+        why = str(error).strip().splitlines()[-1].strip()
+        raise ClusterError(f"a worker did not start: {why}") from error
+    for answer in answers:
+        if answer["version"] != __version__:
+            raise ClusterError(f"{answer['host']} has CipherLM {answer['version']}, not {__version__}")
+        if "fault" in answer:
+            raise ClusterError(f"{answer['host']}: {answer['fault']}")
+        if answer["description"] != answers[0]["description"]:
+            raise ClusterError(f"{answer['host']} and {answers[0]['host']} have different models there")
+    log("workers started", workers=len(answers), hosts=sorted({answer["host"] for answer in answers}))
+    description: dict[str, Any] = answers[0]["description"]
+    return description
 
 
 class RayComputation:
     """One session, as the server's process sees it: see ``Computation``."""
 
-    def __init__(self, place: _Place, vacate: Callable[[_Place], None]) -> None:
+    def __init__(self, place: Place, vacate: Callable[[Place], None]) -> None:
         self._id = secrets.token_hex(8)
         self._place = place
-        self._vacate: Callable[[_Place], None] | None = vacate
+        self._vacate: Callable[[Place], None] | None = vacate
 
     def open(self, keys: Mapping[str, Path], fingerprint: str) -> None:
         """Bring the keys to the worker and open them there."""
@@ -322,7 +324,7 @@ class Worker:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
-class _Place:
+class Place:
     """A worker, as the server's process sees it."""
 
     def __init__(self, actor: Any, index: int) -> None:
