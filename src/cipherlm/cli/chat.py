@@ -37,6 +37,7 @@ examples:
 
 DEFAULT_MODEL = "smollm2"
 MODES = ("execute", "simulate", "disable")
+HERE_TOKENS, SERVER_TOKENS = 256, 64
 _END = ("/exit", "/quit")
 
 
@@ -52,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=positive_integer,
-        default=256,
         metavar="N",
-        help="tokens of an answer at most (default: 256)",
+        help=f"tokens of an answer at most (default: {HERE_TOKENS}; {SERVER_TOKENS} at a server, which is "
+        "asked for all of them, whatever ends an answer, unless --reveal-length is given)",
     )
     parser.add_argument(
         "--mode",
@@ -76,6 +77,9 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"--mode {options.mode}: a server computes on ciphertexts only")
     elif options.model:
         raise UsageError("--model was settled when the model was exported: leave it out")
+    if options.max_new_tokens is None:
+        short = options.server and not options.reveal_length
+        options.max_new_tokens = SERVER_TOKENS if short else HERE_TOKENS
     turns = []
     with quiet_libraries(), _conversation(options) as chat:
         for text in _questions(options):

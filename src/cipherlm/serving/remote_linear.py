@@ -41,10 +41,11 @@ class RemoteLinearModel:
         public_prefix: PublicPrefix | None = None,
         frame: Mapping[str, str] | None = None,
         key_budget: int = BUDGET,
+        progress: Progress = silent,
     ) -> None:
         self.model, self.tokenizer, self.name, self.products = model, tokenizer, name, products
         self.public_prefix = public_prefix
-        self._frame = frame or {}
+        self._frame, self._progress = frame or {}, progress
         self._key_budget, self._texts = key_budget, 0
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, products.close)
@@ -98,6 +99,7 @@ class RemoteLinearModel:
             prefix,
             opened.about.get("prefix"),
             key_budget,
+            progress,
         )
 
     @property
@@ -154,8 +156,9 @@ class RemoteLinearModel:
         with torch.inference_mode():
             if reveal_length or getattr(self.config, "is_encoder_decoder", False):
                 return self._generate(input_ids, options)
+            steps = self._budget(input_ids, options)
             return _at_full_length(
-                self.model, lambda: self._generate(input_ids, options), self._budget(input_ids, options)
+                self.model, lambda: self._generate(input_ids, options), steps, self._progress
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +245,9 @@ def _keeps_no_cache(options: dict[str, Any]) -> bool:
     return options.get("use_cache") is not False and all(options.get(name) is None for name in mine)
 
 
-def _at_full_length(model: PreTrainedModel, generate: Callable[[], torch.Tensor], steps: int) -> torch.Tensor:
+def _at_full_length(
+    model: PreTrainedModel, generate: Callable[[], torch.Tensor], steps: int, progress: Progress
+) -> torch.Tensor:
     """Return what ``generate`` does, after ``steps`` calls of the model in any case.
 
     So it is where ``generate`` fails by itself. Behind the end, tokens that nobody reads are evaluated, as
@@ -257,9 +262,11 @@ def _at_full_length(model: PreTrainedModel, generate: Callable[[], torch.Tensor]
         rows = rows if ids is None else len(ids)
 
     def fill() -> None:
-        for _ in range(steps - calls):
-            unread = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
-            model(input_ids=unread, use_cache=False)
+        unread = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        if steps > calls:
+            with progress("hiding how long the text is"):
+                for _ in range(steps - calls):
+                    model(input_ids=unread, use_cache=False)
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
