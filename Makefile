@@ -71,7 +71,8 @@ test-ray: $(READY)
 	$(BIN)/python -c "import ray"
 	$(BIN)/python -m pytest -m "not slow" tests/serving/test_ray.py
 
-COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_cli.py tests/serving
+COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_chat.py tests/test_cli.py \
+	tests/linear tests/serving
 
 # The newest of everything that pyproject.toml allows, and the oldest of transformers.
 test-newest: $(NEWEST)/.ready
@@ -94,11 +95,11 @@ mutants: $(READY)
 .PHONY: $(NEWEST)/.ready
 $(NEWEST)/.ready:
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,dev]"
+	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,train,dev]"
 
 $(OLDEST)/.ready: $(SOURCES)
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,dev]" "transformers==4.57.*"
+	$(OLDEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,train,dev]" "transformers==4.57.*"
 	@touch $@
 
 bench: $(READY)
