@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
 
 from cipherlm.engine import Parameters, Plaintext, SecretKey
 from cipherlm.engine.parameters import POST_QUANTUM_PRESETS, PRESETS
+from cipherlm.linear.plan import Plan
 
 from .frames import HEADER
 from .opener import Opener
@@ -58,7 +59,21 @@ class Client:
         return seeds, np.stack(errors)
 
 
+@cache
+def client_of(parameters: Parameters) -> Client:
+    return Client(SecretKey.generate(parameters))
+
+
 @pytest.fixture(scope="session", params=CLIENTS)
 def client(request: pytest.FixtureRequest) -> Client:
     degree, post_quantum = request.param
-    return Client(SecretKey.generate(Parameters.preset(degree, post_quantum=post_quantum)))
+    return client_of(Parameters.preset(degree, post_quantum=post_quantum))
+
+
+@pytest.fixture(scope="session", params=[*CLIENTS, "linear"])
+def any_client(request: pytest.FixtureRequest) -> Client:
+    """A client of a preset or of linear layers, which need fresh ciphertexts and Galois keys only."""
+    if request.param == "linear":
+        return client_of(Plan({}, {}, {}).parameters)
+    degree, post_quantum = request.param
+    return client_of(Parameters.preset(degree, post_quantum=post_quantum))

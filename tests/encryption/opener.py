@@ -15,7 +15,7 @@ from cipherlm.engine import Parameters, SecretKey
 
 from .expansion import Expansion
 from .frames import SCALE, SEED, Payload
-from .rings import Polynomial, PrimeRing, minus, small
+from .rings import Polynomial, PrimeRing, RealRing, minus, small
 
 
 class Opener:
@@ -24,8 +24,9 @@ class Opener:
     def __init__(self, secret_key: SecretKey) -> None:
         self.parameters: Parameters = secret_key.parameters
         degree = self.parameters.degree
-        self.q = [PrimeRing(degree, prime) for prime in self.parameters.q]
-        self.p = [PrimeRing(degree, prime) for prime in self.parameters.p]
+        ring = RealRing if self.parameters.real else PrimeRing
+        self.q = [ring(degree, prime) for prime in self.parameters.q]
+        self.p = [ring(degree, prime) for prime in self.parameters.p]
         payload = Payload(secret_key.to_bytes(), 2)
         packed = np.frombuffer(payload.bytes(degree // 4), np.uint8)
         payload.end()
@@ -150,10 +151,14 @@ class Opener:
 
     def _image(self, element: int) -> np.ndarray:
         """Return the secret's image under the inverse of X -> X^element."""
-        degree = self.parameters.degree
-        places = np.arange(degree) * pow(element, -1, 2 * degree) % (2 * degree)
+        degree, real = self.parameters.degree, self.parameters.real
+        half = 2 * degree if real else degree  # X^half = -1
+        places = np.arange(degree) * pow(element, -1, 2 * half) % (2 * half)
+        if real:  # X^i + X^-i is the same for i and -i, and changes its sign with half - i
+            places = np.minimum(places, 2 * half - places)
+            places = np.where(places > degree, half + (half - places), places)
         image = np.empty_like(self.secret)
-        image[places % degree] = np.where(places < degree, self.secret, -self.secret)
+        image[places % half] = np.where(places < half, self.secret, -self.secret)
         return image
 
     def _key_error(

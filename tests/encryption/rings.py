@@ -82,6 +82,26 @@ class PrimeRing:
         return self.multiply(a, pow(self.degree, -1, self.prime))
 
 
+class RealRing(PrimeRing):
+    """Polynomials a_0 + sum of a_i (X^i + X^-i) modulo X^2N + 1 and a prime: the conjugate-invariant ring.
+
+    Kim and Song, "Approximate Homomorphic Encryption over the Conjugate-Invariant Ring" (2018). Its values at
+    a root and at the root's inverse are the same; the first of each two are kept.
+    """
+
+    def __init__(self, degree: int, prime: int) -> None:
+        self.degree, self.prime, self._whole = degree, prime, PrimeRing(2 * degree, prime)
+
+    def ntt(self, coefficients: np.ndarray) -> np.ndarray:
+        middle = np.zeros_like(coefficients[..., :1])
+        mirrored = np.concatenate([coefficients, middle, -coefficients[..., :0:-1]], axis=-1)
+        return self._whole.ntt(mirrored)[..., : self.degree]
+
+    def intt(self, values: np.ndarray) -> np.ndarray:
+        mirrored = np.concatenate([values, values[..., ::-1]], axis=-1)
+        return self._whole.intt(mirrored)[..., : self.degree]
+
+
 def small(rings: list[PrimeRing], residues: Polynomial) -> np.ndarray:
     """Return the integers that residues stand for, which must be the same modulo every prime."""
     integers = rings[0].centred(residues[0])

@@ -14,7 +14,7 @@ from .conftest import Client
 from .distributions import assert_fresh, assert_gaussian, assert_ternary, assert_uniform, assert_unrelated
 from .expansion import Expansion, blake2b
 from .opener import Opener
-from .rings import PrimeRing
+from .rings import PrimeRing, RealRing
 
 # The arithmetic of these tests.
 
@@ -40,12 +40,24 @@ def test_the_transform_is_a_ring_isomorphism():
     assert (ring.intt(ring.multiply(ring.ntt(a), ring.ntt(b))) == product % ring.prime).all()
 
 
+def test_the_real_ring_is_one_too():
+    """The product of X^i + X^-i and X^j + X^-j, in two terms, and back from values to coefficients."""
+    ring = RealRing(64, PrimeRing(128, Parameters.preset(12).q[0]).prime)
+    a, b, expected = np.zeros((3, 64), np.int64)
+    a[5], b[9] = 1, 1
+    expected[[14, 4]] = 1
+    assert (ring.intt(ring.multiply(ring.ntt(a), ring.ntt(b))) == expected).all()
+    a[5], a[60], expected[[14, 4]] = 0, 1, 0
+    expected[[128 - 69, 51]] = ring.prime - 1, 1  # X^69 + X^-69 = -(X^59 + X^-59)
+    assert (ring.intt(ring.multiply(ring.ntt(a), ring.ntt(b))) == expected).all()
+
+
 # Secret keys.
 
 
-def test_secrets_are_ternary(client: Client):
-    secrets = [client.opener.secret]
-    secrets += [Opener(SecretKey.generate(client.parameters)).secret for _ in range(3)]
+def test_secrets_are_ternary(any_client: Client):
+    secrets = [any_client.opener.secret]
+    secrets += [Opener(SecretKey.generate(any_client.parameters)).secret for _ in range(3)]
     assert_ternary(np.stack(secrets))
     assert_unrelated(np.stack(secrets))
 
@@ -53,20 +65,22 @@ def test_secrets_are_ternary(client: Client):
 # Fresh encryptions under the secret key, whose second component is a seed.
 
 
-def test_fresh_errors_are_gaussian(client: Client):
-    assert_gaussian(client.fresh[1])
+def test_fresh_errors_are_gaussian(any_client: Client):
+    assert_gaussian(any_client.fresh[1])
 
 
-def test_fresh_errors_are_independent(client: Client):
-    assert_unrelated(np.concatenate([client.fresh[1], client.opener.secret[None]]))
+def test_fresh_errors_are_independent(any_client: Client):
+    assert_unrelated(np.concatenate([any_client.fresh[1], any_client.opener.secret[None]]))
 
 
-def test_fresh_masks_are_uniform(client: Client):
-    ring = client.opener.q[0]
-    assert_uniform(np.stack([Expansion(seed).polynomial([ring])[0] for seed in client.fresh[0]]), ring.prime)
+def test_fresh_masks_are_uniform(any_client: Client):
+    ring = any_client.opener.q[0]
+    assert_uniform(
+        np.stack([Expansion(seed).polynomial([ring])[0] for seed in any_client.fresh[0]]), ring.prime
+    )
 
 
-def test_no_seed_serves_twice(client: Client):
-    plaintext = client.message(0)
-    headers = [client.secret_key.encrypt(plaintext).to_bytes()[92:124] for _ in range(80)]
-    assert_fresh(headers + client.fresh[0])
+def test_no_seed_serves_twice(any_client: Client):
+    plaintext = any_client.message(0)
+    headers = [any_client.secret_key.encrypt(plaintext).to_bytes()[92:124] for _ in range(80)]
+    assert_fresh(headers + any_client.fresh[0])
