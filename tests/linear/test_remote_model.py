@@ -1,5 +1,7 @@
 """A whole model whose linear layers are at a server: the clear model's text, over a loopback connection."""
 
+import threading
+
 import pytest
 import torch
 from transformers import StoppingCriteria
@@ -128,3 +130,28 @@ def test_a_server_of_another_model():
 def test_a_bundle_for_the_server_is_none_for_clients(model):
     with pytest.raises(BundleError, match="for the server"):
         RemoteLinearModel.connect(model.products.url, bundle=exported() / "server")
+
+
+def test_a_server_that_restarts_amid_a_generation(model):
+    ids = torch.tensor([[5, 17, 33, 40]])
+    calls, found = [], []
+    amid, goes_on = threading.Event(), threading.Event()
+
+    def product(group, x, **options):
+        calls.append(group)
+        if len(calls) == 3 * PRODUCTS:
+            amid.set()
+            assert goes_on.wait(60)
+        return original(group, x, **options)
+
+    with serving() as (url, _):
+        made = RemoteLinearModel.connect(url, bundle=exported() / "client")
+        original, made.products.product = made.products.product, product
+        generation = threading.Thread(target=lambda: found.append(made.generate(ids, **GREEDY).tolist()))
+        generation.start()
+        assert amid.wait(60)
+    with serving(port=int(url.rpartition(":")[2])), made:
+        goes_on.set()
+        generation.join(60)
+        assert made.products.traffic.connections == 2
+    assert found == [model.generate(ids, **GREEDY).tolist()]

@@ -19,7 +19,7 @@ from cipherlm.serving import protocol
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.bundle import Bundle, load_hosted_model
 from cipherlm.serving.errors import RemoteError, ServerError, WrongModel
-from cipherlm.serving.linear import IN_FLIGHT, MAX_ROWS
+from cipherlm.serving.linear import IN_FLIGHT, MAX_ROWS, LinearProducts
 from cipherlm.serving.protocol import Close, Connect, Connected, Error, Multiply, Result, pack, unpack
 from cipherlm.serving.remote_products import RemoteProducts
 from cipherlm.serving.run import create_server, running
@@ -127,8 +127,8 @@ def test_a_server_that_restarts(weights):
 
 def test_a_connection_that_is_lost_while_exchanges_are_on_their_way(weights, monkeypatch):
     x = vectors(3 * MAX_ROWS)
-    with serving() as (url, service), products(url) as remote_products:
-        multiply, calls = type(service.model.connect(remote_products._keys)).multiply, []
+    with serving() as (url, _), products(url) as remote_products:
+        multiply, calls = LinearProducts.multiply, []
 
         def broken(self, *arguments):
             calls.append(arguments)
@@ -136,7 +136,7 @@ def test_a_connection_that_is_lost_while_exchanges_are_on_their_way(weights, mon
                 remote_products._connection._socket.socket.close()
             return multiply(self, *arguments)
 
-        monkeypatch.setattr("cipherlm.serving.linear.LinearProducts.multiply", broken)
+        monkeypatch.setattr(LinearProducts, "multiply", broken)
         assert close_to(remote_products.product(GROUP, x), x, weights[GROUP])
         assert remote_products.traffic.connections == 2
 
@@ -162,6 +162,37 @@ def test_a_server_of_other_weights(server):
         pytest.raises(WrongModel, match="exported"),
     ):
         remote_products.connect()
+
+
+def other_keys(client, plan, blobs):
+    rows, _ = LinearClient(plan).encrypt(GROUP, vectors(1))
+    return [part.to_bytes() for part in rows[0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda client, plan, blobs: [b"no ciphertext"], "no result that can be decrypted"),
+        (lambda client, plan, blobs: [blobs[0][:-1]], "no result that can be decrypted"),
+        (
+            lambda client, plan, blobs: [client.evaluation_keys().to_bytes()],
+            "no result that can be decrypted",
+        ),
+        (other_keys, "no result that can be decrypted"),
+        (lambda client, plan, blobs: blobs * 2, "does not answer as a CipherLM server does"),
+        (lambda client, plan, blobs: [], "does not answer as a CipherLM server does"),
+    ],
+)
+def test_a_server_that_answers_nonsense(monkeypatch, answer, words):
+    with serving() as (url, _), products(url, patience=0.1) as remote_products:
+        multiply = LinearProducts.multiply
+
+        def wrong(self, *arguments):
+            return answer(remote_products._client, remote_products.plan, multiply(self, *arguments))
+
+        monkeypatch.setattr(LinearProducts, "multiply", wrong)
+        with pytest.raises(RemoteError, match=words):
+            remote_products.product(GROUP, vectors(1))
 
 
 def test_tokens():
@@ -334,10 +365,11 @@ def test_what_is_out_of_place_ends_the_connection(stranger, say):
 def test_the_server_lets_go_of_who_has_gone(server):
     _, service = server
     made = Stranger(server[0])
-    made.greet()
-    made.say(Close())
-    with pytest.raises(ConnectionClosed, match="1000"):
-        made.hear()
+    with made.socket:
+        made.greet()
+        made.say(Close())
+        with pytest.raises(ConnectionClosed, match="1000"):
+            made.hear()
     for _ in range(500):
         if not service.sessions:
             break

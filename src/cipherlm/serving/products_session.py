@@ -90,6 +90,9 @@ class ProductsSession(Conversation):
 
     def _next(self) -> None:
         """Have the next request computed, or wait for one."""
+        if self._ending:  # what has not begun, the client asks for again
+            self._fail(shutting_down())
+            return
         while self._requests and not self._over.is_set():
             request = self._requests.popleft()
             try:
@@ -101,10 +104,7 @@ class ProductsSession(Conversation):
                 self._refuse(request, failure)
             else:
                 return
-        if self._ending:
-            self._fail(shutting_down())
-        else:
-            self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
+        self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
 
     def _begin(self, request: Multiply) -> None:
         products = self._products

@@ -121,10 +121,7 @@ class RemoteProducts:
         with self._lock:
             exchanges = self._exchanges(group, x, transposed)
             results = [
-                self._client.decrypt(
-                    group, self._parsed(group, transposed, blobs), norms, transposed=transposed
-                )
-                for norms, blobs in self._answers(exchanges)
+                self._decrypted(group, transposed, norms, blobs) for norms, blobs in self._answers(exchanges)
             ]
         return bounded(np.concatenate(results)) if results else np.zeros((0, self._rows(group, transposed)))
 
@@ -199,13 +196,14 @@ class RemoteProducts:
             self.traffic.to_client += sum(map(len, blobs))
             yield exchange.norms, blobs
 
-    def _parsed(self, group: str, transposed: bool, blobs: Sequence[bytes]) -> list[list[Ciphertext]]:
+    def _decrypted(self, group: str, transposed: bool, norms: Float64, blobs: Sequence[bytes]) -> Float64:
         width = self.plan.of(group, transposed).packing.outputs
         try:
             parts = [Ciphertext.from_bytes(blob, self.plan.parameters) for blob in blobs]
+            rows = [parts[start : start + width] for start in range(0, len(parts), width)]
+            return self._client.decrypt(group, rows, norms, transposed=transposed)
         except EngineError as error:
             raise RemoteError(f"the server sent no result that can be decrypted: {error}") from error
-        return [parts[start : start + width] for start in range(0, len(parts), width)]
 
     def _connected(self, backoff: Backoff) -> _Connection:
         if self._closed:
