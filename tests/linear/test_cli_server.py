@@ -5,6 +5,7 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 
+from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.cli import main
 from cipherlm.serving.proxy import create_proxy
 from cipherlm.serving.remote_linear import RemoteLinearModel
@@ -42,6 +43,15 @@ def test_from_export_to_text(saved, tmp_path, capsys, options):
     # Two tokens of the prompt, then one at a time; the prefix costs nothing.
     assert result["traffic"]["exchanges"] == 3 * 8
     assert result["traffic"]["connections"] == 1
+
+
+def test_a_model_that_was_saved_encrypted(tmp_path, capsys):
+    config = EncryptionConfig(["q_proj", "v_proj"], scheme="ckks")
+    get_encrypted_model(tiny("llama"), config).save_pretrained(tmp_path / "saved")
+    tokenizer().save_pretrained(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["modules"] == [f"model.layers.{index}.self_attn.q_proj" for index in range(2)]
 
 
 @pytest.mark.parametrize(

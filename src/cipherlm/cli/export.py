@@ -142,7 +142,7 @@ def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, Encry
     """Return the clear model whose linear layers are wanted, and which of them, unless others are."""
     from transformers import GPT2LMHeadModel
 
-    from cipherlm.models.config import LINEAR, EncryptionConfig
+    from cipherlm.models.config import CONFIG_NAME, LINEAR, EncryptionConfig
     from cipherlm.models.loading import load_model
     from cipherlm.models.targets import means_linear
 
@@ -150,7 +150,8 @@ def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, Encry
     if config.scheme == "ckks":
         model = load_model(options.model)
         unsaid = options.target_modules is None and options.block is None
-        if unsaid and not isinstance(model, GPT2LMHeadModel):
+        saved = Path(options.model, CONFIG_NAME).is_file()
+        if unsaid and not saved and not isinstance(model, GPT2LMHeadModel):
             config = EncryptionConfig(LINEAR)
         if means_linear(model, config):
             for name in ("context", "post_quantum", "tokens", "calibration"):
