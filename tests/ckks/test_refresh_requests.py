@@ -60,12 +60,17 @@ def requests() -> Requests:
 
 
 def test_requests_tell_nothing_of_ranges(requests):
-    (narrow, few), (wide, many) = requests.of(1), requests.of(4)
-    assert many[1] > 3 * few[1]
-    assert narrow == wide
+    """Beyond which of two degrees an activation has, which shows in what is refreshed behind it."""
+    (narrow, few), (wider, more) = requests.of(1), requests.of(1.5)
+    assert more[1] > 1.4 * few[1]
+    assert narrow == wider
     assert len(narrow) >= 7
+    widest, most = requests.of(4)
+    assert most[1] > 3 * few[1]
+    assert {shift for _, _, shift, _ in widest} == {shift for _, _, shift, _ in narrow} == {8, 16}
 
 
+@pytest.mark.slow
 def test_a_range_that_no_scale_fits_is_refused(requests):
     with pytest.raises(ValueError, match="range of a function is too wide"):
         requests.of(300)
