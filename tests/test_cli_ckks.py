@@ -205,7 +205,7 @@ def test_a_summary_that_only_the_model_tells(tmp_path, capsys):
     [
         (["generate", "x", *CKKS, "--heads", "0"], "--heads belongs to --scheme tfhe"),
         (["generate", "x", *CKKS, "--n-bits", "4"], "--n-bits belongs to --scheme tfhe"),
-        (["generate", "x", "--context", "9"], "--context belongs to --scheme ckks"),
+        (["generate", "x", "--scheme", "tfhe", "--context", "9"], "--context belongs to --scheme ckks"),
         (["generate", "x", *CKKS, "--tokens", "8"], "--context"),
         (["inspect", *CKKS, "--tokens", "8"], "--context"),
         (["evaluate", *CKKS, "--illustration"], "--illustration"),
