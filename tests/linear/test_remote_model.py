@@ -40,6 +40,14 @@ def test_other_architectures(architecture):
         assert made.generate(ids, **GREEDY).tolist() == expected.tolist()
 
 
+def test_a_model_that_generates_nothing():
+    root = exported("bert")
+    ids = torch.tensor([[5, 17, 33]])
+    with serving(root) as (url, _), RemoteLinearModel.connect(url, bundle=root / "client") as made:
+        found, expected = made(input_ids=ids), tiny("bert")(input_ids=ids)
+    assert torch.allclose(found.pooler_output, expected.pooler_output, atol=0.01)
+
+
 def test_batches_with_padding_and_beams(model):
     ids = torch.tensor([[0, 0, 9, 17], [12, 8, 33, 40]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

@@ -195,6 +195,21 @@ def test_a_server_that_answers_nonsense(monkeypatch, answer, words):
             remote_products.product(GROUP, vectors(1))
 
 
+def test_as_many_clients_as_may_be():
+    with serving(sessions=1) as (url, _), products(url) as first, products(url, patience=0.1) as second:
+        first.connect()
+        with pytest.raises(ServerError, match="all the sessions") as caught:
+            second.connect()
+    assert (caught.value.code, caught.value.retry) == (protocol.BUSY, True)
+
+
+def test_who_does_not_say_anything():
+    with serving(upload_seconds=0.1) as (url, _), Stranger(url).socket as socket:
+        answer = unpack(socket.recv(timeout=30), protocol.PRODUCTS_SERVER_MESSAGES)
+    assert isinstance(answer, Error)
+    assert answer.code == protocol.TIMEOUT
+
+
 def test_tokens():
     with serving(tokens=Tokens([("alice", "secret-of-alice")])) as (url, _):
         with products(url, token="secret-of-alice") as remote_products:

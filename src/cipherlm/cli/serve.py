@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  cipherlm serve gpt2-bundle
-  cipherlm serve gpt2-bundle --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
-  cipherlm serve /shared/gpt2-bundle --ray 10.0.0.5:6379
+  cipherlm serve gpt2-bundle/server
+  cipherlm serve smollm2-bundle/server
+  cipherlm serve gpt2-bundle/server --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
+  cipherlm serve /shared/gpt2-bundle/server --ray 10.0.0.5:6379
 
 a file of tokens has one a line, each with the name of its owner; owners do not see each other's keys:
   alice 6f1ed002ab5595859014ebf0951522d9

@@ -48,7 +48,7 @@ class Conversation(ABC):
         """Serve the client until the session is over, then let go of all that it held."""
         self._service.conversations.add(self)
         reader, writer = create_task(self._read()), create_task(self._write())
-        self._wait(self._limits.head_seconds, self._late, 'no "open" came')
+        self._wait(self._greeting_seconds, self._late, "no greeting came")
         try:
             await self._over.wait()
         finally:
@@ -64,6 +64,11 @@ class Conversation(ABC):
         self._ending = True
         if at_once or not self._busy:
             self._fail(shutting_down())
+
+    @property
+    def _greeting_seconds(self) -> float:
+        """How long the client's first message may take."""
+        return self._limits.head_seconds
 
     @property
     @abstractmethod

@@ -41,6 +41,10 @@ class ProductsSession(Conversation):
         self._answered = 0
 
     @property
+    def _greeting_seconds(self) -> float:
+        return self._limits.upload_seconds  # keys come with it
+
+    @property
     def _busy(self) -> bool:
         return self._job is not None
 
