@@ -358,12 +358,21 @@ def is_gone(place):
     return False
 
 
-def test_no_worker(model, keys):
+def test_no_worker(model, keys, monkeypatch):
+    """Every worker dies as it is asked: they are started again, so that killing them before is too early."""
     with two_sessions(model, keys) as sessions:
-        for session in sessions:
-            kill(session)
-        with pytest.raises(WorkerLost):
-            model.open(keys)
+        processes = {session._place.index: told(session)[0] for session in sessions}
+    call = ray_cluster.RayComputation._call
+
+    def calling(self, method, *arguments):
+        if self._place.index in processes:
+            os.kill(processes.pop(self._place.index), signal.SIGKILL)
+        return call(self, method, *arguments)
+
+    monkeypatch.setattr(ray_cluster.RayComputation, "_call", calling)
+    with pytest.raises(WorkerLost):
+        model.open(keys)
+    assert not processes
 
 
 def test_a_worker_that_dies_during_an_upload(model, keys, monkeypatch):
