@@ -1,13 +1,14 @@
 """A whole model whose linear layers are at a server: the clear model's text, over a loopback connection."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import StoppingCriteria
 
 from cipherlm.serving.bundle import BundleError
-from cipherlm.serving.errors import WrongModel
+from cipherlm.serving.errors import RemoteError, WrongModel
 from cipherlm.serving.remote_linear import RemoteLinearModel
 from linear.architectures import tiny
 from linear.bundles import exported
@@ -163,3 +164,33 @@ def test_a_server_that_restarts_amid_a_generation(model):
         generation.join(60)
         assert made.products.traffic.connections == 2
     assert found == [model.generate(ids, **GREEDY).tolist()]
+
+
+class Shown:
+    """Progress that keeps what it shows."""
+
+    def __init__(self):
+        self.lines, self.open = [], 0
+
+    @contextmanager
+    def __call__(self, step):
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    def detail(self, text):
+        self.lines.append(text)
+
+
+def test_how_far_a_token_is():
+    shown = Shown()
+    options = {"bundle": exported() / "client", "progress": shown}
+    with serving() as (url, _), RemoteLinearModel.connect(url, **options) as made:
+        made(input_ids=torch.tensor([[5]]))
+        assert shown.lines == [f"product {number} of {PRODUCTS}" for number in range(1, PRODUCTS + 1)]
+        made.close()
+        with pytest.raises(RemoteError, match="is closed"):
+            made(input_ids=torch.tensor([[5]]))
+    assert shown.open == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +18,7 @@ from cipherlm.linear.model import load_client_model, load_groups
 from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
 from cipherlm.models.chat import template_ids
 from cipherlm.models.loading import load_tokenizer
-from cipherlm.progress import Progress, silent
+from cipherlm.progress import Progress, counted, silent
 from cipherlm.serving.bundle import Bundle, BundleError
 from cipherlm.serving.errors import RemoteError
 from cipherlm.serving.key_use import BUDGET
@@ -47,6 +49,8 @@ class RemoteLinearModel:
         self.public_prefix = public_prefix
         self._frame, self._progress = frame or {}, progress
         self._key_budget, self._texts = key_budget, 0
+        if progress is not silent:
+            _show_calls(model, products, progress)
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, products.close)
 
@@ -225,6 +229,24 @@ class RemoteLinearModel:
         return int((options.get("max_length") or given.max_length or 20) - input_ids.shape[1])
 
 
+def _show_calls(model: PreTrainedModel, products: RemoteProducts, progress: Progress) -> None:
+    """Let ``progress`` show how far each call of ``model`` is."""
+    open_calls = ExitStack()
+    total = len(products.plan.groups)
+
+    def begin(*_: Any) -> None:
+        report = open_calls.enter_context(counted(progress, "computing on ciphertexts", "product"))
+        numbers = itertools.count()
+        products.on_product = lambda: report(next(numbers), total)
+
+    def end(*_: Any) -> None:
+        products.on_product = lambda: None
+        open_calls.close()
+
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(end, always_call=True)
+
+
 def _model(
     bundle: Bundle, products: RemoteProducts, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, PublicPrefix | None]:
@@ -266,7 +288,7 @@ def _at_full_length(
         if steps > calls:
             with progress("hiding how long the text is"):
                 for _ in range(steps - calls):
-                    model(input_ids=unread, use_cache=False)
+                    model.forward(input_ids=unread, use_cache=False)  # which shows nothing of its own
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -59,6 +59,10 @@ class _Exchange:
     blobs: list[bytes]
 
 
+def _unheard() -> None:
+    pass
+
+
 class RemoteProducts:
     """Multiplies by the weights of a server's linear layers; see ``Products`` in :mod:`cipherlm.linear`.
 
@@ -93,6 +97,8 @@ class RemoteProducts:
         self._connection: _Connection | None = None
         self._closed = False
         self.traffic = Traffic()
+        self.on_product: Callable[[], None] = _unheard
+        """Called before each product."""
         self.renew_keys()
 
     @property
@@ -118,6 +124,7 @@ class RemoteProducts:
         Many rows are several exchanges, some of which are on their way at a time. What no model's product can
         be is bounded, so that nothing that a server has made up keeps a client from asking for the next one.
         """
+        self.on_product()
         with self._lock:
             exchanges = self._exchanges(group, x, transposed)
             results = [
