@@ -194,3 +194,15 @@ def test_how_far_a_token_is():
         with pytest.raises(RemoteError, match="is closed"):
             made(input_ids=torch.tensor([[5]]))
     assert shown.open == 0
+
+
+def test_gradients_at_the_client():
+    root = exported(training=True)
+    ids = torch.tensor([[5, 17, 33, 40]])
+    with serving(root) as (url, _), RemoteLinearModel.connect(url, bundle=root / "client") as made:
+        gradients = []
+        for model in (made.model, tiny("llama")):
+            model(input_ids=ids, labels=ids).loss.backward()
+            gradients.append(model.get_input_embeddings().weight.grad)
+    assert torch.allclose(*gradients, atol=0.01 * float(gradients[1].abs().max()))
+    assert gradients[1].abs().max() > 0

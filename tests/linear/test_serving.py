@@ -377,6 +377,28 @@ def test_what_is_out_of_place_ends_the_connection(stranger, say):
         assert (error.code, error.id) == (protocol.PROTOCOL, None)
 
 
+def test_damaged_messages(server, weights):
+    """Each is answered with a product, refused, or ends its connection; the server goes on."""
+    generator = np.random.default_rng(7)
+    outcomes = set()
+    for _ in range(40):
+        made = Stranger(server[0])
+        with made.socket:
+            made.greet()
+            fields = {"id": 1, "group": GROUP, "transposed": False, "rows": 1, "blobs": made.inputs()}
+            data = bytearray(pack(Multiply(**fields)))
+            for place in generator.integers(0, 200, 2) if generator.random() < 0.5 else [-1 - len(data) // 3]:
+                data[place] ^= int(generator.integers(1, 256))
+            made.say(bytes(data[: -1 if generator.random() < 0.2 else None]))
+            answer = made.hear()
+            outcomes.add(answer.code if isinstance(answer, Error) else "ok")
+    assert outcomes <= {"ok", protocol.PROTOCOL, protocol.BAD_REQUEST}
+    assert {protocol.PROTOCOL, protocol.BAD_REQUEST} <= outcomes
+    x = vectors(1)
+    with products(server[0]) as remote_products:
+        assert close_to(remote_products.product(GROUP, x), x, weights[GROUP])
+
+
 def test_the_server_lets_go_of_who_has_gone(server):
     _, service = server
     made = Stranger(server[0])
