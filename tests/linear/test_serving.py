@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import trustme
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -18,7 +19,7 @@ from cipherlm.linear.server import load_plan
 from cipherlm.serving import protocol
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.bundle import Bundle, load_hosted_model
-from cipherlm.serving.errors import RemoteError, ServerError, WrongModel
+from cipherlm.serving.errors import InsecureConnection, RemoteError, ServerError, WrongModel
 from cipherlm.serving.linear import IN_FLIGHT, MAX_ROWS, LinearProducts
 from cipherlm.serving.protocol import Close, Connect, Connected, Error, Multiply, Result, pack, unpack
 from cipherlm.serving.remote_products import RemoteProducts
@@ -32,10 +33,11 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 
 @contextmanager
-def serving(root=None, port=0, tokens=None, **limits):
+def serving(root=None, port=0, tokens=None, tls=(None, None), **limits):
     model = load_hosted_model((root or exported()) / "server")
     service = Service(model, None, tokens, replace(LINEAR_LIMITS, **limits))
-    with running(create_server(service, port=port)) as url:
+    server = create_server(service, port=port, certfile=tls[0], keyfile=tls[1])
+    with running(server) as url:
         yield url, service
 
 
@@ -193,6 +195,25 @@ def test_a_server_that_answers_nonsense(monkeypatch, answer, words):
         monkeypatch.setattr(LinearProducts, "multiply", wrong)
         with pytest.raises(RemoteError, match=words):
             remote_products.product(GROUP, vectors(1))
+
+
+def test_tls(tmp_path, weights):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    x = vectors(MAX_ROWS + 1)
+    with serving(tls=(tmp_path / "cert.pem", tmp_path / "key.pem")) as (url, _):
+        with products(url, verify=tmp_path / "ca.pem") as remote_products:
+            assert close_to(remote_products.product(GROUP, x), x, weights[GROUP])
+        with products(url, patience=0.1) as remote_products, pytest.raises(RemoteError, match="not trusted"):
+            remote_products.connect()
+
+
+def test_no_plain_http_to_another_machine():
+    with pytest.raises(InsecureConnection):
+        products("http://192.0.2.1:8470")
 
 
 def test_as_many_clients_as_may_be():
