@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import socket
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -135,7 +136,7 @@ def test_a_connection_that_is_lost_while_exchanges_are_on_their_way(weights, mon
         def broken(self, *arguments):
             calls.append(arguments)
             if len(calls) == 2:
-                remote_products._connection._socket.socket.close()
+                remote_products._connection._socket.socket.shutdown(socket.SHUT_RDWR)
             return multiply(self, *arguments)
 
         monkeypatch.setattr(LinearProducts, "multiply", broken)
@@ -225,8 +226,8 @@ def test_as_many_clients_as_may_be():
 
 
 def test_who_does_not_say_anything():
-    with serving(upload_seconds=0.1) as (url, _), Stranger(url).socket as socket:
-        answer = unpack(socket.recv(timeout=30), protocol.PRODUCTS_SERVER_MESSAGES)
+    with serving(upload_seconds=0.1) as (url, _), Stranger(url).socket as opened:
+        answer = unpack(opened.recv(timeout=30), protocol.PRODUCTS_SERVER_MESSAGES)
     assert isinstance(answer, Error)
     assert answer.code == protocol.TIMEOUT
 
