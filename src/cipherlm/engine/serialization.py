@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEADER_SIZE = 64
 PIECE = 1 << 20
+_SMALL_PIECE = 1 << 16  # a small ciphertext whole: making a larger buffer would take longer than filling it
 
 T = TypeVar("T", bound="Serializable")
 
@@ -43,21 +44,24 @@ class Serializable(_native.Handle):
 
     def write_to(self, file: BinaryWriter) -> int:
         """Write the object to a file; return the number of bytes."""
-        writer = _native.Handle(_native.create("cl_writer_new", self.handle))
-        piece = ctypes.create_string_buffer(PIECE)
-        written, total = ctypes.c_int64(), 0
-        while True:
-            _native.call("cl_writer_read", writer.handle, piece, PIECE, ctypes.byref(written))
-            if not written.value:
-                return total
-            file.write(memoryview(piece).cast("B")[: written.value])
-            total += written.value
+        return self._write_to(file, PIECE)
 
     def to_bytes(self) -> bytes:
         """Return the object as bytes. Prefer :meth:`write_to` for keys."""
         file = io.BytesIO()
-        self.write_to(file)
+        self._write_to(file, _SMALL_PIECE)
         return file.getvalue()
+
+    def _write_to(self, file: BinaryWriter, size: int) -> int:
+        writer = _native.Handle(_native.create("cl_writer_new", self.handle))
+        piece = ctypes.create_string_buffer(size)
+        written, total = ctypes.c_int64(), 0
+        while True:
+            _native.call("cl_writer_read", writer.handle, piece, size, ctypes.byref(written))
+            if not written.value:
+                return total
+            file.write(memoryview(piece).cast("B")[: written.value])
+            total += written.value
 
     @classmethod
     def read_from(cls: type[T], file: BinaryReader, parameters: Parameters) -> T:
