@@ -28,6 +28,8 @@ ROWS = {
     "ckks-block": "bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3",
     "ckks-tiny": "bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --runs 1",
     "ckks-gpt2": "bench model --geometry gpt2 --prompt-tokens 8 --new-tokens 2 --runs 1",
+    "linear-gpt2": "bench linear --geometry gpt2",
+    "linear-smollm2": "bench linear --geometry smollm2",
     "agreement-head": "evaluate --scheme tfhe --heads 0 --n-bits 4",
     "agreement-all": "evaluate --scheme tfhe --heads all --n-bits 7",
 }
@@ -94,6 +96,14 @@ def described(figures: dict[str, Any]) -> str:
         return (
             f"{row['heads_label']}, {row['n_bits']} bits: top-1 {row['top1']:.1%}, top-5 {row['top5']:.1%}, "
             f"top-10 {row['top10']:.1%} at {figures['positions']} positions"
+        )
+    if "layers" in figures:
+        one, eight = figures["all_token"], figures["all_tokens_8"]
+        traffic = (one["sent_bytes"] + one["received_bytes"]) / 1e6
+        return (
+            f"{figures['geometry']}, {figures['blocks']} blocks, linear layers: a token {one['seconds']:.2f} s, "
+            f"{traffic:.1f} MB; 8 tokens {eight['seconds']:.1f} s; keys {figures['keys_bytes'] / 1e6:.1f} MB, "
+            f"matrices {figures['matrices_bytes'] / 1e6:.0f} MB"
         )
     if "prompt" in figures:
         return (
