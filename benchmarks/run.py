@@ -101,8 +101,8 @@ def described(figures: dict[str, Any]) -> str:
         one, eight = figures["all_token"], figures["all_tokens_8"]
         traffic = (one["sent_bytes"] + one["received_bytes"]) / 1e6
         return (
-            f"{figures['geometry']}, {figures['blocks']} blocks, linear layers: a token {one['seconds']:.2f} s "
-            f"and {traffic:.1f} MB, 8 tokens {eight['seconds']:.1f} s; "
+            f"{figures['geometry']}, {figures['blocks']} blocks, linear layers: "
+            f"a token {one['seconds']:.2f} s and {traffic:.1f} MB, 8 tokens {eight['seconds']:.1f} s; "
             f"keys {figures['keys_bytes'] / 1e6:.1f} MB, "
             f"matrices {figures['matrices_bytes'] / 1e6:.0f} MB"
         )
