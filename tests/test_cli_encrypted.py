@@ -39,6 +39,7 @@ def test_float_attention_is_that_of_transformers():
     np.testing.assert_allclose(float_attention(weights, x, [2])[0], first[64:96], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_bench_measures_a_real_run(capsys):
     figures = run_json(capsys, "bench", "attention", "--geometry", "tiny", "--tokens", "2", "--n-bits", "3")
     assert (figures["scheme"], figures["geometry"], figures["tokens"], figures["heads"]) == (

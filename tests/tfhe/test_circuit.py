@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import sys
 import threading
@@ -107,17 +108,15 @@ def test_what_the_circuit_depends_on_is_in_its_name(circuit, attention, small_la
 
 
 @pytest.mark.parametrize("name", ["circuit.json", "server.zip", "keys"])
-def test_a_damaged_cache_is_refused_with_its_name_and_left_alone(attention, tmp_path, name):
-    pytest.importorskip("concrete.fhe")
-    compiled = AttentionCircuit.compile(attention, 2, cache_dir=tmp_path)
-    compiled.keygen()
-    path = compiled.folder / name
+def test_a_damaged_cache_is_refused_with_its_name_and_left_alone(circuit, attention, tmp_path, name):
+    shutil.copytree(circuit.folder, tmp_path / circuit.folder.name)
+    path = tmp_path / circuit.folder.name / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x40
     damaged = bytes(content) if name != "circuit.json" else b"{" + bytes(content)
     path.write_bytes(damaged)
     with pytest.raises(DamagedCacheError, match=f"{name} is damaged"):
-        AttentionCircuit.compile(attention, 2, cache_dir=tmp_path).keygen()
+        AttentionCircuit.compile(attention, 4, cache_dir=tmp_path).keygen()
     assert path.read_bytes() == damaged
 
 
