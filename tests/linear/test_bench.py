@@ -19,6 +19,7 @@ def test_one_small_block(monkeypatch):
         assert 8 * layer["token"]["sent_bytes"] == pytest.approx(layer["tokens_8"]["sent_bytes"], rel=0.01)
     for total in ("all_token", "all_tokens_8"):
         parts = [layer[total.removeprefix("all_")] for layer in figures["layers"].values()]
-        assert figures[total]["server_seconds"] == pytest.approx(2 * sum(p["server_seconds"] for p in parts))
+        for name in ("server_seconds", "client_seconds", "sent_bytes"):
+            assert figures[total][name] == pytest.approx(2 * sum(part[name] for part in parts))
     assert figures["keys_bytes"] < 8e6
     assert figures["peer"]["token"]["times_faster"] > 0

@@ -250,7 +250,7 @@ def errors(group: GroupPlan, plan: Plan) -> Errors:
     key = math.sqrt(4 * degree / 3)  # what the secret key makes of an error in the second component
     lost = rounding * math.hypot(2**group.first, 2**group.second * key)
     return Errors(
-        # Half of the diagonals that exceed 16 bits lose one more; most do not.
+        # A few diagonals have coefficients beyond 16 bits, and are rounded to multiples of two or more.
         weight=rounding * slot / group.weight_scale,
         input=fresh * slot / group.input_scale,
         output=lost * slot * math.sqrt(group.packing.runs) / (group.weight_scale * group.input_scale),
