@@ -1,10 +1,5 @@
 package core
 
-/*
-#include "simd.h"
-*/
-import "C"
-
 import (
 	"math/bits"
 
@@ -112,30 +107,11 @@ func (a *accumulator) addGo(terms []term, start int) {
 	}
 }
 
-// simdTerm points at one block of a term.
-func simdTerm(plain, c0, c1 []uint64) C.struct_cl_simd_term {
-	return C.struct_cl_simd_term{(*C.uint64_t)(&plain[0]), (*C.uint64_t)(&c0[0]), (*C.uint64_t)(&c1[0])}
-}
-
-// addVector adds up to four terms at a time.
-func (a *accumulator) addVector(terms []term, start int) {
-	for first := 0; first < len(terms); first += 4 {
-		var group [4]C.struct_cl_simd_term
-		count := min(4, len(terms)-first)
-		for i := range count {
-			t := &terms[first+i]
-			group[i] = simdTerm(a.plain(t, start, i)[:], t.c0[start:], t.c1[start:])
-		}
-		C.cl_simd_accumulate((*C.uint64_t)(&a.sums[0]), block, C.int(count), group[0], group[1], group[2], group[3])
-	}
-}
-
 // reduce writes the sums, brought below the prime.
 func (a *accumulator) reduce(out0, out1 []uint64) {
 	prime, constant := a.subring.Modulus, a.subring.MRedConstant
 	if a.vector {
-		C.cl_simd_reduce((*C.uint64_t)(&a.sums[0]), block, (*C.uint64_t)(&a.factors[0]), (*C.uint64_t)(&a.quotients[0]),
-			C.uint64_t(prime), (*C.uint64_t)(&out0[0]), (*C.uint64_t)(&out1[0]))
+		a.reduceVector(out0, out1)
 		return
 	}
 	reduced := func(low, high uint64) uint64 {

@@ -137,11 +137,16 @@ func (keys *EvaluationKeys) Write(to io.Writer) error {
 			elements = append([]uint64{0}, elements...) // element 0 stands for the relinearisation key
 		}
 		for i, key := range all {
-			out.u64(elements[i])
-			out.u64(uint64(key.LevelQ()))
-			out.evaluationKey(p, key)
+			out.entry(p, elements[i], key)
 		}
 	})
+}
+
+// entry writes one key of many, with its name.
+func (out *encoder) entry(p *Parameters, element uint64, key *rlwe.EvaluationKey) {
+	out.u64(element)
+	out.u64(uint64(key.LevelQ()))
+	out.evaluationKey(p, key)
 }
 
 func evaluationKeySize(p *Parameters, level int) uint64 {

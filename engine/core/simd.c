@@ -1,3 +1,5 @@
+//go:build cgo
+
 // The inner loops of linear transformations and key switches with 52-bit multiply-add,
 // eight numbers at a time: the transforms and the sum of products. The Go code beside
 // does the same on every processor; tests hold the two equal, bit for bit.

@@ -1,3 +1,5 @@
+//go:build cgo
+
 package core
 
 /*
@@ -90,4 +92,28 @@ func simdSubtractMultiply(x, y []uint64, factor, prime uint64, out []uint64) {
 	quotient, _ := bits.Div64(factor>>12, factor<<52, prime)
 	C.cl_simd_subtract_multiply((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), C.uint64_t(factor),
 		C.uint64_t(quotient), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}
+
+// simdTerm points at one block of a term.
+func simdTerm(plain, c0, c1 []uint64) C.struct_cl_simd_term {
+	return C.struct_cl_simd_term{(*C.uint64_t)(&plain[0]), (*C.uint64_t)(&c0[0]), (*C.uint64_t)(&c1[0])}
+}
+
+// addVector adds up to four terms at a time.
+func (a *accumulator) addVector(terms []term, start int) {
+	for first := 0; first < len(terms); first += 4 {
+		var group [4]C.struct_cl_simd_term
+		count := min(4, len(terms)-first)
+		for i := range count {
+			t := &terms[first+i]
+			group[i] = simdTerm(a.plain(t, start, i)[:], t.c0[start:], t.c1[start:])
+		}
+		C.cl_simd_accumulate((*C.uint64_t)(&a.sums[0]), block, C.int(count), group[0], group[1], group[2], group[3])
+	}
+}
+
+// reduceVector is reduce for what addVector added up.
+func (a *accumulator) reduceVector(out0, out1 []uint64) {
+	C.cl_simd_reduce((*C.uint64_t)(&a.sums[0]), block, (*C.uint64_t)(&a.factors[0]), (*C.uint64_t)(&a.quotients[0]),
+		C.uint64_t(a.subring.Modulus), (*C.uint64_t)(&out0[0]), (*C.uint64_t)(&out1[0]))
 }
