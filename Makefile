@@ -22,12 +22,13 @@ PIP := -m pip --disable-pip-version-check install --quiet
 # The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
 BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 
-.PHONY: help setup lock demo test test-ray test-newest test-oldest test-all mutants lint bench clean
+.PHONY: help setup lock demo test test-ray test-page test-newest test-oldest test-all mutants lint bench clean
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
 	@echo "make test      style, types and the tests that take minutes"
 	@echo "make test-ray  the tests of a cluster"
+	@echo "make test-page the tests of the web page, in Chromium"
 	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
 	@echo "make mutants   see that the tests notice an engine whose encryption is broken"
 	@echo "make bench     measure what the README's table says"
@@ -62,14 +63,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 
-# All but what `make test-ray` runs.
+# All but what `make test-ray` and `make test-page` run.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/serving/test_ray.py
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/serving/test_ray.py --ignore tests/page
 
 # Set-up brings Ray; on a Python for which there is none the tests say so and fail.
 test-ray: $(READY)
 	$(BIN)/python -c "import ray"
 	$(BIN)/python -m pytest -m "not slow" tests/serving/test_ray.py
+
+# Of the engine in WebAssembly under Node, and of the page in a browser. Nothing of it is skipped.
+test-page: $(READY)
+	$(BIN)/python -m pytest tests/page
 
 COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_chat.py tests/test_cli.py \
 	tests/linear tests/serving
@@ -84,7 +89,8 @@ test-oldest: $(OLDEST)/.ready
 test-all: lint test-newest test-oldest
 	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \
 		else echo "No go on the PATH: the engine's own tests are left out"; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/page
+	$(MAKE) test-page
 	$(BIN)/python tests/mutants/run.py
 
 # ONLY=name builds one.

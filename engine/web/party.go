@@ -4,7 +4,9 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"math"
 	"syscall/js"
@@ -48,7 +50,8 @@ func (p *party) entry(arguments []js.Value) any {
 }
 
 // assemble(requests) begins to put entries together: requests are [[element, level], ...]
-// as JSON. It returns {head, order, add(entry), finish()}.
+// as JSON. It returns {head, order, add(entry), finish()}, where finish returns the bytes
+// behind the entries and the SHA-256 of everything: {tail, sha256}.
 func (p *party) assemble(arguments []js.Value) any {
 	var pairs [][2]uint64
 	check(json.Unmarshal([]byte(arguments[0].String()), &pairs))
@@ -58,6 +61,8 @@ func (p *party) assemble(arguments []js.Value) any {
 	}
 	assembly, head, err := core.NewAssembly(p.params, p.secret.ID, requests)
 	check(err)
+	digest := sha256.New()
+	digest.Write(head)
 	for i, request := range core.EntryOrder(requests) {
 		pairs[i] = [2]uint64{request.Element, uint64(request.Level)}
 	}
@@ -65,10 +70,16 @@ func (p *party) assemble(arguments []js.Value) any {
 		"head":  arrayOf(head),
 		"order": string(must(json.Marshal(pairs))),
 		"add": function(1, func(arguments []js.Value) any {
-			check(assembly.Add(bytesOf(arguments[0])))
+			entry := bytesOf(arguments[0])
+			check(assembly.Add(entry))
+			digest.Write(entry)
 			return true
 		}),
-		"finish": function(0, func([]js.Value) any { return arrayOf(must(assembly.Finish())) }),
+		"finish": function(0, func([]js.Value) any {
+			tail := must(assembly.Finish())
+			digest.Write(tail)
+			return map[string]any{"tail": arrayOf(tail), "sha256": hex.EncodeToString(digest.Sum(nil))}
+		}),
 	}
 }
 

