@@ -371,7 +371,7 @@ def test_benchmarks_and_evaluations_have_the_same_default(monkeypatch):
         configs.append(encryption_config(given))
         raise CommandError("seen")
 
-    monkeypatch.setattr("cipherlm.cli.evaluate.load_encrypted", configured)
+    monkeypatch.setattr("cipherlm.cli.evaluate_setup.configured", configured)
     for heads in ([], ["--scheme", "ckks", "--heads", "all"]):
         assert main(["evaluate", *heads]) == 1
     assert configs == [EncryptionConfig()] * 2

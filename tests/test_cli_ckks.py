@@ -9,7 +9,7 @@ import torch
 
 from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
 from cipherlm.cli import main
-from cipherlm.cli.ckks import BehindPrefix, joined, summary
+from cipherlm.cli.ckks import joined, summary
 from cipherlm.evaluation.texts import calibration_sentences
 from cipherlm.models.summary import read_summary
 
@@ -78,37 +78,6 @@ def test_a_saved_model(capsys, tmp_path):
     figures = run_json(capsys, "evaluate", *saved, "--limit", "2")
     assert (figures["scheme"], figures["modules"]) == ("ckks", ["transformer.h.3"])
     assert "--scheme" in failure(capsys, "generate", "The", *saved, "--scheme", "ckks", code=2)
-
-
-def test_evaluate(capsys, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("The old man looked at the sea, and then he went back to the house.")
-    arguments = ("evaluate", *CKKS, "--limit", "6", "--perplexity", str(text), "--window", "12")
-    figures = run_json(capsys, *arguments)
-    assert (figures["mode"], figures["sentences"]) == ("simulate", 6)
-    assert figures["top1"] > 0.97
-    assert figures["top1"] <= figures["top5"] <= figures["top10"] <= 1
-    assert figures["perplexity"] == pytest.approx(figures["clear_perplexity"], rel=0.01)
-    assert main([*arguments]) == 0
-    shown = capsys.readouterr().out
-    assert "with the noise of ciphertexts" in shown
-    assert "top-1 " in shown
-
-
-def test_evaluate_counts_no_position_of_the_prefix(capsys, tmp_path, few):
-    sentences = tmp_path / "sentences.txt"
-    sentences.write_text("The dog slept by the door.\n")
-    figures = run_json(capsys, "evaluate", *CKKS, *few, "--sentences", str(sentences), "--mode", "disable")
-    assert figures["positions"] == len(load_tokenizer("tiny")("The dog slept by the door.")["input_ids"])
-
-
-def test_behind_a_prefix():
-    clear = load_model("tiny")
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with torch.no_grad():
-        result = BehindPrefix(clear, [1, 2])(ids).logits
-        whole = clear(torch.cat([torch.tensor([[1, 2]] * 2), ids], dim=1)).logits
-    assert torch.equal(result, whole[:, 2:])
 
 
 def test_joined():
@@ -209,7 +178,7 @@ def test_a_summary_that_only_the_model_tells(tmp_path, capsys):
         (["generate", "x", *CKKS, "--tokens", "8"], "--context"),
         (["inspect", *CKKS, "--tokens", "8"], "--context"),
         (["evaluate", *CKKS, "--illustration"], "--illustration"),
-        (["evaluate", *CKKS, "--plot", "x.png"], "--plot"),
+        (["evaluate", *CKKS, "--plot", "x.png"], "--plot goes with --by-block"),
         (["evaluate", *CKKS, "--n-bits", "4"], "--n-bits belongs to --scheme tfhe"),
         (["evaluate", *CKKS, "--window", "4"], "--perplexity"),
         (["demo", "--block", "1"], "--block belongs to --scheme tfhe"),

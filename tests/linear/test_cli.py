@@ -39,7 +39,7 @@ def test_a_saved_model_and_names_of_layers(tmp_path, capsys):
         (["generate", "x", *LINEAR, "--context", "32"], "context means nothing"),
         (["generate", "x", *LINEAR, "--calibration", __file__], "linear layers need none"),
         (["generate", "x", *LINEAR, "--n-bits", "4"], "is for scheme='ckks'"),
-        (["evaluate", *LINEAR, "--limit", "1"], "for `cipherlm generate` and `cipherlm export`"),
+        (["evaluate", *LINEAR, "--calibration", __file__], "linear layers need none"),
     ],
 )
 def test_what_does_not_go_with_linear_layers(arguments, message, capsys):

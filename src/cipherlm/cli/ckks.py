@@ -74,25 +74,6 @@ def check_length(
         )
 
 
-class BehindPrefix:
-    """A model that is called with texts without the public prefix, and returns nothing for it.
-
-    What a model makes of the prefix is exact, and so is no part of what is measured.
-    """
-
-    def __init__(self, model: Any, prefix: list[int]) -> None:
-        self._model, self._prefix = model, prefix
-
-    def __call__(self, input_ids: "torch.Tensor", **options: Any) -> Any:
-        """Return the model's outputs, of whose logits (batch, tokens, vocabulary) the prefix is cut off."""
-        import torch
-
-        rows = input_ids.new_tensor(self._prefix).expand(len(input_ids), -1)
-        output = self._model(input_ids=torch.cat([rows, input_ids], dim=1), **options)
-        output.logits = output.logits[:, len(self._prefix) :]
-        return output
-
-
 def summary(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> "Summary":
     """Return what is told of a model that is loaded."""
     from cipherlm.models.summary import Summary

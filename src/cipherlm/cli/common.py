@@ -168,7 +168,7 @@ def settle_scheme(options: argparse.Namespace, *others: str) -> None:
     ``others`` are further options of this verb that mean something to TFHE only. A saved model knows its
     scheme itself.
     """
-    if hasattr(options, "scheme") or _is_saved(options):
+    if hasattr(options, "scheme") or is_saved(options):
         return
     given = any(hasattr(options, name) for name in _OPTIONS_OF["tfhe"])
     options.scheme = "tfhe" if given or any(getattr(options, name) for name in others) else "ckks"
@@ -206,7 +206,7 @@ def configured(options: argparse.Namespace) -> "EncryptionConfig":
     """
     from cipherlm.models.config import EncryptionConfig
 
-    if not _is_saved(options):
+    if not is_saved(options):
         return encryption_config(options)
     given = [name for name in _CONFIG_OPTIONS if hasattr(options, name)]
     given += [name for name in ("block", "target_modules") if getattr(options, name) is not None]
@@ -239,17 +239,25 @@ def load_any_encrypted(
     """Return the model that the options name with its modules or its linear layers encrypted."""
     config = configured(options)  # before the model, so that a wrong option is told at once
 
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
     from cipherlm.models.loading import load_model
+
+    return encrypted(options, load_model(options.model), config, progress)
+
+
+def encrypted(
+    options: argparse.Namespace, model: Any, config: "EncryptionConfig", progress: "Progress"
+) -> "EncryptedGPT2LMHeadModel | EncryptedLinearModel":
+    """Return a clear model that was loaded for the options encrypted, in place or as it was saved."""
+    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
     from cipherlm.models.targets import means_linear
 
-    model = load_model(options.model)
-    if _is_saved(options) and not means_linear(model, config):
+    if is_saved(options) and not means_linear(model, config):
         return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
     return get_encrypted_model(model, config, progress=progress)
 
 
-def _is_saved(options: argparse.Namespace) -> bool:
+def is_saved(options: argparse.Namespace) -> bool:
+    """Say whether the model that the options name was saved encrypted."""
     from cipherlm.models.config import CONFIG_NAME
 
     return Path(options.model, CONFIG_NAME).is_file()

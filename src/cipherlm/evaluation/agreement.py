@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from cipherlm.evaluation.fidelity import RANKS
+from cipherlm.evaluation.fidelity import ranks as ranks_of
 from cipherlm.evaluation.forward import batched_logits
-
-RANKS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def top_k_agreement(
     """Compare a model's guesses with ``reference``, the clear model's ``next_tokens``."""
     hits, positions = dict.fromkeys(ranks, 0), 0
     for index, logits in batched_logits(model, sequences, batch_size=batch_size):
-        target = logits.gather(-1, reference[index][:, None])
-        # Not "how many are greater": a NaN, greater than nothing, would then count as a first guess.
-        ahead = (~(logits <= target)).sum(dim=-1)
+        ahead = ranks_of(logits, reference[index])
         positions += ahead.numel()
         for rank in ranks:
             hits[rank] += int((ahead < rank).sum())
