@@ -77,7 +77,7 @@ test-page: $(READY)
 	$(BIN)/python -m pytest tests/page
 
 COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_chat.py tests/test_cli.py \
-	tests/linear tests/serving
+	tests/test_harness*.py tests/linear tests/serving
 
 # The newest of everything that pyproject.toml allows, and the oldest of transformers.
 test-newest: $(NEWEST)/.ready
@@ -101,7 +101,7 @@ mutants: $(READY)
 .PHONY: $(NEWEST)/.ready
 $(NEWEST)/.ready:
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,train,dev]"
+	$(NEWEST)/bin/python $(PIP) -e ".[tfhe,serve,gguf,train,eval,dev]"
 
 $(OLDEST)/.ready: $(SOURCES)
 	$(PYTHON) -m venv --clear $(OLDEST)

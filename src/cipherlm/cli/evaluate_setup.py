@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cipherlm.cli import CommandError, UsageError
-from cipherlm.cli.common import calibration_ids, configured, encrypted, encryption_config, is_saved
+from cipherlm.cli.common import configured, encrypted, encryption_config, is_saved
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from cipherlm.models.config import EncryptionConfig
 
 CHAT_TOKENS, SENTENCE_TOKENS = 32, 8
-CALIBRATION_TOKENS = 24
 BLOCK_TEXTS = 4
 
 
@@ -92,7 +91,8 @@ def prepare(options: argparse.Namespace, progress: TerminalProgress) -> Setup:
     calibration: list[torch.Tensor] = []
     if not linear and not is_saved(options):
         with progress("generating texts to calibrate on"):
-            calibration = _calibration(options, tokenizer, clear, prefix, room, chats=chats)
+            longest = room + len(prefix)
+            calibration = _calibration(options, tokenizer, clear, prefix, longest, chats=chats)
     kind = "chats" if chats else "sentences"
     return Setup(clear, config, prefix, texts, calibration, kind, len(prompts) - len(fitting), room)
 
@@ -155,25 +155,16 @@ def _on_chats(options: argparse.Namespace, tokenizer: Any) -> bool:
 
 
 def _calibration(
-    options: argparse.Namespace, tokenizer: Any, clear: Any, prefix: list[int], room: int, *, chats: bool
+    options: argparse.Namespace, tokenizer: Any, clear: Any, prefix: list[int], longest: int, *, chats: bool
 ) -> list[torch.Tensor]:
-    """Return texts (1, tokens) to take ranges from, with the prefix, none longer than the context."""
-    import torch
-
-    from cipherlm.cli.ckks import joined
+    """Return texts (1, tokens) to take ranges from, with the prefix, none longer than ``longest``."""
+    from cipherlm.evaluation.calibration import chat_texts, sentence_texts
     from cipherlm.evaluation.chats import calibration_chats, read_chats
-    from cipherlm.evaluation.prompts import answered, chat_prompts
+    from cipherlm.evaluation.texts import calibration_sentences, read_sentences
 
+    path = options.calibration
     if chats:
-        given = read_chats(options.calibration) if options.calibration else calibration_chats()
-        prompts = [ids[:, :room] for ids in chat_prompts(tokenizer, given, prefix)]
-        texts = [
-            answered(clear, ids, prefix, min(CALIBRATION_TOKENS, room - ids.shape[1])).ids
-            if ids.shape[1] < room
-            else ids
-            for ids in prompts
-        ]
-    else:
-        sentences = calibration_ids(options, tokenizer, room)
-        texts = [*sentences, *joined(sentences, room)]
-    return [torch.cat([ids.new_tensor([prefix]), ids], dim=1) for ids in texts]
+        given = read_chats(path) if path else calibration_chats()
+        return chat_texts(clear, tokenizer, prefix, given, longest=longest)
+    sentences = read_sentences(path) if path else calibration_sentences()
+    return sentence_texts(tokenizer, prefix, sentences, longest=longest)
