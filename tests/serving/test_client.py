@@ -434,6 +434,7 @@ def test_interrupting_cancels(url, model):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_ctrl_c_while_waiting_cancels(url, model):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the workers of xdist ignore it
     with session(url) as connection:
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
         timer.start()
@@ -442,6 +443,7 @@ def test_ctrl_c_while_waiting_cancels(url, model):
                 connection.evaluate("stall", 0, 1, [], nothing)
         finally:
             timer.join()
+            signal.signal(signal.SIGINT, before)
         assert model.cancelled.wait(20)
         assert connection.evaluate("echo", 0, 1, [b"ab"], upper) == [b"ba", b"ROUND 0"]
 
