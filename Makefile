@@ -14,6 +14,10 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two processes, each of which gets whole files; torch and Concrete keep to one core in each. A process that
+# dies or a test that hangs fails the run. PROCESSES=0 runs everything in one.
+PROCESSES := 2
+QUICK := -m pytest -m "not slow" --timeout 600 -n $(PROCESSES) --dist loadfile --max-worker-restart 0
 LOCK := requirements.lock
 EXTRAS := tfhe plot serve ray gguf train smollm2 dev
 SOURCES := pyproject.toml setup.py $(LOCK) $(wildcard engine/build_backend.py) \
@@ -65,7 +69,7 @@ lint: $(READY)
 
 # All but what `make test-ray` and `make test-page` run.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/serving/test_ray.py --ignore tests/page
+	$(BIN)/python $(QUICK) --ignore tests/serving/test_ray.py --ignore tests/page
 
 # Set-up brings Ray; on a Python for which there is none the tests say so and fail.
 test-ray: $(READY)
@@ -81,10 +85,10 @@ COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py 
 
 # The newest of everything that pyproject.toml allows, and the oldest of transformers.
 test-newest: $(NEWEST)/.ready
-	$(NEWEST)/bin/python -m pytest -m "not slow" $(COMPATIBILITY)
+	$(NEWEST)/bin/python $(QUICK) $(COMPATIBILITY)
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(COMPATIBILITY)
+	$(OLDEST)/bin/python $(QUICK) $(COMPATIBILITY)
 
 test-all: lint test-newest test-oldest
 	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \

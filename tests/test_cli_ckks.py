@@ -97,12 +97,12 @@ def test_inspect(capsys, few):
         ["gelu", "ln_1", "ln_2", "scores"]
     ] * 4
     assert figures["evaluation_key_bytes"] is None
-    assert main(["inspect", *CKKS]) == 0
+    assert main(["inspect", *CKKS, *few]) == 0
     shown = capsys.readouterr().out
     assert "all blocks, as one" in shown
     assert "'<|endoftext|>', not encrypted" in shown
     assert "the last hidden states" in shown
-    assert main(["inspect", *CKKS, "--block", "1"]) == 0
+    assert main(["inspect", *CKKS, *few, "--block", "1"]) == 0
     shown = capsys.readouterr().out
     assert "on the server      transformer.h.1" in shown
     assert "it could fit that module" in shown

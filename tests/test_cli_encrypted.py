@@ -99,10 +99,10 @@ def test_bench_reads_weights(tmp_path, capsys, monkeypatch):
 
 
 def test_inspect_then_generate_share_a_circuit(capsys):
-    chosen = ("--block", "1", "--heads", "3", "--n-bits", "2", "--tokens", "3")
+    chosen = ("--block", "1", "--heads", "3", "--n-bits", "2", "--tokens", "2")
     first = run_json(capsys, "inspect", *chosen)
     (figures,) = first["modules"].values()
-    assert figures["tokens"] == 3
+    assert figures["tokens"] == 2
     assert figures["evaluation_key_bytes"] is None
     assert set(figures["table_ranges"]) >= {"score", "value"}
 
@@ -111,7 +111,7 @@ def test_inspect_then_generate_share_a_circuit(capsys):
     assert "now from the cache" in shown
     assert f"{figures['pbs']}: " in shown
 
-    generated = run_json(capsys, "generate", "The old", "--max-new-tokens", "2", *chosen)
+    generated = run_json(capsys, "generate", "The", "--max-new-tokens", "2", *chosen)
     assert len(generated["tokens"]) == 2
     (run,) = generated["circuits"].values()
     assert run["from_cache"]
@@ -120,7 +120,7 @@ def test_inspect_then_generate_share_a_circuit(capsys):
 
     listed = run_json(capsys, "inspect", "--cache")
     entry = next(e for e in listed["circuits"] if e["pbs"] == figures["pbs"])
-    assert entry["tokens"] == 3
+    assert entry["tokens"] == 2
     assert entry["key_bytes"] > 10**6
     assert main(["inspect", "--cache"]) == 0
     assert entry["name"] in capsys.readouterr().out

@@ -7,7 +7,6 @@ Python, and applies statistics to them. Each test also runs on masks that are to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.engine import Ciphertext, Plaintext, RefreshRequest, SecretKey
 from cipherlm.schemes.ckks.refresh import InProcessRefresh, MaskedRefresh
 from cipherlm.schemes.ckks.session import Client, Module, Server, Session
+from tests.encryption.rings import PrimeRing
 
 BINS = 64
 SIGMAS = 6.0
@@ -33,22 +33,19 @@ class Decryption:
         codes = (packed[:, None] >> np.arange(0, 8, 2) & 3).reshape(-1)
         self.primes = self.parameters.q[:2]
         self.modulus = self.primes[0] * self.primes[1]
-        secret = np.where(codes == 2, -1, codes).astype(object)
-        self._roots = [self._values_of_x(i) for i in range(2)]
-        self._tables = [self._table(i) for i in range(2)]
-        self.secret = [self._forward(i, secret) for i in range(2)]
+        self.rings = [PrimeRing(self.size, prime) for prime in self.primes]
+        secret = np.where(codes == 2, -1, codes).astype(np.int64)
+        self.secret = [ring.ntt(secret) for ring in self.rings]
 
     def integers(self, c0, c1) -> np.ndarray:
         """Return c0 + c1 s modulo Q in [0, Q), coefficients of the polynomial, of residues in NTT form."""
-        return self.joined(
-            [(a + b * s) % q for a, b, s, q in zip(c0, c1, self.secret, self.primes, strict=True)]
+        first, second = (
+            ring.intt(ring.reduce(a + ring.multiply(b, s)))
+            for ring, a, b, s in zip(self.rings, c0, c1, self.secret, strict=True)
         )
-
-    def joined(self, residues) -> np.ndarray:
-        """Return the integers modulo Q whose residues these are, in NTT form."""
-        first, second = (self._backward(i, values) for i, values in enumerate(residues))
-        p, q = self.primes
-        return first + p * ((second - first) * pow(p, -1, q) % q)
+        (p, q), ring = self.primes, self.rings[1]
+        quotient = ring.multiply(ring.reduce(second - first), pow(p, -1, q))
+        return first + p * quotient.astype(object)
 
     def centred(self, integers: np.ndarray) -> np.ndarray:
         return np.where(integers > self.modulus // 2, integers - self.modulus, integers)
@@ -89,74 +86,7 @@ class Decryption:
             (part.astype(np.uint64) << np.arange(part.shape[1], dtype=np.uint64)).sum(1, dtype=np.uint64)
             for part in (bits[:, :32], bits[:, 32:])
         )
-        return (low | high << np.uint64(32)).astype(object)
-
-    def _values_of_x(self, limb: int) -> np.ndarray:
-        """Return what X is in NTT form, from a plaintext that is a multiple of X."""
-        scale, slots = 2**20, self.size // 2
-        exponents = np.array([pow(5, j, 2 * self.size) for j in range(slots)])
-        x = np.exp(1j * np.pi * exponents / self.size)
-        data = Plaintext.encode(self.parameters, x, 1, scale).to_bytes()
-        at = 64 + 8 + 20
-        for prime in self.primes[:limb]:
-            at += self.size * prime.bit_length() // 8
-        prime = self.primes[limb]
-        return self._unpacked(data, at, prime.bit_length()) * pow(scale, -1, prime) % prime
-
-    def _table(self, limb: int) -> tuple[np.ndarray, int]:
-        """Return where in NTT form the value at root^(2k + 1) lies, and the root."""
-        prime, roots = self.primes[limb], self._roots[limb]
-        root, at = int(roots[0]), {int(value): i for i, value in enumerate(roots)}
-        assert len(at) == self.size
-        assert pow(root, self.size, prime) == prime - 1
-        power, square, order = root, root * root % prime, []
-        for _ in range(self.size):
-            order.append(at[power])
-            power = power * square % prime
-        return np.array(order), root
-
-    def _powers(self, limb: int, base: int, count: int) -> np.ndarray:
-        powers = np.ones(1, object)
-        prime = self.primes[limb]
-        while len(powers) < count:
-            powers = np.concatenate([powers, powers * pow(base, len(powers), prime) % prime])
-        return powers[:count]
-
-    def _forward(self, limb: int, coefficients: np.ndarray) -> np.ndarray:
-        order, root = self._tables[limb]
-        prime = self.primes[limb]
-        twisted = coefficients * self._powers(limb, root, self.size) % prime
-        values = np.empty(self.size, object)
-        values[order] = self._transform(limb, twisted, root * root % prime)
-        return values
-
-    def _backward(self, limb: int, values: np.ndarray) -> np.ndarray:
-        order, root = self._tables[limb]
-        prime = self.primes[limb]
-        inverse = pow(root, -1, prime)
-        twisted = self._transform(limb, values[order], inverse * inverse % prime)
-        return twisted * pow(self.size, -1, prime) % prime * self._powers(limb, inverse, self.size) % prime
-
-    def _transform(self, limb: int, x: np.ndarray, root: int) -> np.ndarray:
-        """Return sum over j of x[j] root^(jk), for all k."""
-        if len(x) == 1:
-            return x
-        prime = self.primes[limb]
-        rows, length = x.reshape(1, -1), len(x)
-        # Decimation in frequency on all parts at once; results come out bit-reversed.
-        while length > 1:
-            half = length // 2
-            low, high = rows[:, :half], rows[:, half:]
-            factors = self._powers(limb, pow(root, len(x) // length, prime), half)
-            rows = np.stack([(low + high) % prime, (low - high) * factors % prime], 1).reshape(-1, half)
-            length = half
-        return rows[bit_reversed(len(x)), 0]
-
-
-@cache
-def bit_reversed(size: int) -> np.ndarray:
-    bits = size.bit_length() - 1
-    return np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(size)])
+        return (low | high << np.uint64(32)).astype(np.int64)
 
 
 @dataclass
@@ -446,7 +376,7 @@ def test_the_second_component_is_fresh(parties, views):
             (first.second[0], second.second[0]),
         ):
             difference = (a[limb] - b[limb]) % prime
-            coefficients = parties.decryption._backward(limb, difference)
+            coefficients = parties.decryption.rings[limb].intt(difference)
             for values in (difference, coefficients):
                 assert chi_square((values * BINS // prime).astype(int)) < SIGMAS
                 assert chi_square((values % BINS).astype(int)) < SIGMAS
