@@ -320,6 +320,11 @@ def websocket_payloads(data: bytes) -> Iterator[bytes]:
         yield payload
 
 
+def _varied(string: bytes) -> int | None:
+    """Return where the first three different bytes in a row begin, if there are any."""
+    return next((at for at in range(len(string) - 2) if len(set(string[at : at + 3])) == 3), None)
+
+
 @dataclass
 class Needles:
     """Byte strings that must not be found, by what they are."""
@@ -334,14 +339,15 @@ class Needles:
         """The names of what is in any of the haystacks."""
         values = haystacks.values() if isinstance(haystacks, Mapping) else haystacks
         named = [(string, name) for name, strings in self.items.items() for string in strings]
-        by_start: dict[bytes, list[tuple[bytes, str]]] = {}
-        # What begins with zeros begins at too many places.
-        plain = [(string, name) for string, name in named if len(set(string[:3])) < 3]
+        # Long values are searched for three different bytes of each string: zeros are at too many places.
+        places = {string: _varied(string) for string, _ in named}
+        plain = [(string, name) for string, name in named if places[string] is None]
+        by_bytes: dict[bytes, list[tuple[bytes, int, str]]] = {}
         for string, name in named:
-            if len(set(string[:3])) == 3:
-                by_start.setdefault(string[:3], []).append((string, name))
-        starts = np.zeros(1 << 24, bool)
-        starts[[int.from_bytes(start, "little") for start in by_start]] = True
+            if (place := places[string]) is not None:
+                by_bytes.setdefault(string[place : place + 3], []).append((string, place, name))
+        wanted = np.zeros(1 << 24, bool)
+        wanted[[int.from_bytes(three, "little") for three in by_bytes]] = True
         found: set[str] = set()
         for value in values:
             if len(value) < 1 << 20:
@@ -353,8 +359,8 @@ class Needles:
                 three = piece[:-2].astype(np.uint32)
                 three |= piece[1:-1].astype(np.uint32) << 8
                 three |= piece[2:].astype(np.uint32) << 16
-                for at in (begin + np.flatnonzero(starts[three])).tolist():
-                    for string, name in by_start[value[at : at + 3]]:
-                        if value.startswith(string, at):
+                for at in (begin + np.flatnonzero(wanted[three])).tolist():
+                    for string, place, name in by_bytes[value[at : at + 3]]:
+                        if at >= place and value.startswith(string, at - place):
                             found.add(name)
         return found
