@@ -14,10 +14,11 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Two processes, each of which gets whole files; torch and Concrete keep to one core in each. A process that
-# dies or a test that hangs fails the run. PROCESSES=0 runs everything in one.
+# The quick tests in two processes, file by file. NumPy, torch and Concrete keep to one thread in each, or they
+# wait for one another. A process that dies and a test that hangs fail the run. PROCESSES=0: all in one.
 PROCESSES := 2
-QUICK := -m pytest -m "not slow" --timeout 600 -n $(PROCESSES) --dist loadfile --max-worker-restart 0
+QUICK = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "not slow" --timeout 600 \
+	-n $(PROCESSES) --dist loadfile --max-worker-restart 0
 LOCK := requirements.lock
 EXTRAS := tfhe plot serve ray gguf train smollm2 dev
 SOURCES := pyproject.toml setup.py $(LOCK) $(wildcard engine/build_backend.py) \
@@ -30,7 +31,7 @@ BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-b
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
-	@echo "make test      style, types and the tests that take minutes"
+	@echo "make test      style, types and the quick tests: at most 7 minutes on 2 cores"
 	@echo "make test-ray  the tests of a cluster"
 	@echo "make test-page the tests of the web page, in Chromium"
 	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
@@ -69,7 +70,7 @@ lint: $(READY)
 
 # All but what `make test-ray` and `make test-page` run.
 test: lint
-	$(BIN)/python $(QUICK) --ignore tests/serving/test_ray.py --ignore tests/page
+	$(call QUICK,$(VENV)) --ignore tests/serving/test_ray.py --ignore tests/page
 
 # Set-up brings Ray; on a Python for which there is none the tests say so and fail.
 test-ray: $(READY)
@@ -85,10 +86,10 @@ COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py 
 
 # The newest of everything that pyproject.toml allows, and the oldest of transformers.
 test-newest: $(NEWEST)/.ready
-	$(NEWEST)/bin/python $(QUICK) $(COMPATIBILITY)
+	$(call QUICK,$(NEWEST)) $(COMPATIBILITY)
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python $(QUICK) $(COMPATIBILITY)
+	$(call QUICK,$(OLDEST)) $(COMPATIBILITY)
 
 test-all: lint test-newest test-oldest
 	@if command -v go >/dev/null; then cd engine && go vet ./... && go test ./core; \
