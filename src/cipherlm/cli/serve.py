@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from cipherlm.serving.auth import Tokens
     from cipherlm.serving.computation import HostedModel, HostedProducts
     from cipherlm.serving.keys import KeyStore
+    from cipherlm.serving.page import Page
     from cipherlm.serving.service import Limits
 
 EXAMPLES = """\
 examples:
   cipherlm serve gpt2-bundle/server
+  cipherlm serve tiny-bundle/server --page
   cipherlm serve smollm2-bundle/server
   cipherlm serve gpt2-bundle/server --host 0.0.0.0 --token-file tokens --certfile cert.pem --keyfile key.pem
   cipherlm serve /shared/gpt2-bundle/server --ray 10.0.0.5:6379
@@ -67,6 +69,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure-plain-http",
         action="store_true",
         help="let other machines in without TLS: whoever is on the way can read tokens and be the server",
+    )
+
+    pages = parser.add_argument_group("web pages")
+    pages.add_argument(
+        "--page",
+        nargs="?",
+        const="",
+        metavar="CLIENT_BUNDLE",
+        help="serve a page too, where people try the model in a browser (default: for the bundle `client` "
+        "beside BUNDLE); for demonstrations: who does not trust the server needs a page from elsewhere, see "
+        "`cipherlm page`",
+    )
+    pages.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages from there in, such as https://chat.example.org; may be repeated (default: none "
+        "but the server's own page)",
     )
 
     limits = parser.add_argument_group("limits")
@@ -156,6 +177,8 @@ def run(options: argparse.Namespace) -> None:
             "--token-file, or CIPHERLM_TOKEN"
         )
     certfile, keyfile = tls_files(options, "--insecure-plain-http")
+    page = page_of(options)
+    origins = [origin_option(origin) for origin in options.allow_origin]
 
     # Before the model is loaded, which takes a while.
     with closing(listen(options.host, options.port)) as listener, ExitStack() as stack:
@@ -177,6 +200,8 @@ def run(options: argparse.Namespace) -> None:
             certfile=certfile,
             keyfile=keyfile,
             insecure_plain_http=options.insecure_plain_http,
+            page=page,
+            allowed_origins=origins,
         )
         # uvicorn ends gracefully and then sends itself the signal again.
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -191,6 +216,30 @@ def load_hosted_model(bundle: Path) -> "HostedModel | HostedProducts":
     from cipherlm.serving.bundle import load_hosted_model
 
     return load_hosted_model(bundle)
+
+
+def page_of(options: argparse.Namespace) -> "Page | None":
+    """Return the page that is to be served, if any, for the model of the bundle."""
+    if options.page is None:
+        return None
+    from cipherlm.serving.bundle import Bundle
+    from cipherlm.serving.page import compose
+
+    server = Bundle.read(options.bundle, "server")
+    client = Bundle.load(options.page or Path(options.bundle).resolve().parent / "client", "client")
+    if client.about.get("fingerprint") != server.about.get("fingerprint"):
+        raise UsageError(f"{client.directory} is the client's bundle of another model")
+    return compose(client)
+
+
+def origin_option(text: str) -> str:
+    """Return an origin that pages may come from."""
+    from cipherlm.serving.browsers import origin_argument
+
+    try:
+        return origin_argument(text)
+    except ValueError as error:
+        raise UsageError(f"--allow-origin: {error}") from None
 
 
 def ray_hosted_model(

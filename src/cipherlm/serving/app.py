@@ -6,16 +6,16 @@ import re
 import time
 from asyncio import CancelledError, TimeoutError, create_task, to_thread, wait, wait_for
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cipherlm import __version__
-from cipherlm.serving import protocol
+from cipherlm.serving import browsers, protocol
 from cipherlm.serving.conversation import Conversation
 from cipherlm.serving.failures import Failure, broken
 from cipherlm.serving.hosts import LOOPBACK_HOSTS, host_allowed, in_url
@@ -24,6 +24,9 @@ from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.products_session import ProductsSession
 from cipherlm.serving.service import Service, shutting_down
 from cipherlm.serving.sessions import Session
+
+if TYPE_CHECKING:
+    from cipherlm.serving.page import Page
 
 _STATUS = {
     protocol.UNAUTHORIZED: 401,
@@ -49,8 +52,17 @@ _Receive = Callable[[], Awaitable[_Scope]]
 _Send = Callable[[_Scope], Awaitable[None]]
 
 
-def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
-    """Return the ASGI application that serves a model on an address of this machine."""
+def create_app(
+    service: Service,
+    host: str = "127.0.0.1",
+    *,
+    page: "Page | None" = None,
+    allowed_origins: Collection[str] = (),
+) -> FastAPI:
+    """Return the ASGI application that serves a model on an address of this machine.
+
+    ``page`` is served too. Pages of ``allowed_origins`` may talk to the server, and no other ones.
+    """
     app = FastAPI(title="CipherLM", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     def owner_of(request: Request) -> str:
@@ -75,7 +87,7 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def converse(socket: WebSocket, kind: type[Conversation]) -> None:
-        owner = service.tokens.owner(socket.headers.get("authorization"))
+        owner = service.tokens.owner(browsers.authorization(socket.headers))
         if owner is None:
             await _deny(socket, _answer(_no_token()))
             return
@@ -85,7 +97,8 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
             await _deny(socket, _answer(failure))
         else:
             conversation = kind(service, socket, owner)
-            await socket.accept()
+            offered = browsers.SUBPROTOCOL in browsers.subprotocols(socket.headers)
+            await socket.accept(browsers.SUBPROTOCOL if offered else None)
             await conversation.run()
 
     if service.keys is None:
@@ -114,7 +127,12 @@ def create_app(service: Service, host: str = "127.0.0.1") -> FastAPI:
 
     # Where there are tokens, a web page has none, and a server's names are not known.
     allowed_hosts = None if service.tokens else {*LOOPBACK_HOSTS, in_url(host)}
-    app.add_middleware(_Watch, service=service, allowed_hosts=allowed_hosts)
+    origins = browsers.Origins(allowed_origins, own=page is not None)
+    app.add_middleware(_Watch, service=service, allowed_hosts=allowed_hosts, origins=origins)
+    if page is not None:
+        from cipherlm.serving.page_routes import add_page
+
+        add_page(app, page)
     return app
 
 
@@ -162,10 +180,12 @@ class _Watch:
         app: Callable[[_Scope, _Receive, _Send], Awaitable[None]],
         service: Service,
         allowed_hosts: Collection[str] | None,
+        origins: browsers.Origins,
     ) -> None:
         self._app = app
         self._service = service
         self._allowed_hosts = allowed_hosts
+        self._origins = origins
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
@@ -173,15 +193,24 @@ class _Watch:
             return
         status = 0
         began = time.monotonic()
+        headers = Headers(scope=scope)
+        for_page = self._origins.answer_headers(headers)
 
         async def watch(message: _Scope) -> None:
             nonlocal status
             if message["type"] == "websocket.accept":
                 status = 101
+            if message["type"] == "http.response.start" and for_page:
+                MutableHeaders(scope=message).update(for_page)
             status = message.get("status", status)
             await send(message)
 
-        app = _refuse_browser if self._is_web_page(Headers(scope=scope)) else self._app
+        app: Callable[[_Scope, _Receive, _Send], Awaitable[None]] = self._app
+        preflight = self._origins.preflight_headers(headers)
+        if self._is_refused(headers, scope["scheme"]):
+            app = _refuse_browser
+        elif preflight is not None and scope["type"] == "http" and scope["method"] == "OPTIONS":
+            app = Response(status_code=204, headers=preflight)
         try:
             await app(scope, receive, watch)
         except Exception as error:
@@ -191,24 +220,31 @@ class _Watch:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             method = scope.get("method", "WEBSOCKET")
-            method = method if method in ("GET", "POST", "PATCH", "DELETE", "WEBSOCKET") else "other"
+            method = (
+                method
+                if method in ("GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "WEBSOCKET")
+                else "other"
+            )
             self._service.metrics.requests.labels(method, route, str(status)).inc()
             if status >= 400:
                 seconds = round(time.monotonic() - began, 3)
                 log("request refused", method=method, route=route, status=status, seconds=seconds)
 
-    def _is_web_page(self, headers: Headers) -> bool:
-        """No client is a web page. One that a user of an open server visits must not reach that server."""
+    def _is_refused(self, headers: Headers, scheme: str) -> bool:
+        """Say whether a request comes from a web page that is none of the server's clients.
+
+        One that a user of an open server visits must not reach that server.
+        """
         if self._allowed_hosts is not None and not host_allowed(headers.getlist("host"), self._allowed_hosts):
             return True
-        return "origin" in headers
+        return self._origins.refuses(headers, scheme)
 
 
 async def _refuse_browser(scope: _Scope, receive: _Receive, send: _Send) -> None:
     answer = _answer(
         Failure(
             protocol.UNAUTHORIZED,
-            "no web page is a client, and without tokens this server answers to localhost only",
+            "this server does not let this web page in, and without tokens it answers to localhost only",
         ),
         403,
     )

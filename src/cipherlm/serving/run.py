@@ -4,11 +4,11 @@ import asyncio
 import threading
 import time
 from asyncio import TimerHandle, Transport
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,6 +18,9 @@ from cipherlm.serving.auth import is_loopback
 from cipherlm.serving.logs import log, log_exception
 from cipherlm.serving.protocol import DEFAULT_PORT, message_limit
 from cipherlm.serving.service import FAREWELL_SECONDS, Service
+
+if TYPE_CHECKING:
+    from cipherlm.serving.page import Page
 
 _SLACK_BYTES = 1 << 20
 """Up to here the answer to a message that is too large is an error; beyond, it is a close (1009)."""
@@ -63,8 +66,12 @@ def create_server(
     certfile: Path | None = None,
     keyfile: Path | None = None,
     insecure_plain_http: bool = False,
+    page: "Page | None" = None,
+    allowed_origins: Collection[str] = (),
 ) -> Server:
-    """Return a server that ``run()`` starts.
+    """Return a server that ``run()`` starts, with a ``page`` where one is given.
+
+    Web pages of ``allowed_origins`` may talk to it, and its own.
 
     Raises :class:`ValueError` where others could reach it without a token, or without TLS unless
     ``insecure_plain_http``, and for half a certificate.
@@ -85,7 +92,7 @@ def create_server(
         head_seconds = limits.head_seconds
 
     config = uvicorn.Config(
-        create_app(service, host),
+        create_app(service, host, page=page, allowed_origins=allowed_origins),
         host=host,
         port=port,
         http=Protocol,
