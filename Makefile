@@ -79,6 +79,8 @@ test-ray: $(READY)
 
 # Of the engine in WebAssembly under Node, and of the page in a browser. Nothing of it is skipped.
 test-page: $(READY)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" $(BIN)/python page/build.py --check
+	$(BIN)/python tests/page/chromium.py
 	$(BIN)/python -m pytest tests/page
 
 COMPATIBILITY := tests/test_loading.py tests/test_gguf.py tests/test_models*.py tests/test_chat.py tests/test_cli.py \

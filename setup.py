@@ -1,4 +1,4 @@
-"""Builds the engine, a Go program with a C ABI, into the package."""
+"""Builds the engine, a Go program with a C ABI, into the package, and the web page where there is Node.js."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ENGINE = Path(__file__).resolve().parent / "engine"
+PAGE = Path(__file__).resolve().parent / "page"
 LIBRARY = "cipherlm.engine._lattigo"
 
 
@@ -41,6 +43,21 @@ class BuildEngine(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         """Return the library's name: not tied to a version of Python."""
         return os.path.join(*fullname.split(".")) + ".so"
+
+
+class BuildPage(build_py):
+    """Builds the web page before its files are looked for. Without it the package works, but for the page."""
+
+    def run(self) -> None:
+        """Build the page, then what setuptools builds."""
+        if subprocess.run([sys.executable, str(PAGE / "build.py")], check=False).returncode:
+            print(
+                "page: CipherLM is installed without its web page (cipherlm page, cipherlm serve --page): "
+                "see the line above",
+                file=sys.stderr,
+                flush=True,
+            )
+        super().run()
 
 
 class EngineWheel(bdist_wheel):
@@ -72,5 +89,5 @@ def c_compiler() -> str:
 
 setup(
     ext_modules=[Extension(LIBRARY, sources=[])],
-    cmdclass={"build_ext": BuildEngine, "bdist_wheel": EngineWheel},
+    cmdclass={"build_ext": BuildEngine, "build_py": BuildPage, "bdist_wheel": EngineWheel},
 )

