@@ -66,7 +66,7 @@ class Tab:
         expect(self.page.locator("#stop")).to_be_hidden(timeout=LONG)
 
     def answer(self) -> str:
-        return self.page.locator("#log li:last-child p").text_content() or ""
+        return self.page.locator("#log .said:last-child p").text_content() or ""
 
     def said(self, selector: str) -> str:
         return self.page.locator(selector).text_content() or ""

@@ -318,7 +318,7 @@ def test_works_with_a_keyboard_alone_on_a_phone_s_width(
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("1")
     page.keyboard.press("Enter")
-    expect(page.locator("#log li")).to_have_count(2)
+    expect(page.locator("#log .said")).to_have_count(2)
     tab.finished()
     assert tab.answer() == expected(count=1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

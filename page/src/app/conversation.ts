@@ -174,8 +174,9 @@ export class Conversation {
   }
 
   private item(who: string, text: string): HTMLElement {
-    const item = document.createElement("li");
+    const item = document.createElement("div");
     const name = document.createElement("strong");
+    item.className = "said";
     const content = document.createElement("p");
     name.textContent = who;
     content.textContent = text;
