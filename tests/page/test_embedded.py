@@ -1,6 +1,6 @@
 """The embedded model, whole, in Chromium: the same text as the clear model's, and what it costs.
 
-Server and browser share the machine. The bars hold on two cores that others use too; ``-s`` shows the figures.
+Server and browser share the machine. The bars hold on two cores that others use too; `-s` shows the figures.
 """
 
 from __future__ import annotations
