@@ -1,4 +1,4 @@
-import { defineConfig } from "vite";
+import { defineConfig } from "vitest/config";
 
 // The page may lie under any path. Nothing is inlined: each file is checked by its own hash.
 export default defineConfig({
@@ -14,4 +14,6 @@ export default defineConfig({
     chunkSizeWarningLimit: 1024,
   },
   worker: { format: "iife" },
+  // Passphrases take time, and more on a machine that others use too.
+  test: { testTimeout: 60_000 },
 });

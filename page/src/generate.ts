@@ -117,7 +117,8 @@ class Text {
     for (const [start, count] of chunks(plan, prefix + this.seen, tokens.length - this.seen)) {
       this.listener.begins(this.seen, this.total);
       const rows = tokens.slice(start - prefix, start - prefix + count).map((token, i) => model.embed(token, start + i));
-      const slots = packed(plan.layout, rows, start, prefix);
+      const begins = start === prefix;
+      const slots = packed(plan.layout, rows, begins);
       const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
       this.listener.ciphertext(input, "up");
       const outputs = await session.evaluate(plan.module, start, count, [input], (r) => this.refresh(r), this.listener, this.signal);
@@ -127,7 +128,7 @@ class Text {
         throw engineProblem(error, "the server sent no result that can be decrypted");
       });
       const began = performance.now();
-      next = model.next(lastRow(plan.layout, hidden, start, count, prefix));
+      next = model.next(lastRow(plan.layout, hidden, count, begins));
       this.listener.worked(performance.now() - began);
       this.seen += count;
       this.listener.evaluated();

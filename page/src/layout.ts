@@ -21,14 +21,13 @@ export function evaluatedTokens(plan: Plan, longest: number): number {
 }
 
 /**
- * Return the slots of a chunk's hidden states, a row each. Behind a text's beginning its last token is
- * repeated: the server does not learn from the ciphertext how many tokens there are.
+ * Return the slots of a chunk's hidden states, a row each; `begins` says whether a text begins with it. Behind
+ * such a beginning its last token is repeated: the server does not learn from the ciphertext how many there are.
  */
-export function packed(layout: Layout, rows: Slots[], start: number, prefix: number): Slots {
-  const first = start === prefix;
-  const side = first ? layout.tokens : 1;
+export function packed(layout: Layout, rows: Slots[], begins: boolean): Slots {
+  const side = begins ? layout.tokens : 1;
+  const from = begins ? layout.first : 0;
   const block = new Float64Array(layout.period * side);
-  const from = first ? start : 0;
   for (let token = from; token < side; token++) {
     const row = rows[Math.min(token - from, rows.length - 1)]!;
     for (let feature = 0; feature < layout.width; feature++) block[feature * side + token] = row[feature]!;
@@ -38,11 +37,11 @@ export function packed(layout: Layout, rows: Slots[], start: number, prefix: num
   return slots;
 }
 
-/** Return the hidden states of a chunk's last token. */
-export function lastRow(layout: Layout, slots: Slots, start: number, count: number, prefix: number): Slots {
-  if (start !== prefix) return slots.slice(0, layout.width);
+/** Return the hidden states of the last token of a chunk of `count`. */
+export function lastRow(layout: Layout, slots: Slots, count: number, begins: boolean): Slots {
+  if (!begins) return slots.slice(0, layout.width);
   const row = new Float64Array(layout.width);
   for (let feature = 0; feature < layout.width; feature++)
-    row[feature] = slots[feature * layout.tokens + start + count - 1]!;
+    row[feature] = slots[feature * layout.tokens + layout.first + count - 1]!;
   return row;
 }

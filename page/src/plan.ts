@@ -42,7 +42,8 @@ export interface Layout {
   period: number;
   /** Tokens side by side in a prompt's ciphertext. */
   tokens: number;
-  /** How many of them may be private: the size of a text's first chunk. */
+  /** The first of them that is private, and how many there are: the size of a text's first chunk. */
+  first: number;
   room: number;
   /** Features of hidden states. */
   width: number;

@@ -14,7 +14,7 @@ const plan = {
   context: 32,
   bucket: 4,
   message_bytes: 1 << 20,
-  layout: { slots: 64, period: 8, tokens: 8, room: 7, width: 8, level: 4 },
+  layout: { slots: 64, period: 8, tokens: 8, first: 1, room: 7, width: 8, level: 4 },
 } as unknown as Plan;
 const bytes = new Uint8Array(8) as Bytes;
 
