@@ -107,6 +107,15 @@ def test_chats(capsys, tmp_path, chat_model, modules):
     assert 0 < figures["parts"]["all"]["kl"] < 1e-3
 
 
+def test_a_model_that_was_saved_without_ranges(capsys, tmp_path, few):
+    config = EncryptionConfig(["transformer.h.3"], context=24)
+    get_encrypted_model(load_model("tiny"), config).save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    figures = run_json(capsys, "evaluate", "--model", str(tmp_path), *few, "--limit", "1")
+    assert figures["modules"] == ["transformer.h.3"]
+    assert figures["top1"] > 0.9
+
+
 def test_the_packages_chats_are_the_default(capsys, chat_model):
     options = ("--limit", "2", "--mode", "disable", "--target-modules", "linear", "--max-new-tokens", "2")
     figures = run_json(capsys, "evaluate", "--model", chat_model, *options)

@@ -13,7 +13,6 @@ from cipherlm.progress import TerminalProgress
 if TYPE_CHECKING:
     import torch
 
-    from cipherlm.evaluation.chats import Chat
     from cipherlm.evaluation.prompts import Answered
     from cipherlm.models.config import EncryptionConfig
 
@@ -42,11 +41,7 @@ def prepare(options: argparse.Namespace, progress: TerminalProgress) -> Setup:
     """Load the clear model, and let it answer the prompts to measure on and to calibrate on."""
     config = configured(options)  # before the model, so that a wrong option is told at once
 
-    from cipherlm.evaluation.chats import evaluation_chats, read_chats
-    from cipherlm.evaluation.prompts import answered, chat_prompts
-    from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
-    from cipherlm.models.chat import public_head
-    from cipherlm.models.geometry import public_prefix
+    from cipherlm.evaluation.prompts import answered
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.targets import means_linear
 
@@ -55,44 +50,32 @@ def prepare(options: argparse.Namespace, progress: TerminalProgress) -> Setup:
     linear, chats = means_linear(clear, config), _on_chats(options, tokenizer)
     if linear and options.calibration:
         raise UsageError("--calibration is for ranges of values, and linear layers need none")
+    if chats and options.tokens:
+        raise UsageError("--tokens cuts sentences; a conversation cannot be cut")
+    config, prefix = _with_prefix(options, tokenizer, clear, config, linear=linear, chats=chats)
     new_tokens = options.max_new_tokens or (CHAT_TOKENS if chats else SENTENCE_TOKENS)
-    if chats:
-        if options.tokens:
-            raise UsageError("--tokens cuts sentences; a conversation cannot be cut")
-        if not linear and not is_saved(options):
-            config = replace(config, prefix=public_head(tokenizer))
-        prefix = public_head(tokenizer) if linear else public_prefix(config, clear.config)
-        given: list[Chat] = read_chats(options.chats) if options.chats else evaluation_chats()
-        prompts = chat_prompts(tokenizer, given[: options.limit], prefix)
-        if not linear and not hasattr(options, "context") and not is_saved(options):
-            longest = max(ids.shape[1] for ids in prompts)
-            needed = len(prefix) + longest + new_tokens - 1  # the last token is predicted, but never read
-            config = replace(config, context=min(needed, clear.config.max_position_embeddings))
-    else:
-        prefix = [] if linear else public_prefix(config, clear.config)
-        sentences = read_sentences(options.sentences) if options.sentences else evaluation_sentences()
-        prompts = encode(tokenizer, sentences[: options.limit])
-    room = int(clear.config.max_position_embeddings) - len(prefix)
-    if not linear:
-        room = min(room, config.context - len(prefix))
-    longest = room - new_tokens + 1
+    prompts = _prompts(options, tokenizer, prefix, chats=chats)
+    model_room = int(clear.config.max_position_embeddings) - len(prefix)
+    if chats and not linear and not hasattr(options, "context") and not is_saved(options):
+        needed = max(ids.shape[1] for ids in prompts) + new_tokens - 1
+        config = replace(config, context=len(prefix) + min(needed, model_room))
+    room = model_room if linear else min(model_room, config.context - len(prefix))
+    longest = room - new_tokens + 1  # the last token is predicted, but never read
     if longest < 1:
         raise UsageError(
             f"--max-new-tokens {new_tokens} leaves no room for a prompt: {room} tokens have room"
         )
     if not chats:
-        longest = min(options.tokens or longest, longest)
-        prompts = [ids[:, :longest] for ids in prompts]
+        prompts = [ids[:, : min(options.tokens or longest, longest)] for ids in prompts]
     fitting = [ids for ids in prompts if ids.shape[1] <= longest]
     if not fitting:
         raise CommandError(f"no conversation has room: {longest} tokens behind the public prefix at most")
     with progress("generating the clear model's answers"):
         texts = [answered(clear, ids, prefix, new_tokens) for ids in fitting]
     calibration: list[torch.Tensor] = []
-    if not linear and not is_saved(options):
+    if not linear and not _is_saved_calibrated(options):
         with progress("generating texts to calibrate on"):
-            longest = room + len(prefix)
-            calibration = _calibration(options, tokenizer, clear, prefix, longest, chats=chats)
+            calibration = _calibration(options, tokenizer, clear, prefix, len(prefix) + room, chats=chats)
     kind = "chats" if chats else "sentences"
     return Setup(clear, config, prefix, texts, calibration, kind, len(prompts) - len(fitting), room)
 
@@ -152,6 +135,49 @@ def _default_modules(options: argparse.Namespace, clear: Any, config: Encryption
 
 def _on_chats(options: argparse.Namespace, tokenizer: Any) -> bool:
     return bool(options.chats) or (not options.sentences and bool(getattr(tokenizer, "chat_template", None)))
+
+
+def _with_prefix(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    clear: Any,
+    config: EncryptionConfig,
+    *,
+    linear: bool,
+    chats: bool,
+) -> tuple[EncryptionConfig, list[int]]:
+    """Return the configuration with the public prefix of the texts, and this prefix."""
+    from cipherlm.models.chat import public_head
+    from cipherlm.models.geometry import public_prefix
+
+    if linear:
+        return config, public_head(tokenizer) if chats else []
+    if chats and not is_saved(options):
+        config = replace(config, prefix=public_head(tokenizer))
+    return config, public_prefix(config, clear.config)
+
+
+def _prompts(
+    options: argparse.Namespace, tokenizer: Any, prefix: list[int], *, chats: bool
+) -> list[torch.Tensor]:
+    """Return the private texts (1, tokens) to measure on."""
+    from cipherlm.evaluation.chats import evaluation_chats, read_chats
+    from cipherlm.evaluation.prompts import chat_prompts
+    from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
+
+    if chats:
+        given = read_chats(options.chats) if options.chats else evaluation_chats()
+        return chat_prompts(tokenizer, given[: options.limit], prefix)
+    sentences = read_sentences(options.sentences) if options.sentences else evaluation_sentences()
+    return encode(tokenizer, sentences[: options.limit])
+
+
+def _is_saved_calibrated(options: argparse.Namespace) -> bool:
+    from pathlib import Path
+
+    from cipherlm.models.storage import CALIBRATION_NAME
+
+    return is_saved(options) and Path(options.model, CALIBRATION_NAME).is_file()
 
 
 def _calibration(
