@@ -20,9 +20,13 @@ _WHAT = {"modules": "one block alone", "linear": "the linear layers of one block
 
 def evaluate_blocks(options: argparse.Namespace) -> None:
     """Print a table or JSON, and draw the plot."""
+    from cipherlm.models.config import ALL, LINEAR
+
     if options.block is not None or options.perplexity:
         name = "perplexity" if options.perplexity else "block"
         raise UsageError(f"--{name} does not go with --by-block, which measures every block")
+    if options.target_modules not in (None, [ALL], [LINEAR]):
+        raise UsageError('--by-block measures the whole model: --target-modules "all" or "linear"')
     if is_saved(options):
         raise UsageError("--by-block chooses what to encrypt itself: give it the clear model")
     if options.plot:
@@ -32,7 +36,6 @@ def evaluate_blocks(options: argparse.Namespace) -> None:
 
     from cipherlm.evaluation.behind import behind
     from cipherlm.evaluation.blocks import block_parts, encrypted_within, logit_errors
-    from cipherlm.models.config import ALL
     from cipherlm.models.targets import means_linear
 
     options.limit = options.limit or BLOCK_TEXTS
@@ -42,14 +45,12 @@ def evaluate_blocks(options: argparse.Namespace) -> None:
     inner = [part for parts in blocks.values() for part in parts]
     if means_linear(setup.clear, setup.config):
         runs = [("blocks", setup.config, [*blocks, *inner])]
-    elif setup.config.target_modules in (ALL, [ALL]):
+    else:
         # A block as one remote module has its norms with it, which its attention and its MLP alone have not.
         runs = [
             (label, replace(setup.config, target_modules=names), names)
             for label, names in (("blocks", list(blocks)), ("parts of blocks", inner))
         ]
-    else:
-        raise UsageError('--by-block measures the whole model: --target-modules "all" or "linear"')
     errors: dict[str, dict[str, Any]] = {block: {} for block in blocks}
     about: dict[str, Any] = {}
     for label, config, names in runs:
