@@ -1,4 +1,4 @@
-"""Imports go downward only: cli, serving, evaluation, models, linear, schemes, engine, then the leaves."""
+"""Imports go downward only: cli, serving, evaluation, models, linear, schemes, nn, engine, then leaves."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 import cipherlm
 
 SOURCE = Path(__file__).parent.parent / "src" / "cipherlm"
-LAYERS = ["engine", "schemes", "linear", "models", "evaluation", "serving", "cli"]
+LAYERS = ["engine", "nn", "schemes", "linear", "models", "evaluation", "serving", "cli"]
 
 
 def module_name(path: Path) -> str:

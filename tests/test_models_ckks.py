@@ -13,6 +13,7 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    StaticCache,
     TextStreamer,
     set_seed,
 )
@@ -26,12 +27,9 @@ from cipherlm import (
     load_tokenizer,
 )
 from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_sentences
-from cipherlm.models.activations import ACTIVATIONS, activation
-from cipherlm.models.ckks import Simulated, TextLost
-from cipherlm.models.gpt2 import Ends, caches
+from cipherlm.models.backends import Simulated, TextLost
 from cipherlm.models.remote import NotCalibratedError
-from cipherlm.schemes.ckks.functions import Activation
-from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
+from cipherlm.nn.activations import ACTIVATIONS, activation, fitted_curve
 
 ATTENTION, MLP, BLOCK = "transformer.h.0.attn", "transformer.h.0.mlp", "transformer.h.0"
 WHOLE = "transformer.h"
@@ -217,11 +215,18 @@ def test_in_clear(target):
 def test_generate_greedy(target):
     model, server = served(target)
     expected = new_model().generate(ids(), max_new_tokens=5, do_sample=False)
-    remote = len(model.encrypted_modules)
+    remote = [name for name in model.encrypted_modules if not name.endswith("mlp")]
     # Nine tokens are evaluated, and at a server that is not to learn how many there are, twelve.
     for options, tokens in (({}, 12), ({"reveal_length": True}, 9)):
         assert torch.equal(model.generate(ids(), max_new_tokens=5, do_sample=False, **options), expected)
-        assert server.rows == [(1, 5)] * remote + [(6 + i // remote, 1) for i in range((tokens - 5) * remote)]
+        for name in remote:
+            rows = [call[1:] for call in server.calls if call[0] == name]
+            assert rows == [(1, 5), *((6 + index, 1) for index in range(tokens - 5))]
+        # An MLP knows no other tokens: each piece that has room in a ciphertext is a text of its own.
+        for name in set(model.encrypted_modules) - set(remote):
+            rows = [call[1:] for call in server.calls if call[0] == name]
+            assert rows == [(1, 3), (1, 2), *[(1, 1)] * (tokens - 5)]
+        server.calls.clear()
 
 
 def test_generate_sampled():
@@ -262,52 +267,64 @@ def test_rows_one_by_one_give_what_rows_at_once_give(target):
 
 def test_only_new_rows_are_sent():
     model, server = served()
-    text = ids(1, 10)
-    result = logits(model, text[:, :6])
+    text, cache = ids(1, 10), DynamicCache()
+    expected = logits(new_model(), text)
+    assert near(logits(model, text[:, :1], past_key_values=cache), expected[:, :1])
+    assert server.rows == []  # the prefix alone
+    assert near(logits(model, text[:, 1:6], past_key_values=cache), expected[:, 1:6])
     assert server.rows == [(1, 5)]
-    for tokens in (6, 3, 1):  # nothing that was not there before
-        assert near(logits(model, text[:, :tokens]), result[:, :tokens], 1e-5)
-    assert server.rows == []
-    logits(model, text)
+    assert near(logits(model, text[:, 6:], past_key_values=cache), expected[:, 6:])
     assert server.rows == [(6, 4)]
+    cache.crop(-2)  # the server has more than the text now: it gets it anew
     changed = text.clone()
     changed[0, 8] += 1
-    assert near(logits(model, changed), logits(new_model(), changed))
+    assert near(logits(model, changed[:, 8:], past_key_values=cache), logits(new_model(), changed)[:, 8:])
     assert server.rows == [(1, 9)]
-    assert near(logits(model, text[:, :8]), logits(new_model(), text[:, :8]))
-    assert server.rows == []  # the seven rows before the change are those of both
+    assert near(logits(model, text), expected)  # without a cache, a text is always new
+    assert server.rows == [(1, 9)]
 
 
-def test_one_text_of_a_batch_is_remembered():
+def test_texts_of_a_batch_are_sent_in_turn():
+    """A server has one text at a time: of several, each is sent whole."""
     model, server = served()
-    texts = ids(2, 6)
+    texts, cache = ids(2, 8), DynamicCache()
     expected = logits(new_model(), texts)
-    assert near(logits(model, texts), expected)
+    assert near(logits(model, texts[:, :6], past_key_values=cache), expected[:, :6])
     assert server.rows == [(1, 5), (1, 5)]
-    assert near(logits(model, texts[1:]), expected[1:])
-    assert server.rows == []
-    assert near(logits(model, texts), expected)
-    assert server.rows == [(1, 5), (1, 5)]
+    assert near(logits(model, texts[:, 6:], past_key_values=cache), expected[:, 6:])
+    assert server.rows == [(1, 7), (1, 7)]
+
+
+def test_a_reordered_cache_is_another_text():
+    """Beam search exchanges the texts of a cache: what was sent is then no longer what it says."""
+    model, _ = served()
+    texts, cache = ids(2, 8), DynamicCache()
+    logits(model, texts[:, :6], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = texts.flip(0)
+    got = logits(model, swapped[:, 6:], past_key_values=cache)
+    assert near(got, logits(new_model(), swapped)[:, 6:])
 
 
 def test_what_failed_starts_anew():
     model, server = served()
-    text = ids(1, 8)
-    logits(model, text[:, :6])
+    text, cache = ids(1, 8), DynamicCache()
+    logits(model, text[:, :6], past_key_values=cache)
     server.errors.append(ConnectionError("gone"))
     with pytest.raises(ConnectionError):
-        logits(model, text)
+        logits(model, text[:, 6:], past_key_values=cache)
     assert server.rows == [(1, 5), (6, 2)]
-    assert near(logits(model, text), logits(new_model(), text))
+    assert cache.get_seq_length() == 6
+    assert near(logits(model, text[:, 6:], past_key_values=cache), logits(new_model(), text)[:, 6:])
     assert server.rows == [(1, 7)]
 
 
 def test_a_text_that_the_server_has_lost_is_sent_again():
     model, server = served()
-    text = ids(1, 8)
-    logits(model, text[:, :6])
+    text, cache = ids(1, 8), DynamicCache()
+    logits(model, text[:, :6], past_key_values=cache)
     server.errors.append(TextLost())
-    assert near(logits(model, text), logits(new_model(), text))
+    assert near(logits(model, text[:, 6:], past_key_values=cache), logits(new_model(), text)[:, 6:])
     assert server.rows == [(1, 5), (6, 2), (1, 7)]
     server.errors += [TextLost(), TextLost()]
     with pytest.raises(TextLost):  # a session that is lost once more is no passing failure
@@ -383,8 +400,8 @@ def test_wrong_calls(target):
     fails(model, "no token_type_ids", text, token_type_ids=text)
     fails(model, "takes input_ids, as a tensor")
     fails(model, "positions from 0", text, position_ids=torch.arange(1, 7)[None])
-    fails(model, "use_cache=False", text, use_cache=True)
-    fails(model, "use_cache=False", text, past_key_values=DynamicCache())
+    cache = StaticCache(config=new_model().config, max_cache_len=8)
+    fails(model, "takes a DynamicCache", text, past_key_values=cache)
     fails(model, f"{CONTEXT + 1} tokens are more than the context of {CONTEXT}", ids(1, CONTEXT + 1))
     for position in (0, 5):
         mask = torch.ones_like(text)
@@ -512,8 +529,8 @@ def test_every_listed_activation_has_a_polynomial(name):
     x = torch.linspace(-6, 5, 999, dtype=torch.float64)
     expected = ACT2FN[name](x).numpy()
     assert np.allclose(function(x.numpy()), expected, rtol=0, atol=1e-12)
-    curve = Activation.fit((-6.0, 5.0), function)
-    assert np.abs(curve(SimulatedTensor(x.numpy())).values - expected).max() < 0.01 * np.abs(expected).max()
+    curve = fitted_curve((-6.0, 5.0), function)
+    assert np.abs(curve(x.numpy()) - expected).max() < 0.01 * np.abs(expected).max()
 
 
 def test_an_activation_that_has_no_polynomial():
@@ -591,7 +608,7 @@ def test_bad_calibration():
 
 def test_ranges_are_those_of_hidden_states_behind_the_prefix():
     model = calibrated(MLP)
-    ((low, high),) = model.remote_modules[MLP].ranges[0].values()
+    ((low, high),) = model.remote_modules[MLP].ranges.values()
     clear = new_model()
     seen = []
     clear.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *call: seen.append(call[2][:, 1:]))
@@ -639,13 +656,11 @@ def test_load_damaged(tmp_path):
     block, mlp = whole["modules"].values()
     for content in ("", "{", "[]", "{}", json.dumps(whole)[:-9]):
         refused("is damaged", content)
-    refused("is damaged: version 2 is not known", version=2)
-    refused(
-        "is damaged: transformer.h.1.mlp needs the ranges of 1 blocks", modules={"transformer.h.0": block}
-    )
-    refused("is damaged: .* needs ranges of ln_1, scores", modules={**whole["modules"], BLOCK: mlp})
+    refused("is damaged: version 1 is not known: calibrate again", version=1)
+    refused("is damaged: transformer.h.1.mlp needs 1 ranges: act.inputs", modules={"transformer.h.0": block})
+    refused("is damaged: .* needs 5 ranges: ln_1.squares", modules={**whole["modules"], BLOCK: mlp})
     for bad in ([1, 0], [0], "ab", [0, float("nan")], [0, None], None):
-        ranges = [{"gelu": bad}]
+        ranges = {"act.inputs": bad}
         refused("is damaged: .* is not a range", modules={**whole["modules"], "transformer.h.1.mlp": ranges})
     refused("does not fit the model or its configuration", fingerprint="0" * 64)
     refused("does not fit the model or its configuration", prefix=[4])
@@ -676,10 +691,9 @@ def test_short_texts_serve_long_contexts():
     model = get_encrypted_model(load_model("tiny"), EncryptionConfig("all", scheme="ckks", context=192))
     model.calibrate(encode(tokenizer, calibration_sentences()))
     text = tokenizer(" ".join(evaluation_sentences()[:20]))["input_ids"][:191]
-    (module,), ends = model.placement.modules.values(), Ends.from_transformers(clear)
-    hidden = SimulatedTensor(ends.embed(text, 1), Noise.of(1 << 14, 36, seed=2))
-    got = ends.logits(module.function(hidden, caches(module.prefix), lambda done, total: None).values)
-    expected = logits(clear, model.with_prefix(torch.tensor([text])))[0, 1:].double().numpy()
+    model.set_fhe_mode("simulate")
+    texts = model.with_prefix(torch.tensor([text]))
+    got, expected = (logits(one, texts)[0, 1:].double().numpy() for one in (model, clear))
     assert len(got) == 191
     assert np.mean(got.argmax(-1) == expected.argmax(-1)) >= 0.99
     assert np.abs(got - expected).max() < 0.3

@@ -83,7 +83,7 @@ def test_it_stays_as_it_was_checked():
         ({"scheme": "ckks", "prefix": [-1]}, "prefix must be a list of token ids"),
         ({"scheme": "ckks", "prefix": 0}, "prefix must be a list of token ids"),
         ({"scheme": "ckks", "prefix": [True]}, "prefix must be a list of token ids"),
-        ({"scheme": "ckks", "prefix": [0] * 8}, "a prefix of 8 tokens: fewer than tokens=8"),
+        ({"scheme": "ckks", "prefix": [0] * 64}, "a prefix of 64 tokens leaves no room in context=64"),
         ({"scheme": "ckks", "tokens": 1}, "tokens must be an integer of at least 2"),
         ({"scheme": "ckks", "context": 64.0}, "context must be an integer of at least 2"),
     ],

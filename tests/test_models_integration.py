@@ -300,7 +300,7 @@ def assert_untouched(model):
 def test_unsupported_models():
     config = EncryptionConfig(["attn"], scheme="tfhe")
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    with pytest.raises(ValueError, match="cannot encrypt the architecture 'llama'; supported: gpt2"):
+    with pytest.raises(ValueError, match="architecture 'llama' with scheme='tfhe'; supported: gpt2"):
         get_encrypted_model(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=8)), config)
     with pytest.raises(ValueError, match="cannot encrypt the architecture 'Linear'"):
         get_encrypted_model(torch.nn.Linear(2, 2), config)

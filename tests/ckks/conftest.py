@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -31,15 +31,22 @@ class Parties:
     arithmetic: Arithmetic
 
     @classmethod
-    def make(cls, tokens, heads, head_dim):
+    def make(cls, tokens, heads, head_dim, **more):
         parameters = Parameters.preset(14)
-        layout = Layout(parameters.slots, tokens, heads, head_dim)
+        layout = Layout(parameters.slots, tokens, heads, head_dim, **more)
         secret_key = SecretKey.generate(parameters)
         public_key = secret_key.public_key()
         evaluator = Evaluator(parameters, evaluation_keys(secret_key, layout))
         refresh = MaskedRefresh(evaluator, public_key, secret_key.refresh)
         encodings = Encodings(parameters, layout)
         return cls(layout, secret_key, public_key, Arithmetic(evaluator, encodings, refresh))
+
+    def behind(self, prefix) -> Parties:
+        """Return the same parties, whose keys are those of any prefix, with one of another length."""
+        layout = replace(self.layout, prefix=prefix)
+        encodings = Encodings(self.arithmetic.parameters, layout)
+        arithmetic = Arithmetic(self.arithmetic.evaluator, encodings, self.arithmetic._refresher)
+        return Parties(layout, self.secret_key, self.public_key, arithmetic)
 
     def encrypt(self, hidden, start=0, level=4) -> EncryptedTensor:
         ciphertexts = encrypt(self.secret_key, self.layout, hidden, start=start, level=level)
@@ -49,9 +56,28 @@ class Parties:
         slots = self.layout.decoding.pack(hidden)
         return EncryptedToken(self.arithmetic, (self.secret_key.encrypt(slots, level),), position)
 
+    def encrypt_heads(self, values, position=0, level=4) -> EncryptedTensor:
+        """Encrypt queries, keys or values (heads, tokens, head_dim), whose first token is at a position."""
+        ciphertext = self.secret_key.encrypt(self.layout.pack_heads(values), level)
+        return EncryptedTensor(self.arithmetic, (ciphertext,), values.shape[1], heads=True, position=position)
+
+    def encrypt_token_heads(self, values, position) -> EncryptedToken:
+        """Encrypt one token's queries, or keys and ``1j`` times values, all (heads, head_dim)."""
+        decoding = self.layout.decoding
+        ciphertext = self.secret_key.encrypt(decoding.pack_heads(values), decoding.attention_level)
+        return EncryptedToken(self.arithmetic, (ciphertext,), position, heads=True)
+
     def decrypt_token(self, tensor, features=None) -> np.ndarray:
         (part,) = tensor.parts
         return self.layout.decoding.unpack(self.secret_key.decrypt(part).real, features or self.layout.width)
+
+    def decrypt_token_heads(self, ciphertext) -> np.ndarray:
+        """Return one token's heads (repetitions, heads, head_dim), complex."""
+        layout, order = self.layout, self.layout.decoding.head_order
+        slots = self.secret_key.decrypt(ciphertext).reshape(layout.tokens, -1)
+        values = np.zeros((layout.tokens, layout.heads * layout.head_dim), complex)
+        values[:, order[order >= 0]] = slots[:, order >= 0]
+        return values.reshape(layout.tokens, layout.heads, layout.head_dim)
 
     def decrypt(self, tensor, features=None) -> np.ndarray:
         return decrypt(self.secret_key, tensor, features or self.layout.width)
@@ -65,3 +91,9 @@ class Parties:
 def small() -> Parties:
     """Three heads of ten features, so that everything has padding."""
     return Parties.make(tokens=4, heads=3, head_dim=10)
+
+
+@pytest.fixture(scope="session")
+def turning() -> Parties:
+    """The same with rotary positions and a prefix apart."""
+    return Parties.make(tokens=4, heads=3, head_dim=10, prefix=5, rotary=True)

@@ -13,8 +13,8 @@ from cipherlm.cli.bench_attention import TFHE_ONLY
 from cipherlm.cli.bench_ckks import MeasuredSession
 from cipherlm.cli.bench_primitives import NAMES, Primitives
 from cipherlm.engine import Parameters
-from cipherlm.schemes.ckks.session import Geometry, Module
-from cipherlm.schemes.ckks.tensor import Linear
+from cipherlm.nn.module import Linear, Module
+from cipherlm.schemes.ckks.session import Geometry, Hosted
 
 FIGURES = {
     "ciphertext_bytes",
@@ -64,8 +64,16 @@ def test_a_session_is_counted():
     """A linear layer on a prompt and on the token behind it."""
     random = np.random.default_rng(3)
     linear = Linear(random.normal(size=(8, 8)), random.normal(size=8))
-    module = Module(lambda x, _, __: x @ linear, [])
-    session = MeasuredSession(Geometry(heads=2, head_dim=4, tokens=2, prefix=0, context=4), module)
+
+    class Layer(Module):
+        def __init__(self):
+            self.linear = linear
+
+        def __call__(self, x):
+            return x @ self.linear
+
+    geometry = Geometry(heads=2, head_dim=4, tokens=2, prefix=0, context=4)
+    session = MeasuredSession(geometry, Hosted(Layer(), []))
     hidden = random.normal(size=(3, 8))
     got, both = session.evaluate(hidden, 0)
     assert np.abs(got - (hidden @ linear.weight + linear.bias)).max() < 1e-3
@@ -139,7 +147,7 @@ def test_primitive_operations():
         ("attention --scheme ckks --n-bits 4", "--n-bits belongs to --scheme tfhe"),
         ("attention --scheme ckks --heads all --tokens 9", "do not fit"),
         ("block --geometry gpt2 --side-by-side 16", "do not fit"),
-        ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 57", "--context 64 has no room for 65"),
+        ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 56", "--context 64 has no room for 65"),
         ("model --geometry tiny --prompt-tokens 9999 --context 20000", "has text for"),
     ],
 )

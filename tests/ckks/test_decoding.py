@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cipherlm.models.gpt2 import MLP, Attention, Block
-from cipherlm.schemes.ckks.calibration import ExactFunctions
+from cipherlm.models.gpt2 import Args, Attention, Block
+from cipherlm.nn.clear import ClearTensor
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.layout import DecodingShape, Layout
-from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Cache, Linear
 
 from .conftest import Parties
+from .models import behind, filled
+from .models import linear as random_linear
 
 RANDOM = np.random.default_rng(5)
+ROTARY = [
+    Rotary.of(10, 512, {"rope_theta": 1e4}),
+    Rotary.of(10, 512, {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0}),
+]
 
 
 def linear(inputs, outputs):
-    return Linear(RANDOM.normal(size=(inputs, outputs)) / inputs**0.5, RANDOM.normal(size=outputs) / 10)
+    return random_linear(RANDOM, inputs, outputs)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 32), (32, 8), (16, 64), (64, 64)])
@@ -53,24 +61,16 @@ def test_linear_layers(small, features):
     assert np.abs(small.decrypt_token(y @ back) - (want @ back.weight + back.bias)).max() < 1e-5
 
 
-def random_block(width, heads):
-    exact = ExactFunctions(1e-5)
-    attention = Attention(heads, linear(width, 3 * width), linear(width, width).centred(), exact.softmax)
-    mlp = MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.activation)
-    return Block(exact.ln_1, attention, exact.ln_2, mlp), exact
-
-
 @pytest.mark.parametrize("prefix_tokens", [0, 1])
 def test_block_after_block_of_tokens(small, prefix_tokens):
     """A prompt, then tokens that fill its group and begin the next ones: as if all had come at once."""
-    layout, width = small.layout, small.layout.width
-    block, exact = random_block(width, layout.heads)
-    prefix = tuple(RANDOM.normal(size=(2, layout.heads, prefix_tokens, layout.head_dim)))
+    width = small.layout.width
+    block = filled(Block(Args(width, 3, 120, 1, 64, 1e-5, "gelu_new"), 0), RANDOM)
+    prefix = Prefix(*RANDOM.normal(size=(2, 3, prefix_tokens, 10))) if prefix_tokens else None
     hidden = RANDOM.normal(size=(8, width))
-    hidden -= hidden.mean(-1, keepdims=True)
-    want = block(SimulatedTensor(hidden), Cache(prefix)).values
-    fitted = block.with_functions(exact.fit(16))
-    cache, prompt = Cache(prefix if prefix_tokens else None), 2
+    want = behind(block, hidden, [prefix], prefix_tokens)
+    fitted = block.fitted(block.ranges, 16)
+    cache, prompt = Cache(prefix), 2
     got = [*small.decrypt(fitted(small.encrypt(hidden[:prompt], prefix_tokens), cache))]
     for index in range(prompt, len(hidden)):
         token = small.encrypt_token(hidden[index], prefix_tokens + index)
@@ -80,17 +80,106 @@ def test_block_after_block_of_tokens(small, prefix_tokens):
         fitted(small.encrypt_token(hidden[0], 11), cache)
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    rotary=st.sampled_from(ROTARY),
+    position=st.integers(0, 4000),
+    token=st.integers(0, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rotary_of_one_token(turning, rotary, position, token, seed):
+    """Of a query, in every repetition; and of keys, not of the values that are their imaginary part."""
+    query, key, value = np.random.default_rng(seed).normal(size=(3, 3, 10))
+
+    def turned(values):
+        return ClearTensor(values[:, None], position=position).rotary(rotary).values[:, 0]
+
+    got = turning.decrypt_token_heads(turning.encrypt_token_heads(query, position).rotary(rotary)._rotated)
+    assert np.abs(got.real - turned(query)).max() < 2e-6
+    pair = turning.encrypt_token_heads(key + 1j * value, position)
+    want = np.zeros((4, 3, 10), complex)
+    for real, tensor in ((turned(key), pair.rotary(rotary)), (key, pair)):
+        want[token] = real + 1j * value
+        assert np.abs(turning.decrypt_token_heads(tensor._of_token(token)) - want).max() < 4e-6
+
+
+def score_slots(layout, scores):
+    """Return where scores (heads, keys) are: those of a prefix, then those of own keys."""
+    decoding, before = layout.decoding, layout.prefix
+    slots = []
+    for own in (scores[:, :before], scores[:, before:]):
+        parts = -(-own.shape[1] // decoding.keys_per_part)
+        padded = np.zeros((layout.padded_heads, parts * decoding.keys_per_part))
+        padded[: layout.heads, : own.shape[1]] = own
+        for part in np.split(padded, parts, axis=1) if parts else []:
+            placed = np.zeros((layout.tokens, decoding.lower, layout.padded_heads, layout.tokens))
+            placed[..., 0] = part.reshape(layout.padded_heads, decoding.lower, layout.tokens).T
+            slots.append(placed.ravel())
+    return slots
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    rotary=st.sampled_from([None, *ROTARY]),
+    prefix_tokens=st.sampled_from([0, 4, 5, 16, 17, 600]),
+    more=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_scores_and_sums_of_one_token(turning, rotary, prefix_tokens, more, seed):
+    """Behind a prompt of three tokens and others; 600 of a prefix have their scores in two ciphertexts."""
+    random, parties = np.random.default_rng(seed), turning.behind(prefix_tokens)
+    layout, tokens = parties.layout, 3 + more
+    last = prefix_tokens + tokens - 1
+    key, value = random.normal(size=(2, 3, tokens, 10))
+    query = random.normal(size=(3, 10))
+    prefix = Prefix(*random.normal(size=(2, 3, prefix_tokens, 10))) if prefix_tokens else None
+
+    def turned(tensor):
+        return tensor.rotary(rotary) if rotary else tensor
+
+    prompt = [parties.encrypt_heads(x[:, :3], prefix_tokens) for x in (key, value)]
+    past = turned(prompt[0]).with_past(prompt[1], None, prefix)
+    for index in range(3, tokens):
+        pair = parties.encrypt_token_heads((key + 1j * value)[:, index], prefix_tokens + index)
+        pair = turned(pair)
+        past = pair.with_past(pair, past, prefix)
+    keys, values = past
+    scores = turned(parties.encrypt_token_heads(query, last)).scores(keys)
+
+    clear_key, clear_value = turned(ClearTensor(key, position=prefix_tokens)).with_past(
+        ClearTensor(value, position=prefix_tokens), None, prefix
+    )
+    clear = turned(ClearTensor(query[:, None], position=last)).scores(clear_key)
+    want = score_slots(layout, clear.values[:, 0])
+    assert len(want) == len(scores.parts) == layout.decoding.prefix_parts + 1
+    for part, slots in zip(scores.parts, want, strict=True):
+        got = parties.secret_key.decrypt(part).real
+        shape = (layout.tokens, layout.decoding.lower, layout.padded_heads, layout.tokens)
+        assert np.abs(got - slots).reshape(shape)[:, :, :3].max() < 2e-5
+
+    # Scores as they are, for weights.
+    weights = scores._with(parties.secret_key.encrypt(slots, 8) for slots in want)
+    mixed, total = weights.mix(values)
+    clear_mixed, clear_total = clear.mix(clear_value)
+    scale = np.abs(clear.values).sum()
+    got = parties.decrypt_token_heads(mixed.parts[0]).real
+    assert np.abs(got - clear_mixed.values[:, 0]).max() < 2e-6 * scale
+    got = parties.decrypt_token_heads(weights.total().parts[0]).real
+    assert np.abs(got[:, :, :1] - clear_total.values[:, 0]).max() < 2e-6 * scale
+    got = parties.decrypt_token_heads(total.parts[0]).real
+    assert np.abs(got - clear_total.values[:, 0]).max() < 2e-6 * scale
+
+
 @pytest.mark.slow
 def test_scores_in_several_ciphertexts():
     """More keys than one ciphertext has places for, with heads that leave it few."""
     parties = Parties.make(tokens=16, heads=16, head_dim=16)
     layout, width = parties.layout, parties.layout.width
     places = layout.decoding.keys_per_part
-    exact = ExactFunctions(1e-5)
-    clear = Attention(16, linear(width, 3 * width), linear(width, width), exact.softmax)
+    clear = filled(Attention(Args(width, 16, 4 * width, 1, 64, 1e-5, "gelu_new"), 0), RANDOM)
     hidden = RANDOM.normal(size=(places + 3, width))
-    want = clear(SimulatedTensor(hidden)).values
-    fitted = Attention(16, clear.c_attn, clear.c_proj, exact.softmax.fit(64))
+    want = clear(ClearTensor(hidden)).values
+    fitted = clear.fitted(clear.ranges, 64)
     cache = Cache()
     got = [*parties.decrypt(fitted(parties.encrypt(hidden[:16]), cache))]
     for index in range(16, len(hidden)):

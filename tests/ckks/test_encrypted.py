@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cipherlm.engine import Chebyshev
-from cipherlm.models.gpt2 import MLP, Attention, Block
-from cipherlm.schemes.ckks.calibration import ExactFunctions
+from cipherlm.models.gpt2 import Args, Attention, Block
+from cipherlm.nn.activations import Gate
+from cipherlm.nn.clear import ClearTensor
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.refresh import InProcessRefresh
-from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Cache, Linear
+
+from .models import behind, filled
+from .models import linear as random_linear
 
 RANDOM = np.random.default_rng(11)
+ARGS = Args(30, 3, 120, 1, 64, 1e-5, "gelu_new")
+ROTARY = [
+    Rotary.of(10, 512, {"rope_theta": 1e4}),
+    Rotary.of(10, 512, {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0}),
+]
 
 
 def linear(inputs, outputs):
-    return Linear(RANDOM.normal(size=(inputs, outputs)) / inputs**0.5, RANDOM.normal(size=outputs) / 10)
+    return random_linear(RANDOM, inputs, outputs)
 
 
 def largest(a, b):
@@ -76,49 +87,111 @@ def test_refresh_keeps_values_and_brings_scales(small, hidden, kind):
         tensors[0].ready(8)
 
 
+@pytest.mark.parametrize("name", ["silu", "relu"])
+def test_a_gate_of_either_degree(small, hidden, name):
+    """The higher degree takes all levels of a refresh: the product with the other layer needs another."""
+    gate, other = Gate(name), hidden[::-1].copy()
+    want = gate(ClearTensor(hidden), ClearTensor(other)).values
+    fitted = gate.fit({"inputs": (-5.0, 5.0)}, 0)
+    assert fitted.curve.degree == (63 if name == "silu" else 127)
+    exact = fitted(ClearTensor(hidden), ClearTensor(other)).values
+    assert largest(exact, want) < (1e-4 if name == "silu" else 0.05)
+    for level in (1, 4, 8):
+        got = fitted(small.encrypt(hidden, level=level), small.encrypt(other, level=level))
+        assert largest(small.decrypt(got), exact) < 1e-4
+
+
+def random_prefix(tokens, heads=3, head_dim=10):
+    return Prefix(*RANDOM.normal(size=(2, heads, tokens, head_dim)))
+
+
 @pytest.mark.parametrize("prefix_tokens", [0, 1])
 def test_attention(small, prefix_tokens):
     layout = small.layout
-    exact = ExactFunctions(1e-5)
-    exact_attention = Attention(
-        layout.heads,
-        linear(layout.width, 3 * layout.width),
-        linear(layout.width, layout.width),
-        exact.softmax,
-    )
+    exact = filled(Attention(ARGS, 0), RANDOM)
     tokens = layout.tokens - prefix_tokens
-    prefix = None
-    if prefix_tokens:
-        prefix = tuple(RANDOM.normal(size=(2, layout.heads, prefix_tokens, layout.head_dim)))
+    prefix = random_prefix(prefix_tokens) if prefix_tokens else None
     hidden = RANDOM.normal(size=(tokens, layout.width))
-    want = exact_attention(SimulatedTensor(hidden), Cache(prefix)).values
-    attention = Attention(
-        layout.heads, exact_attention.c_attn, exact_attention.c_proj, exact.softmax.fit(layout.tokens)
-    )
+    want = behind(exact, hidden, [prefix], 0)
+    attention = exact.fitted(exact.ranges, layout.tokens)
     for count in (tokens, 1):  # the same keys, weights and masks serve fewer tokens
         got = attention(small.encrypt(hidden[:count], prefix_tokens), Cache(prefix))
         assert largest(small.decrypt(got), want[:count]) < 1e-4
     with pytest.raises(ValueError, match="right behind a clear prefix"):
-        attention(small.encrypt(hidden, prefix_tokens), Cache((np.zeros((3, 2, 10)),) * 2))
+        attention(small.encrypt(hidden, prefix_tokens), Cache(random_prefix(2)))
 
 
 def test_block(small):
-    """LayerNorm, attention, GELU and both residual sums; twice, so that nothing is left in the prefix."""
+    """Normalisation, attention, GELU and both residual sums; twice, so that nothing is left in the prefix."""
     layout, width = small.layout, small.layout.width
-    exact = ExactFunctions(1e-5)
-    block = Block(
-        exact.ln_1,
-        Attention(layout.heads, linear(width, 3 * width), linear(width, width).centred(), exact.softmax),
-        exact.ln_2,
-        MLP(linear(width, 4 * width), linear(4 * width, width).centred(), exact.activation),
-    )
+    block = filled(Block(ARGS, 0), RANDOM)
     hidden = RANDOM.normal(size=(layout.tokens - 1, width))
-    hidden -= hidden.mean(-1, keepdims=True)
-    prefix = tuple(RANDOM.normal(size=(2, layout.heads, 1, layout.head_dim)))
-    want = block(block(SimulatedTensor(hidden), Cache(prefix)), Cache(prefix)).values
-    fitted = block.with_functions(exact.fit(layout.tokens))
+    prefix = random_prefix(1)
+    want = behind(block, behind(block, hidden, [prefix], 0), [prefix], 0)
+    fitted = block.fitted(block.ranges, layout.tokens)
     got = fitted(fitted(small.encrypt(hidden, 1), Cache(prefix)), Cache(prefix))
     assert largest(small.decrypt(got), want) < 2e-3
+
+
+@settings(max_examples=8, deadline=None)
+@given(rotary=st.sampled_from(ROTARY), position=st.integers(0, 4000), seed=st.integers(0, 2**32 - 1))
+def test_rotary_of_queries(turning, rotary, position, seed):
+    values = np.random.default_rng(seed).normal(size=(3, 4, 10))
+    tensor = turning.encrypt_heads(values, position)
+    assert tensor.rotated is tensor.parts[0]
+    turned = tensor.rotary(rotary).rotated
+    got = turning.decrypt_heads(tensor._with([turned]))
+    assert largest(got, ClearTensor(values, position=position).rotary(rotary).values) < 2e-6
+
+
+def score_slots(layout, scores):
+    """Return where scores (heads, queries, keys) are: own ones by distance, then those of a prefix."""
+    own = np.zeros((len(layout.feature_at), layout.padded_heads, layout.tokens))
+    parts = np.zeros((layout.prefix_parts, *own.shape))
+    for t in range(layout.tokens):
+        for a in range(t + 1):
+            own[a :: layout.tokens, : layout.heads, t] = scores[:, t, layout.prefix + t - a]
+    places = parts.reshape(-1, *own.shape[1:])
+    places[: layout.prefix, : layout.heads] = scores[:, :, : layout.prefix].transpose(2, 0, 1)
+    return [layout._repeated(part) for part in (own, *parts)]
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    rotary=st.sampled_from([None, *ROTARY]),
+    prefix_tokens=st.sampled_from([0, 4, 5, 16, 17, 40]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_scores_and_sums_behind_a_prefix(turning, rotary, prefix_tokens, seed):
+    """Of rotated queries and keys; 17 tokens of a prefix have their scores in two ciphertexts."""
+    random, parties = np.random.default_rng(seed), turning.behind(prefix_tokens)
+    layout = parties.layout
+    query, key, value = random.normal(size=(3, 3, 4, 10))
+    prefix = random_prefix(prefix_tokens) if prefix_tokens else None
+
+    def attended(make):
+        q, k, v = (make(x) for x in (query, key, value))
+        if rotary:
+            q, k = q.rotary(rotary), k.rotary(rotary)
+        k, v = k.with_past(v, None, prefix)
+        return q.scores(k), v
+
+    clear, clear_values = attended(lambda x: ClearTensor(x, position=prefix_tokens))
+    scores, values = attended(lambda x: parties.encrypt_heads(x, prefix_tokens))
+    assert len(scores.parts) == 1 + -(-prefix_tokens // 16)
+    want = score_slots(layout, clear.values)
+    for part, slots in zip(scores.parts, want, strict=True):
+        # The padding of heads has no meaning.
+        got = parties.secret_key.decrypt(part).real.reshape(-1, layout.padded_heads, layout.tokens)
+        assert largest(got[:, :3], slots.reshape(got.shape)[:, :3]) < 2e-5
+
+    # Scores as they are, for weights.
+    weights = scores._with(parties.secret_key.encrypt(slots, 8) for slots in want)
+    mixed, total = weights.mix(values)
+    clear_mixed, clear_total = clear.mix(clear_values)
+    assert largest(parties.decrypt_heads(mixed), clear_mixed.values) < 2e-5
+    sums = np.broadcast_to(clear_total.values, clear_mixed.values.shape)
+    assert largest(parties.decrypt_heads(total), sums) < 2e-5
 
 
 def test_mistakes(small, hidden):

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
-from cipherlm.models.gpt2 import GPT2, Ends, caches
 from cipherlm.models.loading import load_model, load_tokenizer
-from cipherlm.schemes.ckks.simulation import Noise, SimulatedTensor
+from cipherlm.nn.blocks import calibrated
+from cipherlm.nn.clear import ClearTensor, Noise
+
+from .models import Clear, behind
 
 PREFIX = [0]  # <|endoftext|>
 
 
 class Fixture:
     def __init__(self):
-        self.clear = load_model("tiny")
+        self.clear = Clear(load_model("tiny"))
         tokenizer = load_tokenizer("tiny")
         self.texts, calibration = (
             [tokenizer(text)["input_ids"] for text in texts]
             for texts in (evaluation_sentences(), calibration_sentences())
         )
-        self.exact, self.ends = GPT2.from_transformers(self.clear), Ends.from_transformers(self.clear)
-        self.prefix = self.exact.keys_values(self.ends.embed(PREFIX))
-        hidden = [self.ends.embed(ids, len(PREFIX)) for ids in calibration]
+        self.exact = self.clear.exact
+        self.prefix = self.clear.prefixes(PREFIX)
         longest = max(map(len, self.texts)) + len(PREFIX)
-        self.fitted = self.exact.fitted(self.exact.calibrated(hidden, self.prefix), longest)
+        ranges = calibrated(self.exact, map(self.embed, calibration), self.prefix)
+        self.fitted = self.exact.fitted(ranges, longest)
+
+    def embed(self, ids):
+        return self.clear.embed(PREFIX + ids)[len(PREFIX) :]
 
     def logits(self, model, ids, noise=None):
-        hidden = SimulatedTensor(self.ends.embed(ids, len(PREFIX)), noise)
-        return self.ends.logits(model(hidden, caches(self.prefix)).values)
+        return self.clear.logits(behind(model, self.embed(ids), self.prefix, len(PREFIX), noise))
 
     def clear_logits(self, ids):
-        with torch.inference_mode():
-            return self.clear(torch.tensor([PREFIX + ids])).logits[0, len(PREFIX) :].double().numpy()
+        return self.clear.clear_logits(PREFIX + ids)[len(PREFIX) :]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,6 @@ def test_the_fitted_model_agrees_with_the_clear_model(tiny):
 
 
 def test_without_a_prefix(tiny):
-    hidden = tiny.ends.embed(tiny.texts[0])
-    with torch.inference_mode():
-        want = tiny.clear(torch.tensor([tiny.texts[0]])).logits[0].double().numpy()
-    assert np.abs(tiny.ends.logits(tiny.exact(SimulatedTensor(hidden)).values) - want).max() < 1e-3
+    ids = tiny.texts[0]
+    got = tiny.clear.logits(tiny.exact(ClearTensor(tiny.clear.embed(ids))).values)
+    assert np.abs(got - tiny.clear.clear_logits(ids)).max() < 1e-3

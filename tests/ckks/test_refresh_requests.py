@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.engine import RefreshRequest
-from cipherlm.schemes.ckks.session import Client, Module, Server
+from cipherlm.schemes.ckks.session import Client, Hosted, Server
 
 WIDTH = 32
 
@@ -36,7 +36,7 @@ class Requests:
         encrypted.compile(texts)
         geometry = encrypted.placement.geometry
         [(name, remote)] = encrypted.remote_modules.items()
-        module = Module(remote.exact.part.fitted(remote.ranges, geometry.context), remote.exact.prefix)
+        module = Hosted(remote.exact.module.fitted(remote.ranges, geometry.context), remote.exact.prefixes)
         if self.client is None:
             self.client = Client.generate(geometry)
             self.keys = self.client.evaluation_keys(), self.client.public_key()
@@ -51,7 +51,7 @@ class Requests:
         session = Server({name: module}, geometry).open(*self.keys, exchange)
         session.evaluate(name, 1, client.encrypt(0.5 * hidden, 1), 3)
         session.close()
-        return seen, remote.ranges[0]["gelu"]
+        return seen, remote.ranges["blocks.0.mlp.act.inputs"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.engine import Ciphertext, Plaintext, RefreshRequest, SecretKey
 from cipherlm.schemes.ckks.refresh import InProcessRefresh, MaskedRefresh
-from cipherlm.schemes.ckks.session import Client, Module, Server, Session
+from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
 from tests.encryption.rings import PrimeRing
 
 BINS = 64
@@ -168,7 +168,7 @@ def parties() -> Parties:
     encrypted.compile(texts)
     geometry = encrypted.placement.geometry
     [(name, remote)] = encrypted.remote_modules.items()
-    module = Module(remote.exact.part.fitted(remote.ranges, geometry.context), remote.exact.prefix)
+    module = Hosted(remote.exact.module.fitted(remote.ranges, geometry.context), remote.exact.prefixes)
     client = Client.generate(geometry)
     made = Parties(client, Server({name: module}, geometry), Decryption(client.secret_key), name)
     made.prepare()

@@ -56,7 +56,7 @@ def test_offsets_in_a_refresh_read_rows_of_a_layer(parties):  # noqa: F811
     honest, rounds = run()
     difference = run(rounds)[0] - honest
     session.close()
-    weight = parties.server.modules[parties.module].function.model.blocks[0].mlp.c_proj.weight
+    weight = parties.server.modules[parties.module].module.blocks[0].mlp.c_proj.weight
     for token, feature in features.items():
         change, row = difference[token - 1], weight[feature]
         cosine = change @ row / np.linalg.norm(change) / np.linalg.norm(row)

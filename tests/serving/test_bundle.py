@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from transformers.activations import ACT2FN
 
 from cipherlm import EncryptionConfig, get_encrypted_model
-from cipherlm.models.ckks import Simulated
-from cipherlm.schemes.ckks.session import Module
+from cipherlm.models.backends import Simulated
+from cipherlm.schemes.ckks.session import Hosted
 from cipherlm.serving.bundle import (
     BUNDLE_NAME,
     Bundle,
@@ -25,7 +25,14 @@ from cipherlm.serving.bundle import (
     generate_keys,
     load_hosted_model,
 )
-from cipherlm.serving.ckks import MODULES_NAME, geometry_of, load_modules, parameters_of, save_modules
+from cipherlm.serving.ckks import (
+    MODULES_NAME,
+    RemotePart,
+    geometry_of,
+    load_modules,
+    parameters_of,
+    save_modules,
+)
 from cipherlm.serving.remote import RemoteModel
 
 from . import small
@@ -75,10 +82,10 @@ def test_the_server_s_bundle_computes_what_the_model_does(placement):
     hidden -= hidden.mean(1, keepdims=True)
     exact = {name: module.exact for name, module in model.remote_modules.items()}
     assert list(exact) == facts["modules"]
-    parts = {
-        name: own.part.fitted(model.remote_modules[name].ranges, small.CONTEXT) for name, own in exact.items()
+    modules = {
+        name: Hosted(own.module.fitted(model.remote_modules[name].ranges, small.CONTEXT), own.prefixes)
+        for name, own in exact.items()
     }
-    modules = {name: Module(part, exact[name].prefix) for name, part in parts.items()}
     expected = Simulated(modules, geometry, noise=False)
     for name in exact:
         ours, theirs = (side.evaluate(name, hidden, 1) for side in (expected, backend))
@@ -96,7 +103,8 @@ def test_a_server_knows_the_activation(target, tmp_path):
     )
     model.compile([small.prompt_ids("The old man looked at the sea and saw a ship")])
     ((name, module),) = model.remote_modules.items()
-    save_modules(tmp_path, {name: module.exact.part}, {name: module.exact.prefix}, {name: module.ranges})
+    part = RemotePart(module.exact.module, module.exact.prefixes, module.ranges)
+    save_modules(tmp_path, "gpt2", model.placement.args, {name: part})
     hidden = 0.1 * np.random.default_rng(1).normal(size=(3, small.WIDTH))
     hidden -= hidden.mean(1, keepdims=True)
     expected = model.placement.backend("disable").evaluate(name, hidden, 1)
@@ -237,8 +245,9 @@ def test_no_remote_weight_is_in_the_client_s_bundle(placement):
 def test_a_client_s_bundle_says_nothing_of_ranges():
     """The ranges of the polynomials are of the weights and the calibration text."""
     ranges = json.loads((small.exported("all") / "server" / "modules.json").read_text())
-    numbers = [repr(number)[:8] for pair in ranges["transformer.h"]["ranges"][0].values() for number in pair]
-    assert len(numbers) == 8
+    found = ranges["modules"]["transformer.h"]["ranges"].values()
+    numbers = [repr(number)[:8] for pair in found for number in pair]
+    assert len(numbers) == 10
     files = [path.read_text("latin-1") for path in (small.exported("all") / "client").rglob("*.json")]
     assert not any(number in file for number in numbers for file in files)
 
@@ -354,11 +363,15 @@ def test_server_files_that_do_not_fit_together(copy):
     refused("cannot be served")
     weights.write_bytes(b"nothing")
     refused("cannot be served")
+    args, (name, about) = facts["args"], *facts["modules"].items()
     for changes in (
-        {"kind": "pickle"}, {"ranges": []}, {"ranges": [{}]}, {"ranges": [{"gelu": [0]}]}, {"blocks": 2},
-        {"blocks": None}, {"epsilon": "x"},
+        {"version": 1}, {"model_type": "pickle"}, {"args": {**args, "layers": 3}}, {"args": {**args, "x": 1}},
+        {"args": {**args, "width": 16}}, {"modules": {"transformer.x": about}}, {"modules": {name: {}}},
+        {"modules": {name: {"ranges": {}}}},
+        {"modules": {name: {"ranges": {**about["ranges"], "x": [0, 1]}}}},
+        {"modules": {name: {"ranges": {key: [0] for key in about["ranges"]}}}},
     ):  # fmt: skip
-        modules.write_text(json.dumps({"transformer.h": {**facts["transformer.h"], **changes}}))
+        modules.write_text(json.dumps({**facts, **changes}))
         refused("cannot be served")
     for text in ("", "[]", "1", '{"transformer.h": 1}'):
         modules.write_text(text)

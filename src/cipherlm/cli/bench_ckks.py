@@ -24,12 +24,12 @@ from cipherlm.engine import (
     memory,
     threads,
 )
+from cipherlm.models.gpt2 import Args, Attention
+from cipherlm.nn.clear import ClearTensor
 from cipherlm.progress import TerminalProgress
 from cipherlm.schemes.ckks.encrypted import Arithmetic
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
-from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server
-from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Linear
+from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server
 
 if TYPE_CHECKING:
     from cipherlm.schemes.tfhe.weights import AttentionWeights
@@ -43,7 +43,7 @@ class MeasuredSession:
     ``prompts_only`` leaves out the keys that only decoding needs.
     """
 
-    def __init__(self, geometry: Geometry, module: Module, *, prompts_only: bool = False) -> None:
+    def __init__(self, geometry: Geometry, module: Hosted, *, prompts_only: bool = False) -> None:
         self.geometry = geometry
         began = time.perf_counter()
         secret_key = SecretKey.generate(geometry.parameters)
@@ -160,25 +160,27 @@ def attention(weights: AttentionWeights, calibration: Sequence[Float64], x: Floa
     The first run also encodes the weights, and is reported as ``compile_seconds``. Of three others the
     fastest is reported.
     """
-    from cipherlm.models.gpt2 import Attention
-    from cipherlm.schemes.ckks.calibration import ExactSoftmax
-
-    tokens, exact = len(x), ExactSoftmax()
+    tokens, width = len(x), weights.n_heads * weights.head_dim
     side_by_side = 1 << (tokens - 1).bit_length()
     try:
         geometry = Geometry(weights.n_heads, weights.head_dim, side_by_side, 0, side_by_side)
     except ValueError as error:
         raise UsageError(f"--tokens {tokens}: {error}") from error
-    qkv = Linear(weights.qkv_weight, weights.qkv_bias)
-    projection = Linear(weights.projection_weight, weights.projection_bias)
-    clear = Attention(weights.n_heads, qkv, projection, exact)
+    clear = Attention(Args(width, weights.n_heads, 4 * width, 1, side_by_side, 1e-5, "gelu_new"), 0).load(
+        {
+            "c_attn.weight": weights.qkv_weight,
+            "c_attn.bias": weights.qkv_bias,
+            "c_proj.weight": weights.projection_weight,
+            "c_proj.bias": weights.projection_bias,
+        }
+    )
     for hidden in calibration:
-        clear(SimulatedTensor(hidden))
-    fitted = Attention(weights.n_heads, qkv, projection, exact.fit(side_by_side))
+        clear(ClearTensor(hidden))
+    fitted = clear.fitted(clear.ranges, side_by_side)
 
     progress = TerminalProgress()
     with progress("generating keys"):
-        session = MeasuredSession(geometry, Module(lambda x, _, __: fitted(x), []), prompts_only=True)
+        session = MeasuredSession(geometry, Hosted(fitted, [None]), prompts_only=True)
     with progress("encoding weights and executing"):
         _, first = session.evaluate(x, 0)
     with progress("executing"):
@@ -196,5 +198,5 @@ def attention(weights: AttentionWeights, calibration: Sequence[Float64], x: Floa
         "ciphertext_bytes_out": best.output_bytes,
         **{name: value for name, value in figures.items() if name not in ("tokens", "seconds")},
         **memory_figures(),
-        **errors(got, clear(SimulatedTensor(x)).values),
+        **errors(got, clear(ClearTensor(x)).values),
     }

@@ -4,15 +4,16 @@ Client and server meet in one process; what they exchange is written to bytes an
 also encodes the weights: ``prepare_seconds`` has its prompt and its first further token. The others are
 timed, and the fastest is reported. The first further token is apart from those behind it, since it brings
 the prompt's keys and values to where further tokens need them. Errors are against the same blocks in
-floating point. The geometry ``gpt2`` has random weights, ``tiny`` those of the embedded model, behind its
-public first token.
+floating point. The geometry ``gpt2`` has random weights, ``tiny`` those of the embedded model and ``smollm2``
+those of SmolLM2-135M-Instruct, each behind a public first token.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,12 @@ from cipherlm.cli.bench_ckks import MeasuredSession, errors, memory_figures
 from cipherlm.cli.bench_primitives import Primitives
 from cipherlm.cli.bench_tally import Figures, Tally
 from cipherlm.cli.common import add_json_option, positive_integer
+from cipherlm.models.architecture import Args, architecture_of
+from cipherlm.nn.blocks import Blocks, calibrated, evaluate, prefixes
+from cipherlm.nn.clear import ClearTensor
+from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.progress import TerminalProgress
-from cipherlm.schemes.ckks.session import Geometry, Module
-from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import KeyValue, Linear
-
-if TYPE_CHECKING:
-    from cipherlm.models.gpt2 import GPT2
+from cipherlm.schemes.ckks.session import Geometry, Hosted
 
 EXAMPLES = """\
 examples:
@@ -39,7 +39,15 @@ examples:
 
 Float64 = NDArray[np.float64]
 
-WIDTH, HEADS, BLOCKS = 768, 12, 12
+BLOCKS = 12
+SIZES = {
+    "width": 768,
+    "heads": 12,
+    "inner": 3072,
+    "positions": 1024,
+    "epsilon": 1e-5,
+    "activation": "gelu_new",
+}
 """Of the geometry ``gpt2``."""
 
 CALIBRATION_TEXTS = 5
@@ -59,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what any number of blocks has."""
     parser.add_argument(
-        "--geometry", choices=("gpt2", "tiny"), default="tiny", help="which model (default: tiny)"
+        "--geometry", choices=("gpt2", "smollm2", "tiny"), default="tiny", help="which model (default: tiny)"
     )
     parser.add_argument(
         "--prompt-tokens", type=positive_integer, default=7, metavar="N", help="encrypted tokens (default: 7)"
@@ -100,12 +108,20 @@ def run(options: argparse.Namespace) -> Figures:
     subject = (
         _random_model(options.blocks or BLOCKS, prompt + new, np.random.default_rng(options.seed))
         if options.geometry == "gpt2"
-        else _embedded_model(options.blocks, prompt + new)
+        else _embedded_model(options.geometry, options.blocks, prompt + new)
     )
-    start = subject.prefix_tokens
+    start, args = len(subject.prefix), subject.args
     try:
         geometry = Geometry(
-            *subject.shape, options.side_by_side, start, options.context, post_quantum=options.post_quantum
+            args.heads,
+            args.head_dim,
+            options.side_by_side,
+            start,
+            options.context,
+            post_quantum=options.post_quantum,
+            width=args.width,
+            inner=args.inner,
+            rotary=args.rope is not None,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -114,7 +130,7 @@ def run(options: argparse.Namespace) -> Figures:
     want = subject.clear()
     before = engine.set_gc_percent(GC_PERCENT)
     try:
-        measured = _measure(subject.module(options.context), geometry, subject.hidden, want, options)
+        measured = _measure(subject.hosted(options.context), geometry, subject.hidden, want, options)
     finally:
         engine.set_gc_percent(before)
     return {
@@ -129,7 +145,7 @@ def run(options: argparse.Namespace) -> Figures:
 
 
 def _measure(
-    module: Module, geometry: Geometry, hidden: Float64, want: Float64, options: argparse.Namespace
+    module: Hosted, geometry: Geometry, hidden: Float64, want: Float64, options: argparse.Namespace
 ) -> Figures:
     progress, start, prompt = TerminalProgress(), geometry.prefix, options.prompt_tokens
     with progress("generating keys"):
@@ -189,77 +205,90 @@ def _text(session: MeasuredSession, hidden: Float64, start: int, prompt: int) ->
 class _Subject:
     """A model in the clear, hidden states to calibrate with, and those to be measured (tokens, width)."""
 
-    model: GPT2
-    shape: tuple[int, int]
+    model: Blocks
+    args: Args
     hidden: Float64
     calibration: list[Float64]
-    prefix: list[KeyValue] | None = None
+    prefix: Float64
+    """The hidden states of the public prefix."""
 
-    @property
-    def prefix_tokens(self) -> int:
-        return int(self.prefix[0][0].shape[1]) if self.prefix else 0
+    @cached_property
+    def prefixes(self) -> list[Prefix]:
+        """The keys and values of the prefix."""
+        return prefixes(self.model, self.prefix)
 
     def clear(self) -> Float64:
         """Return the outputs in floating point."""
-        from cipherlm.models.gpt2 import caches
+        x = ClearTensor(self.hidden, position=len(self.prefix))
+        return evaluate(self.model.recording(), x, [Cache(prefix) for prefix in self.prefixes]).values
 
-        return self.model(SimulatedTensor(self.hidden), caches(self.prefix)).values
-
-    def module(self, context: int) -> Module:
+    def hosted(self, context: int) -> Hosted:
         """Return what the server evaluates."""
         with TerminalProgress()("calibrating"):
-            ranges = self.model.calibrated(self.calibration, self.prefix)
-        fitted = self.model.fitted(ranges, context)
-        nothing = np.zeros((self.shape[0], 0, self.shape[1]))
-        none: list[KeyValue] = [(nothing, nothing)] * len(self.model.blocks)
-        return Module(lambda x, caches, report: fitted(x, caches, report), self.prefix or none)
+            ranges = calibrated(self.model, self.calibration, self.prefixes)
+        return Hosted(self.model.fitted(ranges, context), self.prefixes)
 
 
 def _random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Subject:
     """Return a model of GPT-2's size with random weights."""
-    from cipherlm.models.gpt2 import GPT2, MLP, Attention, Block
-    from cipherlm.schemes.ckks.calibration import ExactFunctions
+    architecture = architecture_of("gpt2")
+    args = architecture.args(**SIZES, layers=blocks)
+    model: Blocks = architecture.model(args)
+    model.load(
+        {
+            name: random.standard_normal(array.shape) * (0.1 if array.ndim == 1 else len(array) ** -0.5)
+            for name, array in model.weights.items()
+        }
+    )
 
-    def linear(inputs: int, outputs: int) -> Linear:
-        weight = random.standard_normal((inputs, outputs)) / inputs**0.5
-        return Linear(weight, 0.1 * random.standard_normal(outputs))
-
-    def block() -> Block:
-        exact = ExactFunctions(1e-5)
-        attn = Attention(HEADS, linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH).centred(), exact.softmax)
-        mlp = MLP(linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH).centred(), exact.activation)
-        return Block(exact.ln_1, attn, exact.ln_2, mlp)
-
-    def hidden() -> Float64:
-        x = random.standard_normal((tokens, WIDTH))
+    def hidden(count: int) -> Float64:
+        x = random.standard_normal((count, args.width))
         centred: Float64 = x - x.mean(axis=-1, keepdims=True)
         return centred
 
-    model = GPT2(tuple(block() for _ in range(blocks)), 1e-5)
-    return _Subject(model, (HEADS, WIDTH // HEADS), hidden(), [hidden() for _ in range(CALIBRATION_TEXTS)])
+    texts = [hidden(tokens) for _ in range(CALIBRATION_TEXTS)]
+    return _Subject(model, args, hidden(tokens), texts, hidden(1))
 
 
-def _embedded_model(blocks: int | None, tokens: int) -> _Subject:
-    """Return the embedded model on sentences it was not calibrated with."""
+def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:
+    """Return a model that is here on text that it was not calibrated with."""
+    import torch
+
     from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
-    from cipherlm.models.gpt2 import GPT2, Ends
-    from cipherlm.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+    from cipherlm.models.loading import load_model, load_tokenizer
+    from cipherlm.models.modules import to_numpy
 
-    clear, tokenizer = load_model(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
-    whole, ends = GPT2.from_transformers(clear), Ends.from_transformers(clear)
-    model, config = GPT2(whole.blocks[:blocks], whole.epsilon), clear.config
+    clear, tokenizer = load_model(name), load_tokenizer(name)
+    config: Any = clear.config
+    architecture = architecture_of(config.model_type)
+    args = architecture.args.of(config.to_dict())
     text = tokenizer(" ".join(evaluation_sentences()))["input_ids"]
-    most = min(len(text), config.n_positions - 1)
+    most = min(len(text), args.positions - 1)
     if tokens > most:
-        raise UsageError(f"{tokens} tokens: the embedded model has text for {most}")
+        raise UsageError(f"{tokens} tokens: this model has text for {most}")
+    block_list = clear.get_submodule(architecture.blocks)
+    args = replace(args, layers=min(blocks or args.layers, args.layers))
+    model: Blocks = architecture.model(args)
+    state = {key: to_numpy(tensor) for key, tensor in block_list.state_dict().items()}
+    model.load(model.sanitize(state))
+
+    def hidden(ids: list[int]) -> Float64:
+        """Return what the first block gets, behind the model's token for the beginning of a text."""
+        met: list[Float64] = []
+
+        def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            met.append(to_numpy((args or tuple(kwargs.values()))[0])[0])
+
+        hook = next(iter(block_list.children())).register_forward_pre_hook(see, with_kwargs=True)
+        with torch.no_grad():
+            clear(torch.tensor([[int(config.bos_token_id or 0), *ids]]))
+        hook.remove()
+        rows = met[0]
+        return rows - rows.mean(axis=-1, keepdims=True) if architecture.centred else rows
+
     calibration: list[Any] = [tokenizer(sentence)["input_ids"] for sentence in calibration_sentences()]
-    return _Subject(
-        model,
-        (config.n_head, config.n_embd // config.n_head),
-        ends.embed(text[:tokens], 1),
-        [ends.embed(ids, 1) for ids in calibration],
-        model.keys_values(ends.embed([int(config.bos_token_id or 0)])),
-    )
+    measured = hidden(text[:tokens])
+    return _Subject(model, args, measured[1:], [hidden(ids)[1:] for ids in calibration], measured[:1])
 
 
 def _count(text: str) -> int:

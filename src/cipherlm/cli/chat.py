@@ -1,9 +1,10 @@
 """Talk to a chat model that computes on encrypted text.
 
-The linear layers are products on ciphertexts, at a server or, without one, in this process. Everything else,
-the conversation and its key-value cache among it, stays with the client. Text is hidden from the server;
-weights are not hidden from the client. With TEXT, one question is answered; without, a conversation goes on
-until the end of the input (Ctrl-D) or "/exit".
+With the placement "whole", all blocks are computed on ciphertexts (CKKS), block after block: neither the text
+nor the weights are shown to the other side. With "linear", the linear layers are products on ciphertexts, and
+all else is with the client: text is hidden from the server, weights are not hidden from the client, and it is
+many times faster. Both are at a server or, without one, in this process. With TEXT, one question is answered;
+without, a conversation goes on until the end of the input (Ctrl-D) or "/exit".
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cipherlm.cli.server_options import (
     connect,
     server_options_given,
 )
-from cipherlm.progress import TerminalProgress
+from cipherlm.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
     from cipherlm.models.chat import Chat, Turn
@@ -31,13 +32,16 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   cipherlm chat "What is the capital of France?"
+  cipherlm chat --placement linear
   cipherlm chat --model smollm2 --system "Answer in one sentence."
   cipherlm chat --server http://127.0.0.1:8470 --bundle smollm2-bundle/client
 """
 
 DEFAULT_MODEL = "smollm2"
 MODES = ("execute", "simulate", "disable")
-HERE_TOKENS, SERVER_TOKENS = 256, 64
+PLACEMENTS = ("whole", "linear")
+CONTEXT = 256
+MOST_NEW_TOKENS = 64
 _END = ("/exit", "/quit")
 
 
@@ -49,13 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help='"smollm2", a directory, a GGUF file, or an id on the Hugging Face hub (default: smollm2)',
     )
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        help="what is computed on ciphertexts: the whole model, or its linear layers (default: whole)",
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_integer,
+        metavar="N",
+        help=f"the most tokens of a conversation, with the placement whole (default: {CONTEXT})",
+    )
     parser.add_argument("--system", metavar="TEXT", help="the system prompt (default: the template's)")
     parser.add_argument(
         "--max-new-tokens",
         type=positive_integer,
         metavar="N",
-        help=f"tokens of an answer at most (default: {HERE_TOKENS}; {SERVER_TOKENS} at a server, which is "
-        "asked for all of them, whatever ends an answer, unless --reveal-length is given)",
+        help=f"tokens of an answer at most (default: {MOST_NEW_TOKENS}; a server is asked for all of them, "
+        "whatever ends an answer, unless --reveal-length is given)",
     )
     parser.add_argument(
         "--mode",
@@ -75,11 +90,13 @@ def run(options: argparse.Namespace) -> None:
             raise UsageError(f"{name} goes with --server")
     elif options.mode != "execute":
         raise UsageError(f"--mode {options.mode}: a server computes on ciphertexts only")
-    elif options.model:
-        raise UsageError("--model was settled when the model was exported: leave it out")
-    if options.max_new_tokens is None:
-        short = options.server and not options.reveal_length
-        options.max_new_tokens = SERVER_TOKENS if short else HERE_TOKENS
+    else:
+        for name in ("model", "placement", "context"):
+            if getattr(options, name):
+                raise UsageError(f"--{name} was settled when the model was exported: leave it out")
+    if options.context and options.placement == "linear":
+        raise UsageError("--context is for the placement whole: linear layers take a text of any length")
+    options.max_new_tokens = options.max_new_tokens or MOST_NEW_TOKENS
     turns = []
     with quiet_libraries(), _conversation(options) as chat:
         for text in _questions(options):
@@ -100,18 +117,50 @@ def _conversation(options: argparse.Namespace) -> Iterator[Chat]:
             prefix = getattr(remote, "public_prefix", None)
             yield _checked(lambda: Chat(remote, remote.tokenizer, system=system, prefix=prefix))
         return
-    from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import get_encrypted_model
     from cipherlm.models.loading import load_model, load_tokenizer
 
     name = options.model or DEFAULT_MODEL
     tokenizer = load_tokenizer(name)
     with progress("loading"):
         model = load_model(name)
-    with progress("finding linear layers"):
-        encrypted: Any = get_encrypted_model(model, EncryptionConfig("linear", scheme="ckks"))
+    make = _linear if options.placement == "linear" else _whole
+    encrypted = make(options, model, tokenizer, progress)
     encrypted.set_fhe_mode(options.mode)
     yield _checked(lambda: Chat(encrypted, tokenizer, system=options.system))
+
+
+def _linear(options: argparse.Namespace, model: Any, tokenizer: Any, progress: Progress) -> Any:
+    from cipherlm.models.config import EncryptionConfig
+    from cipherlm.models.integration import get_encrypted_model
+
+    with progress("finding linear layers"):
+        return get_encrypted_model(model, EncryptionConfig("linear", scheme="ckks"))
+
+
+def _whole(options: argparse.Namespace, model: Any, tokenizer: Any, progress: Progress) -> Any:
+    """Return a model all of whose blocks are on ciphertexts, behind the head of the template in the clear."""
+    from cipherlm.evaluation.calibration import chat_texts
+    from cipherlm.evaluation.chats import calibration_chats
+    from cipherlm.models.calibrations import calibrate_once
+    from cipherlm.models.chat import public_head
+    from cipherlm.models.config import EncryptionConfig
+    from cipherlm.models.integration import get_encrypted_model
+
+    context = options.context or CONTEXT
+    try:
+        head = public_head(tokenizer, options.system)
+        config = EncryptionConfig(prefix=head, context=context)
+        encrypted: Any = get_encrypted_model(model, config, progress=progress)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+    def texts() -> Any:
+        with encrypted.in_clear():
+            return chat_texts(encrypted, tokenizer, head, calibration_chats(), longest=context)
+
+    with progress("calibrating, unless that was done before"):
+        calibrate_once(encrypted, texts)
+    return encrypted
 
 
 def _checked(make: Any) -> Chat:

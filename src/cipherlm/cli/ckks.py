@@ -10,11 +10,9 @@ from cipherlm.cli.common import calibration_ids, human_bytes
 if TYPE_CHECKING:
     import torch
 
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedModel
     from cipherlm.models.remote import Placement
     from cipherlm.models.summary import Summary
-
-WHOLE = "transformer.h"
 
 
 def is_ckks(options: argparse.Namespace) -> bool:
@@ -31,13 +29,13 @@ def is_ckks(options: argparse.Namespace) -> bool:
         return bool(options.scheme == "ckks")
 
 
-def placement(model: "EncryptedGPT2LMHeadModel") -> "Placement":
+def placement(model: "EncryptedModel") -> "Placement":
     """Return what is remote in a model that is encrypted with CKKS."""
     assert model.placement is not None
     return model.placement
 
 
-def calibrate(model: "EncryptedGPT2LMHeadModel", options: argparse.Namespace, tokenizer: Any) -> None:
+def calibrate(model: "EncryptedModel", options: argparse.Namespace, tokenizer: Any) -> None:
     """Calibrate a model unless it is: on sentences, and on texts of them as long as the context."""
     if model.is_calibrated:
         return
@@ -56,12 +54,12 @@ def joined(sentences: "list[torch.Tensor]", length: int) -> "list[torch.Tensor]"
 
 
 def check_length(
-    model: "EncryptedGPT2LMHeadModel", prompt_tokens: int, new_tokens: int, *, in_context: bool = True
+    model: "EncryptedModel", prompt_tokens: int, new_tokens: int, *, in_context: bool = True
 ) -> None:
     """Raise unless the model, and its context too, have room for the prefix, a prompt and new tokens."""
     context, prefix = placement(model).geometry.context, len(model.prefix)
     needed = prefix + prompt_tokens + new_tokens - 1  # the last token is generated, but never read
-    longest = int(model.config.n_positions)
+    longest = int(model.config.max_position_embeddings)
     if needed >= longest:
         raise CommandError(
             f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones are too long for this model, "
@@ -74,7 +72,7 @@ def check_length(
         )
 
 
-def summary(model: "EncryptedGPT2LMHeadModel", tokenizer: Any) -> "Summary":
+def summary(model: "EncryptedModel", tokenizer: Any) -> "Summary":
     """Return what is told of a model that is loaded."""
     from cipherlm.models.summary import Summary
 
@@ -131,15 +129,15 @@ def key_figures(told: "Summary") -> dict[str, Any]:
     }
 
 
-def range_figures(model: "EncryptedGPT2LMHeadModel") -> dict[str, Any]:
+def range_figures(model: "EncryptedModel") -> dict[str, Any]:
     """Return the ranges that calibration found, by module and block, for JSON."""
     return {
-        name: [{key: list(ends) for key, ends in block.items()} for block in module.ranges or []]
+        name: {key: list(ends) for key, ends in (module.ranges or {}).items()}
         for name, module in model.remote_modules.items()
     }
 
 
-def traffic_figures(model: "EncryptedGPT2LMHeadModel") -> dict[str, int]:
+def traffic_figures(model: "EncryptedModel") -> dict[str, int]:
     """Return the bytes that have gone between the parties, and the number of refreshes."""
     return asdict(placement(model).traffic)
 
@@ -170,7 +168,7 @@ def who_learns_what(modules: list[str]) -> list[tuple[str, str]]:
     """Return what each party learns, in words."""
     client = (
         "the last hidden states, and no weight of the blocks but through them"
-        if modules == [WHOLE]
+        if is_whole(modules)
         else "what each remote module takes and gives; with patience it could fit that module"
     )
     return [
@@ -180,4 +178,11 @@ def who_learns_what(modules: list[str]) -> list[tuple[str, str]]:
 
 
 def _remote_words(modules: list[str]) -> str:
-    return "all blocks, as one" if modules == [WHOLE] else ", ".join(modules)
+    return "all blocks, as one" if is_whole(modules) else ", ".join(modules)
+
+
+def is_whole(modules: list[str]) -> bool:
+    """Say whether the names of remote modules are that of all blocks together."""
+    from cipherlm.models.architecture import MODULES, architecture_of
+
+    return modules in [[architecture_of(model_type).blocks] for model_type in MODULES]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedModel
     from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.progress import Progress
 
@@ -218,15 +218,15 @@ def configured(options: argparse.Namespace) -> "EncryptionConfig":
     return EncryptionConfig.from_pretrained(options.model)
 
 
-def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedGPT2LMHeadModel":
+def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "EncryptedModel":
     """Return the model that the options name with its modules encrypted, calibrated if it was saved so.
 
     Raises ``CommandError`` if these are linear layers.
     """
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedModel
 
     model = load_any_encrypted(options, progress)
-    if not isinstance(model, EncryptedGPT2LMHeadModel):
+    if not isinstance(model, EncryptedModel):
         raise CommandError(
             "linear layers are for `cipherlm generate` and `cipherlm export`, not for this verb"
         )
@@ -235,7 +235,7 @@ def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "Encryp
 
 def load_any_encrypted(
     options: argparse.Namespace, progress: "Progress"
-) -> "EncryptedGPT2LMHeadModel | EncryptedLinearModel":
+) -> "EncryptedModel | EncryptedLinearModel":
     """Return the model that the options name with its modules or its linear layers encrypted."""
     config = configured(options)  # before the model, so that a wrong option is told at once
 
@@ -246,13 +246,13 @@ def load_any_encrypted(
 
 def encrypted(
     options: argparse.Namespace, model: Any, config: "EncryptionConfig", progress: "Progress"
-) -> "EncryptedGPT2LMHeadModel | EncryptedLinearModel":
+) -> "EncryptedModel | EncryptedLinearModel":
     """Return a clear model that was loaded for the options encrypted, in place or as it was saved."""
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.integration import EncryptedModel, get_encrypted_model
     from cipherlm.models.targets import means_linear
 
     if is_saved(options) and not means_linear(model, config):
-        return EncryptedGPT2LMHeadModel.from_pretrained(options.model, progress=progress)
+        return EncryptedModel.from_pretrained(options.model, progress=progress)
     return get_encrypted_model(model, config, progress=progress)
 
 

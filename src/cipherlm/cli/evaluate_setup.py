@@ -124,11 +124,11 @@ def title(result: dict[str, Any], modules: str | None = None) -> str:
 
 def _default_modules(options: argparse.Namespace, clear: Any, config: EncryptionConfig) -> EncryptionConfig:
     """Return the configuration, with linear layers where nothing was asked for and blocks cannot be."""
+    from cipherlm.models.architecture import MODULES
     from cipherlm.models.config import LINEAR
-    from cipherlm.models.loading import SUPPORTED_ARCHITECTURES
 
     asked = options.target_modules is not None or options.block is not None or is_saved(options)
-    if asked or clear.config.model_type in SUPPORTED_ARCHITECTURES:
+    if asked or clear.config.model_type in MODULES:
         return config
     return encryption_config(options, target_modules=LINEAR)
 

@@ -103,10 +103,7 @@ def load_client_model(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with _NoParameters():
-            model: PreTrainedModel = model_class(description.get("architecture"))._from_config(
-                config, dtype=dtype, **options
-            )
+        model = empty_model(model_class(description.get("architecture")), config, dtype=dtype, **options)
         replace(model, groups, products)
     # transformers raises whatever a wrong configuration leads to.
     except Exception as error:
@@ -124,6 +121,13 @@ def model_class(architecture: Any) -> Any:
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
     return found
+
+
+def empty_model(architecture: Any, config: Any, **options: Any) -> PreTrainedModel:
+    """Return a model whose parameters have no memory yet. ``options`` are those of ``_from_config``."""
+    with _NoParameters():
+        model: PreTrainedModel = architecture._from_config(config, **options)
+    return model
 
 
 class _NoParameters(TorchFunctionMode):

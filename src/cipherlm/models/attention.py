@@ -98,8 +98,11 @@ class EncryptedAttention(EncryptedModule):
         Positions and cache positions, which both lines of transformers pass too, say nothing more once there
         is neither a cache nor padding.
         """
-        cache = cache_of({"cache": cache, **options})
-        self.check_call(hidden_states.shape[1], cache, attention_mask, head_mask)
+        if cache_of({"cache": cache, **options}) is not None:
+            raise ValueError(
+                f"{self.name} is encrypted and has no key-value cache: call with use_cache=False"
+            )
+        self.check_call(hidden_states.shape[1], attention_mask, head_mask)
         if self._recorded is not None:
             self._recorded.extend(to_numpy(hidden_states))
         if self._in_clear:

@@ -86,7 +86,7 @@ class Chat:
         raises. The conversation is then as it was before.
         """
         ids = template_ids(self.tokenizer, [*self.messages, {"role": "user", "content": text}])
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = _context_of(self.model)
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"{len(ids)} tokens and {max_new_tokens} new ones are beyond the model's context of {limit}: "
@@ -121,6 +121,16 @@ class Chat:
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _context_of(model: Any) -> int | None:
+    """Return how many tokens a text may have, those of a public prefix among them."""
+    for one in (model, getattr(model, "model", None)):
+        placement = getattr(one, "placement", None)
+        if placement is not None:
+            return int(placement.geometry.context)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-ignore]

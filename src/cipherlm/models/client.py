@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cipherlm.linear.model import empty_model, model_class
 from cipherlm.models.attention import EncryptedAttention, RemoteCircuit
-from cipherlm.models.ckks import BlockRanges, Part
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+from cipherlm.models.integration import EncryptedModel
 from cipherlm.models.modules import Float64
 from cipherlm.models.remote import Exact
 from cipherlm.models.targets import match
 from cipherlm.progress import Progress, silent
-from cipherlm.schemes.ckks.tensor import Cache, KeyValue, T
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class Constants:
 
 
 def client_model(
-    config: GPT2Config,
+    config: PretrainedConfig,
     encryption: EncryptionConfig,
     state: Mapping[str, torch.Tensor],
     constants: Mapping[str, Constants],
     circuits: Mapping[str, RemoteCircuit],
     *,
     progress: Progress = silent,
-) -> EncryptedGPT2LMHeadModel:
+) -> EncryptedModel:
     """Return a model from a client's weights, in the mode ``"execute"``, which others compute.
 
     With CKKS, ``constants`` are of every remote module, and ``connect`` gives the model its backend; with
     TFHE, ``circuits`` are. Raises ``ValueError`` if weights, constants or circuits are of another model.
     """
-    clear = GPT2LMHeadModel(config)
-    missing, unexpected = clear.load_state_dict(dict(state), strict=False)
+    clear = empty_model(model_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.model_type))), config)
+    missing, unexpected = clear.load_state_dict(dict(state), strict=False, assign=True)
     clear.tie_weights()
     clear.train(False)
-    model = EncryptedGPT2LMHeadModel.encrypt(clear, encryption, progress=progress)
+    model = EncryptedModel.encrypt(clear, encryption, progress=progress)
     inside = tuple(f"{name}." for name in model.encrypted_modules)
     lacking = [name for name in missing if not name.startswith((*inside, "lm_head."))]
     if lacking or unexpected:
@@ -61,46 +61,17 @@ def client_model(
         raise ValueError(f"{', '.join(model.encrypted_modules)} are remote, not {', '.join(expected)}")
     for name, module in model.remote_modules.items():
         own = constants[name]
-        prefix, width = len(model.prefix), config.n_embd
+        prefix, width = len(model.prefix), int(config.hidden_size)
         if own.outputs.shape != (prefix, width):
             raise ValueError(f"{name} has outputs of {own.outputs.shape} at a prefix of {(prefix, width)}")
-        module.detach(Exact(_Elsewhere(own.centred), [], own.outputs, own.extra))
+        module.detach(Exact(None, [], own.outputs, own.centred, own.extra))
     for name, attention in model.encrypted_modules.items():
         if isinstance(attention, EncryptedAttention):
             attention.use(circuits[name])
     return model
 
 
-@dataclass(frozen=True)
-class _Elsewhere:
-    """A part of which only the outside is known."""
-
-    centred: bool
-
-    def __call__(self, x: T, caches: Sequence[Cache], report: Any) -> T:
-        raise NotConnectedError
-
-    def keys_values(self, hidden: Float64) -> list[KeyValue]:
-        """See ``Part``."""
-        raise NotConnectedError
-
-    def calibrated(self, texts: Iterable[Float64], prefix: Sequence[KeyValue]) -> list[BlockRanges]:
-        """See ``Part``."""
-        raise NotConnectedError
-
-    def fitted(self, ranges: Sequence[BlockRanges], keys: int) -> Part:
-        """See ``Part``."""
-        raise NotConnectedError
-
-
-class NotConnectedError(RuntimeError):
-    """A client's model is asked to compute what only its server can."""
-
-    def __init__(self) -> None:
-        super().__init__("the weights of this module are with the server: the mode must be 'execute'")
-
-
-def client_state_dict(model: GPT2LMHeadModel, config: EncryptionConfig) -> dict[str, torch.Tensor]:
+def client_state_dict(model: Any, config: EncryptionConfig) -> dict[str, torch.Tensor]:
     """Return a copy of the weights of ``model``, clear or encrypted by ``config``, without the server's.
 
     Where ``config`` names heads, the columns of ``c_attn`` that make their queries, keys and values are zero;

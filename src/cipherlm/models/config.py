@@ -39,10 +39,10 @@ class EncryptionConfig:
     ``target_modules`` names modules as PEFT does: a list of names or of their endings
     (``["transformer.h.0.attn"]``, ``["attn"]`` for every block), also with ``*``, ``?`` and ``[0-9]`` as in
     names of files, or one string, which may also be a regular expression for the whole name. TFHE encrypts
-    attention modules of GPT-2. CKKS encrypts these, MLPs (``"transformer.h.0.mlp"``), blocks
-    (``"transformer.h.0"``), and with ``"all"`` every block as one. Of any other model, and by their names of
-    GPT-2 too, it encrypts linear layers; ``"linear"`` stands for all of them but the output embedding. By
-    default the whole model is encrypted.
+    attention modules of GPT-2. CKKS encrypts those of GPT-2, Llama and what is built like it, their MLPs
+    (``"transformer.h.0.mlp"``), blocks (``"model.layers.0"``), and with ``"all"`` every block as one. Of any
+    other model, and by their names of these too, it encrypts linear layers; ``"linear"`` stands for all of
+    them but the output embedding. By default the whole model is encrypted.
 
     ``scheme`` is CKKS, unless a field of TFHE's is given.
 
@@ -52,9 +52,10 @@ class EncryptionConfig:
     noise of encryption moves one table lookup to a neighbouring cell; lower is slower.
 
     CKKS alone has these. ``prefix`` are the ids of public tokens that every text starts with; None stands for
-    the model's token for the beginning of a text. They are not encrypted, and take GPT-2's huge activations
-    at the first position out of what is. ``tokens`` of a prompt, those of the prefix among them, lie side by
-    side in a ciphertext: a power of two, 8 for the width of GPT-2. A text has at most ``context`` tokens.
+    the model's token for the beginning of a text. They are not encrypted, which keeps the massive activations
+    of a first token (its attention sink) out of the ciphertexts, and there may be any number of them: a
+    system prompt, say. ``tokens`` of a prompt lie side by side in a ciphertext: a power of two, 8 for the
+    widths of GPT-2 and SmolLM2. A text has at most ``context`` tokens, those of the prefix among them.
     ``post_quantum`` keeps 128 bits of security against quantum computers too, with errors about twice as
     large. Linear layers, whose parameters are their own, have that anyway.
 
@@ -95,7 +96,7 @@ class EncryptionConfig:
         if not isinstance(self.post_quantum, bool):
             raise ValueError(f"post_quantum must be True or False, not {self.post_quantum!r}")
         if self.prefix is not None:
-            object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.tokens))
+            object.__setattr__(self, "prefix", _checked_prefix(self.prefix, self.context))
 
     def _settle(self) -> None:
         """Fill in what was not given."""
@@ -207,13 +208,15 @@ def _checked_heads(given: Any) -> list[int]:
     return heads
 
 
-def _checked_prefix(given: Any, tokens: int) -> list[int]:
+def _checked_prefix(given: Any, context: int) -> list[int]:
     if not isinstance(given, (list, tuple, range)) or not all(_is_integer(i) and i >= 0 for i in given):
         raise ValueError(f"prefix must be a list of token ids or None, not {given!r}")
     if not given:
         raise ValueError("prefix is empty: the first token of a text has to be public")
-    if len(given) >= tokens:
-        raise ValueError(f"a prefix of {len(given)} tokens: fewer than tokens={tokens} have room")
+    if len(given) >= context:
+        raise ValueError(
+            f"a prefix of {len(given)} tokens leaves no room in context={context}: give a longer context"
+        )
     return list(given)
 
 

@@ -1,9 +1,10 @@
-"""How a GPT-2's hidden states lie in ciphertexts: told by its configuration alone, without torch."""
+"""How a model's hidden states lie in ciphertexts: told by its configuration alone, without torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from cipherlm.models.architecture import Args
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.schemes.ckks.session import Geometry
 
@@ -14,7 +15,7 @@ def public_prefix(config: EncryptionConfig, model_config: Any) -> list[int]:
     Raises ``ValueError`` where neither configuration names any, and for ids that are not the model's.
     """
     if config.prefix is None:
-        if model_config.bos_token_id is None:
+        if getattr(model_config, "bos_token_id", None) is None:
             raise ValueError("the model has no token for the beginning of a text: give prefix=[...]")
         prefix = [int(model_config.bos_token_id)]
     else:
@@ -24,18 +25,18 @@ def public_prefix(config: EncryptionConfig, model_config: Any) -> list[int]:
     return prefix
 
 
-def geometry_of(config: EncryptionConfig, model_config: Any) -> Geometry:
+def geometry_of(config: EncryptionConfig, args: Args, prefix: list[int]) -> Geometry:
     """Return what client and server have to agree on. Raises ``ValueError`` for what does not fit."""
-    heads, prefix = model_config.n_head, public_prefix(config, model_config)
-    if config.context > model_config.n_positions:
-        raise ValueError(
-            f"context={config.context} is more than the {model_config.n_positions} tokens of the model"
-        )
+    if config.context > args.positions:
+        raise ValueError(f"context={config.context} is more than the {args.positions} tokens of the model")
     return Geometry(
-        heads,
-        model_config.n_embd // heads,
+        args.heads,
+        args.head_dim,
         config.tokens,
         len(prefix),
         config.context,
         post_quantum=config.post_quantum,
+        width=args.width,
+        inner=args.inner,
+        rotary=args.rope is not None,
     )

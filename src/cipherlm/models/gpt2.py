@@ -1,231 +1,159 @@
 """GPT-2 on tensors that may be encrypted: the classes of the clear model, and its arithmetic.
 
-``x`` is a :class:`~cipherlm.schemes.ckks.tensor.Tensor`, of ciphertexts, or of clear numbers in a simulation;
-the weights are clear. Two things are rearranged, and change no result: the gain and shift of a normalisation
-belong to the linear layer behind it, and whatever adds to the hidden states adds a mean of zero.
-
-:class:`Ends` is done by whoever has the text: it makes hidden states of tokens, and logits of hidden states.
+Two things are rearranged, and change no result: the gain and shift of a normalisation belong to the linear
+layer behind it, and whatever adds to the hidden states adds a mean of zero.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cipherlm.models.activations import DEFAULT_ACTIVATION, activation
-from cipherlm.schemes.ckks.calibration import ExactFunctions
-from cipherlm.schemes.ckks.functions import Attend, Functions, Map, Ranges
-from cipherlm.schemes.ckks.simulation import SimulatedTensor
-from cipherlm.schemes.ckks.tensor import Cache, KeyValue, Linear, T
+from cipherlm.models.architecture import Architecture
+from cipherlm.nn.activations import Activation
+from cipherlm.nn.blocks import Blocks
+from cipherlm.nn.module import Float64, Linear, Module, Weights
+from cipherlm.nn.norms import Norm
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.softmax import Softmax
+from cipherlm.nn.tensor import Cache, T
+from cipherlm.nn.weights import after, centred, joined, layer, part
 
-Float64 = NDArray[np.float64]
+
+@dataclass(frozen=True)
+class Args:
+    """What of a model's configuration its blocks depend on."""
+
+    width: int
+    heads: int
+    inner: int
+    layers: int
+    positions: int
+    epsilon: float
+    activation: str
+    scale_scores: bool = True
+    scale_by_layer: bool = False
+    rope: Rotary | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Args:
+        """Read a configuration of transformers. Raises ``ValueError`` for what is not there."""
+        if config.get("add_cross_attention"):
+            raise ValueError("a GPT-2 with cross-attention cannot be encrypted")
+        width, heads = config["n_embd"], config["n_head"]
+        if not heads or width % heads:
+            raise ValueError(f"{heads} heads do not share a width of {width}")
+        return cls(
+            width,
+            heads,
+            config.get("n_inner") or 4 * width,
+            config["n_layer"],
+            config["n_positions"],
+            config.get("layer_norm_epsilon", 1e-5),
+            config.get("activation_function", "gelu_new"),
+            config.get("scale_attn_weights", True),
+            config.get("scale_attn_by_inverse_layer_idx", False),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Args:
+        """Read what ``dataclasses.asdict`` gave."""
+        return cls(**values)
+
+    @property
+    def head_dim(self) -> int:
+        """How many features a head has."""
+        return self.width // self.heads
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+class Attention(Module):
     """Causal self-attention with several heads."""
 
-    n_heads: int
-    c_attn: Linear
-    c_proj: Linear
-    softmax: Attend
+    def __init__(self, args: Args, index: int) -> None:
+        self.heads = args.heads
+        self.c_attn = Linear.of(args.width, 3 * args.width)
+        self.softmax = Softmax()
+        self.c_proj = Linear.of(args.width, args.width)
+        # Scores are divided by sqrt(head_dim); anything else goes into the queries.
+        self.gain = 1.0 if args.scale_scores else args.head_dim**0.5
+        if args.scale_by_layer:
+            self.gain /= index + 1
 
     def __call__(self, x: T, cache: Cache | None = None) -> T:
         """Attend to hidden states, and to the tokens in the cache before them."""
-        query, key, value = x.to_heads(self.c_attn, self.n_heads)
+        query, key, value = x.to_heads(self.c_attn, self.heads)
         if cache is not None:
             key, value = cache.extend(key, value)
         return self.softmax(query.scores(key), value) @ self.c_proj
 
+    def sanitize(self, weights: Weights) -> dict[str, Float64]:
+        """Return the weights of a ``GPT2Attention`` as they are needed here."""
+        c_attn, gain = part(weights, "c_attn"), np.repeat([self.gain, 1.0, 1.0], self.c_proj.weight.shape[0])
+        c_attn = layer(c_attn["weight"] * gain, c_attn["bias"] * gain)
+        return joined({"c_attn": c_attn, "c_proj": part(weights, "c_proj")})
 
-@dataclass(frozen=True, eq=False)
-class MLP:
+
+class MLP(Module):
     """Two linear layers with an activation between them."""
 
-    c_fc: Linear
-    c_proj: Linear
-    activation: Map
+    def __init__(self, args: Args, index: int) -> None:
+        self.c_fc = Linear.of(args.width, args.inner)
+        self.act = Activation(args.activation)
+        self.c_proj = Linear.of(args.inner, args.width)
 
     def __call__(self, x: T) -> T:
         """Return what is added to the hidden states."""
-        return self.activation(x @ self.c_fc) @ self.c_proj
+        return self.act(x @ self.c_fc) @ self.c_proj
+
+    def sanitize(self, weights: Weights) -> dict[str, Float64]:
+        """Return the weights of a ``GPT2MLP``."""
+        return joined({name: part(weights, name) for name in ("c_fc", "c_proj")})
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(Module):
     """Attention and MLP, each behind a layer normalisation and beside the hidden states."""
 
-    ln_1: Map
-    attn: Attention
-    ln_2: Map
-    mlp: MLP
+    def __init__(self, args: Args, index: int) -> None:
+        self.ln_1 = Norm(args.epsilon)
+        self.attn = Attention(args, index)
+        self.ln_2 = Norm(args.epsilon)
+        self.mlp = MLP(args, index)
 
     def __call__(self, x: T, cache: Cache | None = None) -> T:
         """Return the next block's hidden states."""
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
-    @classmethod
-    def from_transformers(cls, block: Any, config: Any) -> Block:
-        """Return a ``GPT2Block`` of a model with this configuration, with exact functions."""
-        exact = ExactFunctions(config.layer_norm_epsilon, activation(config.activation_function))
-        attn = attention_layers(block.attn)
-        c_attn = attn[0].after(array(block.ln_1.weight), array(block.ln_1.bias))
-        c_fc = linear(block.mlp.c_fc).after(array(block.ln_2.weight), array(block.ln_2.bias))
-        return cls(
-            exact.ln_1,
-            Attention(config.n_head, c_attn, attn[1].centred(), exact.softmax),
-            exact.ln_2,
-            MLP(c_fc, linear(block.mlp.c_proj).centred(), exact.activation),
-        )
-
-    def with_functions(self, functions: Functions) -> Block:
-        """Return the block with the same weights and other functions."""
-        return Block(
-            functions.ln_1,
-            replace(self.attn, softmax=functions.softmax),
-            functions.ln_2,
-            replace(self.mlp, activation=functions.activation),
-        )
+    def sanitize(self, weights: Weights) -> dict[str, Float64]:
+        """Return the weights of a ``GPT2Block`` as they are needed here."""
+        attn = self.attn.sanitize(part(weights, "attn"))
+        mlp = self.mlp.sanitize(part(weights, "mlp"))
+        ln_1, ln_2 = part(weights, "ln_1"), part(weights, "ln_2")
+        layers = {
+            "attn.c_attn": after(part(attn, "c_attn"), ln_1["weight"], ln_1["bias"]),
+            "attn.c_proj": centred(part(attn, "c_proj")),
+            "mlp.c_fc": after(part(mlp, "c_fc"), ln_2["weight"], ln_2["bias"]),
+            "mlp.c_proj": centred(part(mlp, "c_proj")),
+        }
+        return joined(layers)
 
 
-@dataclass(frozen=True, eq=False)
-class GPT2:
-    """The blocks of a GPT-2, from embedded tokens to the hidden states before the last normalisation."""
+class GPT2(Blocks):
+    """All blocks of a GPT-2."""
 
-    blocks: tuple[Block, ...]
-    epsilon: float
-    activation: str = DEFAULT_ACTIVATION
-    """By its name in transformers."""
-
-    def __call__(
-        self, x: T, caches: Sequence[Cache] | None = None, report: Callable[[int, int], None] | None = None
-    ) -> T:
-        """Return the last hidden states of centred hidden states (tokens, width).
-
-        ``caches`` are each block's keys and values of the tokens before them. ``report`` hears after each
-        block how many of all are done.
-        """
-        none: list[Cache | None] = [None] * len(self.blocks)
-        for index, (block, cache) in enumerate(zip(self.blocks, caches or none, strict=True)):
-            x = block(x, cache)
-            if report is not None:
-                report(index + 1, len(self.blocks))
-        return x
-
-    @classmethod
-    def from_transformers(cls, model: Any) -> GPT2:
-        """Return the blocks of a ``GPT2LMHeadModel`` with exact functions.
-
-        Raises ``ValueError`` for an activation that is none of ``ACTIVATIONS``.
-        """
-        config = model.config
-        blocks = [Block.from_transformers(block, config) for block in model.transformer.h]
-        return cls(tuple(blocks), config.layer_norm_epsilon, config.activation_function)
-
-    def keys_values(self, hidden: Float64) -> list[KeyValue]:
-        """Return each block's keys and values (heads, tokens, head_dim) for centred clear hidden states.
-
-        They are computed exactly: GPT-2's first token has values far outside the ranges of others, and so
-        nothing of it is remembered either.
-        """
-        model = self._with_functions(self._exact_functions())
-        empty = [Cache() for _ in self.blocks]
-        model(SimulatedTensor(hidden), empty)
-        found = []
-        for cache in empty:
-            assert cache.past is not None
-            key, value = cache.past
-            found.append((key.values, value.values))
-        return found
-
-    def calibrated(self, texts: Iterable[Float64], prefix: Sequence[KeyValue] | None = None) -> list[Ranges]:
-        """Return the ranges met on texts, of each block.
-
-        ``texts`` are centred hidden states (tokens, width), and ``prefix`` the keys and values before each.
-        """
-        exact = self._exact_functions()
-        model = self._with_functions(exact)
-        for hidden in texts:
-            model(SimulatedTensor(hidden), caches(prefix))
-        return [functions.ranges for functions in exact]
-
-    def fitted(self, ranges: Sequence[Ranges], keys: int) -> GPT2:
-        """Return the model with polynomials in place of functions, for at most ``keys`` keys to a query."""
-        return self._with_functions(
-            [own.fit(self.epsilon, keys, activation(self.activation)) for own in ranges]
-        )
-
-    def _exact_functions(self) -> list[ExactFunctions]:
-        return [ExactFunctions(self.epsilon, activation(self.activation)) for _ in self.blocks]
-
-    def _with_functions(self, functions: Sequence[Functions]) -> GPT2:
-        blocks = (block.with_functions(own) for block, own in zip(self.blocks, functions, strict=True))
-        return replace(self, blocks=tuple(blocks))
+    def __init__(self, args: Args) -> None:
+        super().__init__(Block(args, index) for index in range(args.layers))
 
 
-def caches(prefix: Sequence[KeyValue] | None) -> list[Cache] | None:
-    """Return a cache for each block, with the keys and values of a clear prefix."""
-    return None if prefix is None else [Cache(past) for past in prefix]
-
-
-@dataclass(frozen=True, eq=False)
-class Ends:
-    """The parts of GPT-2 on either side of its blocks: embeddings, last normalisation, output embedding."""
-
-    tokens: Float64
-    positions: Float64
-    gain: Float64
-    shift: Float64
-    epsilon: float
-
-    @classmethod
-    def from_transformers(cls, model: Any) -> Ends:
-        """Return the ends of a ``GPT2LMHeadModel``, whose output embedding is that of its input."""
-        body = model.transformer
-        return cls(
-            array(body.wte.weight),
-            array(body.wpe.weight),
-            array(body.ln_f.weight),
-            array(body.ln_f.bias),
-            body.ln_f.eps,
-        )
-
-    def embed(self, ids: Sequence[int], start: int = 0) -> Float64:
-        """Return centred hidden states (tokens, width) of token ids, the first at position ``start``."""
-        hidden = self.tokens[list(ids)] + self.positions[start : start + len(ids)]
-        centred: Float64 = hidden - hidden.mean(axis=-1, keepdims=True)
-        return centred
-
-    def logits(self, hidden: Float64) -> Float64:
-        """Return logits (tokens, vocabulary) of the last hidden states."""
-        centred = hidden - hidden.mean(axis=-1, keepdims=True)
-        normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + self.epsilon)
-        logits: Float64 = (normal * self.gain + self.shift) @ self.tokens.T
-        return logits
-
-
-def attention_layers(attn: Any) -> tuple[Linear, Linear]:
-    """Return both layers of a ``GPT2Attention``, for scores that are divided by ``sqrt(head_dim)``."""
-    c_attn, width = linear(attn.c_attn), attn.embed_dim
-    factor = 1.0 if attn.scale_attn_weights else math.sqrt(attn.head_dim)
-    if attn.scale_attn_by_inverse_layer_idx:
-        factor /= attn.layer_idx + 1
-    gain = np.repeat([factor, 1.0, 1.0], width)
-    return Linear(c_attn.weight * gain, c_attn.bias * gain), linear(attn.c_proj)
-
-
-def linear(layer: Any) -> Linear:
-    """Return the weights of a ``Conv1D``."""
-    return Linear(array(layer.weight), array(layer.bias))
-
-
-def array(parameter: Any) -> Float64:
-    """Return a parameter in double precision."""
-    values: Float64 = parameter.detach().cpu().double().numpy()
-    return values
+ARCHITECTURE = Architecture(
+    args=Args,
+    blocks="transformer.h",
+    parts={"attn": Attention, "mlp": MLP},
+    block=Block,
+    model=GPT2,
+    layer="Conv1D",
+    centred=True,
+)

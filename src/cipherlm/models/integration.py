@@ -12,31 +12,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cipherlm.models.architecture import MODULES, architecture_of
 from cipherlm.models.attention import EncryptedAttention
-from cipherlm.models.ckks import Backend
-from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.backends import Backend
+from cipherlm.models.config import EncryptionConfig, Scheme
 from cipherlm.models.length import at_full_length, evaluated_tokens
 from cipherlm.models.linear import EncryptedLinearModel, encrypt_linear
-from cipherlm.models.loading import SUPPORTED_ARCHITECTURES, load_model
+from cipherlm.models.loading import load_model
 from cipherlm.models.modules import MODES, EncryptedModule, FheMode, cache_of, is_causal
 from cipherlm.models.remote import (
-    CalibratedRanges,
     Exact,
     NotCalibratedError,
     Placement,
+    Ranges,
     RemoteBlocks,
     RemoteModule,
     fingerprint,
 )
 from cipherlm.models.storage import load_quantization, load_ranges, save_quantization, save_ranges
-from cipherlm.models.targets import BLOCKS, find_remote, find_targets, match, means_linear
+from cipherlm.models.targets import find_remote, find_targets, match, means_linear
 from cipherlm.progress import Progress, silent
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 from cipherlm.schemes.tfhe.circuit import AttentionCircuit
@@ -45,22 +49,32 @@ from cipherlm.schemes.tfhe.errors import NotCompiledError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ARCHITECTURES: dict[Scheme, tuple[str, ...]] = {"ckks": tuple(MODULES), "tfhe": ("gpt2",)}
+"""What each scheme can encrypt, by the ``model_type`` of transformers."""
+
 CalibrationIds = torch.Tensor | Sequence[torch.Tensor]
 
 
-class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call]
-    """A ``GPT2LMHeadModel`` some of whose modules run on encrypted data.
+class EncryptedModel(nn.Module):
+    """A causal language model of transformers some of whose modules run on encrypted data.
 
-    Made by ``get_encrypted_model``. Calls and ``generate`` are those of transformers, with whole texts:
-    ``use_cache`` is off. A TFHE circuit computes all positions anew. With CKKS, only rows that a text has
-    more than in the call before are evaluated; the keys and values of the others are on the server.
+    Made by ``get_encrypted_model``: the class of the model is then a subclass of this one and of its own.
+    Calls and ``generate`` are those of transformers. A TFHE circuit computes all positions anew, and
+    ``use_cache`` is off. With CKKS the key-value cache of transformers says which tokens are new, and only
+    these are evaluated; the keys and values of the others are on the server.
 
     With CKKS, every text starts with the ids in ``prefix``, which ``with_prefix`` adds.
     """
 
+    config: Any
+    device: torch.device
+    base_model: Any
+    generation_config: Any
+
     encryption_config: EncryptionConfig
     placement: Placement | None
     """What is remote, and who computes it: with CKKS only."""
+    _clear_class: type[Any]
     _longest: int
     """How many tokens the text that is being generated may have, the prompt's with them."""
 
@@ -137,13 +151,14 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         text before began as this one does. With ``reveal_length`` a generation ends with its text; see
         docs/security.md for what a server that cheats reads from that.
         """
-        generate = super().generate
+        own: Any = super()
+        generate = own.generate
         if reveal_length or not self.is_elsewhere:
             return generate(*args, **kwargs)
         self._longest = 0
         with ExitStack() as stack:
             if self.placement is not None:
-                stack.enter_context(self.placement.hiding_length(self.remote_modules.values()))
+                stack.enter_context(self.placement.hiding_length())
             return at_full_length(self, lambda: generate(*args, **kwargs), self._evaluated_tokens)
 
     def _evaluated_tokens(self) -> int:
@@ -185,7 +200,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             recorded = {name: stack.enter_context(m.recording()) for name, m in encrypted.items()}
             stack.enter_context(self.in_clear())
             for ids in batches:
-                self.transformer(ids.to(self.device))
+                self.base_model(ids.to(self.device))
         quantized = {
             name: QuantizedAttention.calibrate(
                 module.weights(),
@@ -245,20 +260,18 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
                 stack.enter_context(module.in_clear())
             yield
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the clear model as transformers does, and with it the configuration and frozen parameters.
 
         ``encryption_config.json`` lies beside the model's files, so that the directory also loads as a clear
         model, and ``quantisation.safetensors`` (TFHE) or ``calibration.json`` (CKKS). Circuits and keys are
         not saved.
         """
-        cls = type(self)
-        # transformers writes down the name of the class, and a clear GPT-2 is what the files hold.
-        self.__class__ = GPT2LMHeadModel  # type: ignore[assignment]
+        cls, clear = type(self), self._clear_class
+        # transformers writes down the name of the class, and a clear model is what the files hold.
+        self.__class__ = clear
         try:
-            self.save_pretrained(save_directory, **kwargs)
+            clear.save_pretrained(self, save_directory, **kwargs)
         finally:
             self.__class__ = cls
         self.encryption_config.save_pretrained(save_directory)
@@ -268,9 +281,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             save_ranges(save_directory, self.remote_modules, self.placement)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, directory: str | os.PathLike[str], *, progress: Progress = silent
-    ) -> Self:
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, progress: Progress = silent) -> Self:
         """Load what ``save_pretrained`` wrote: weights, configuration and frozen parameters.
 
         Raises ``FileNotFoundError`` if there is no encrypted model in ``directory``, and ``ValueError``,
@@ -283,26 +294,31 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         else:
             ranges = load_ranges(directory, model.remote_modules, model.placement)
             if ranges:
-                model._freeze_remote(model.placement, model._examined(model.placement), ranges)
+                model.freeze(ranges)
         return model
 
     @classmethod
     def encrypt(cls, model: nn.Module, config: EncryptionConfig, *, progress: Progress = silent) -> Self:
         """Make ``model`` itself an encrypted one, as ``get_encrypted_model`` says."""
-        architecture = getattr(getattr(model, "config", None), "model_type", None)
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        architecture_of(model_type or type(model).__name__)
+        clear = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[str(model_type)]
+        if model_type not in ARCHITECTURES[config.scheme]:
             raise ValueError(
-                f"cannot encrypt the architecture {architecture or type(model).__name__!r}; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}. Its linear layers can be encrypted: "
-                'target_modules="linear"'
+                f"cannot encrypt the architecture {model_type!r} with scheme={config.scheme!r}; "
+                f"supported: {', '.join(ARCHITECTURES[config.scheme])}"
             )
         # A subclass would lose what it adds.
-        if type(model) is not GPT2LMHeadModel:
-            raise ValueError(f"cannot encrypt a {type(model).__name__}, only a GPT2LMHeadModel")
-        return cls._encrypt(model, config, progress)
+        if type(model) is not getattr(transformers, clear):
+            raise ValueError(f"cannot encrypt a {type(model).__name__}, only a {clear}")
+        chosen: Any = cls if issubclass(cls, PreTrainedModel) else _encrypted_class(cast(Any, type(model)))
+        if not issubclass(chosen, type(model)):
+            raise ValueError(f"cannot encrypt a {type(model).__name__} as a {cls.__name__}")
+        encrypted: Self = chosen._encrypt(model, config, progress)
+        return encrypted
 
     @classmethod
-    def _encrypt(cls, model: GPT2LMHeadModel, config: EncryptionConfig, progress: Progress) -> Self:
+    def _encrypt(cls, model: Any, config: EncryptionConfig, progress: Progress) -> Self:
         """Make ``model`` itself an encrypted one. All that can fail comes before the first change."""
         placement: Placement | None = None
         replacements: dict[str, EncryptedModule]
@@ -313,19 +329,20 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             }
         else:
             placement = Placement(config, model.config, progress)
+            blocks = placement.architecture.blocks
             replacements = {
-                name: (RemoteBlocks if name == BLOCKS else RemoteModule)(
-                    name, module, placement, model.config
-                )
+                name: (RemoteBlocks if name == blocks else RemoteModule)(name, module, placement)
                 for name, module in find_remote(model, config).items()
             }
         for name, replacement in replacements.items():
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, replacement)
-        model.config.use_cache = False
-        if model.generation_config is not None:
-            model.generation_config.use_cache = False
+        if placement is None:
+            model.config.use_cache = False
+            if model.generation_config is not None:
+                model.generation_config.use_cache = False
         # The same object under a class of the same layout, so that it stays what transformers made.
+        model._clear_class = type(model)
         model.__class__ = cls
         assert isinstance(model, cls)
         model.encryption_config, model.placement = config, placement
@@ -338,28 +355,34 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         """Refuse what the rows of hidden states cannot tell: another prefix, other positions, padding."""
         ids, mask = call.get("input_ids"), call.get("attention_mask")
         options = call | call.get("kwargs", {})
-        if options.get("use_cache") or cache_of(options) is not None:
-            raise ValueError("an encrypted model has no key-value cache here: call with use_cache=False")
+        cache = cache_of(options)
+        if cache is not None and (self.placement is None or not isinstance(cache, DynamicCache)):
+            known = "no key-value cache" if self.placement is None else "a DynamicCache"
+            raise ValueError(f"an encrypted model takes {known} here, not a {type(cache).__name__}")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if self.placement is not None:
+            self.placement.past = past
         for name in ("inputs_embeds", "token_type_ids", "encoder_hidden_states"):
             if call.get(name) is not None:
                 raise ValueError(f"an encrypted model takes input_ids, and no {name}")
         if not isinstance(ids, torch.Tensor):
             raise ValueError("an encrypted model takes input_ids, as a tensor (batch, tokens)")
+        length = past + ids.shape[-1]
         for module in self.encrypted_modules.values():
-            module.check_ready(ids.shape[-1])
-        if mask is not None and not is_causal(mask, ids.shape[-1]):
+            module.check_ready(length)
+        if mask is not None and not is_causal(mask, ids.shape[-1], past):
             raise ValueError(
                 "an encrypted model attends to every earlier token: a mask that hides some (padding, packed "
                 "sequences) cannot be used; run sequences of different lengths one by one"
             )
-        prefix = self._prefix_rows(ids)[:, : ids.shape[-1]]
+        prefix = self._prefix_rows(ids)[:, past:length]
         if not torch.equal(ids[:, : prefix.shape[1]], prefix):
             raise ValueError(
                 f"a text does not start with the public prefix {self.prefix}: "
                 "call with model.with_prefix(input_ids)"
             )
         positions = call.get("position_ids")
-        if positions is not None and (positions != torch.arange(ids.shape[-1], device=ids.device)).any():
+        if positions is not None and (positions != torch.arange(past, length, device=ids.device)).any():
             raise ValueError("an encrypted model counts positions from 0: leave position_ids out")
 
     def _prefix_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -386,7 +409,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             recorded = {name: stack.enter_context(module.recording()) for name, module in remote.items()}
             stack.enter_context(self.in_clear())
             for ids in texts:
-                self.transformer(ids.to(self.device))
+                self.base_model(ids.to(self.device))
         ranges = {
             name: module.calibrated(exact[name], [text for inputs, _ in recorded[name] for text in inputs])
             for name, module in remote.items()
@@ -406,12 +429,17 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if torch.equal(ids[:, : prefix.shape[1]], prefix):
             return ids
         ids = torch.cat([prefix, ids], dim=1)
-        if ids.shape[1] > self.config.n_positions:
+        if ids.shape[1] > self._positions:
             raise ValueError(
                 f"calibration_ids has {ids.shape[1]} tokens with the prefix, "
-                f"the model at most {self.config.n_positions}"
+                f"the model at most {self._positions}"
             )
         return ids
+
+    @property
+    def _positions(self) -> int:
+        """How many tokens a text may have."""
+        return int(self.config.max_position_embeddings)
 
     def _examined(self, placement: Placement) -> dict[str, Exact]:
         """Return the exact arithmetic of remote modules, with what the clear model makes of the prefix."""
@@ -420,10 +448,17 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
                 n: stack.enter_context(module.recording()) for n, module in self.remote_modules.items()
             }
             stack.enter_context(self.in_clear())
-            self.transformer(torch.tensor([placement.prefix], device=self.device))
+            self.base_model(torch.tensor([placement.prefix], device=self.device))
         return {name: module.examine(*recorded[name][0]) for name, module in self.remote_modules.items()}
 
-    def _freeze_remote(self, placement: Placement, exact: dict[str, Exact], ranges: CalibratedRanges) -> None:
+    def freeze(self, ranges: Mapping[str, Ranges]) -> None:
+        """Use the ranges that an earlier calibration found. Raises ``ValueError`` with TFHE."""
+        placement = self._ckks()
+        self._freeze_remote(placement, self._examined(placement), ranges)
+
+    def _freeze_remote(
+        self, placement: Placement, exact: dict[str, Exact], ranges: Mapping[str, Ranges]
+    ) -> None:
         placement.use({n: module.freeze(exact[n], ranges[n]) for n, module in self.remote_modules.items()})
 
     def _fit(self, placement: Placement, calibration_ids: CalibrationIds | None, tokens: int | None) -> None:
@@ -433,7 +468,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if not self.is_calibrated:
             assert calibration_ids is not None
             self.calibrate(calibration_ids)
-        count = sum(len(names) for module in self.remote_modules.values() for names in module.functions)
+        count = sum(module.functions for module in self.remote_modules.values())
         print(f"Fitted {count} functions for contexts of up to {context} tokens")
 
     def _freeze(self, quantized: dict[str, QuantizedAttention]) -> None:
@@ -447,7 +482,8 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
 
         transformers calls this with the final ``max_length``, however it was given.
         """
-        super()._validate_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
+        own: Any = super()
+        own._validate_generated_length(generation_config, *args, **kwargs)
         self._longest = generation_config.max_length
         for module in self.encrypted_modules.values():
             # The last token is generated, but never read.
@@ -459,7 +495,7 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
         if not given or not all(isinstance(ids, torch.Tensor) and 1 <= ids.dim() <= 2 for ids in given):
             raise ValueError("calibration_ids must be token ids (n, tokens) or a list of them, as tensors")
         batches = [ids if ids.dim() == 2 else ids.unsqueeze(0) for ids in given]
-        longest, vocabulary = self.config.n_positions, self.config.vocab_size
+        longest, vocabulary = self._positions, self.config.vocab_size
         for ids in batches:
             if ids.is_floating_point() or ids.dtype == torch.bool:
                 raise ValueError(f"calibration_ids must be integers, not {ids.dtype}")
@@ -476,10 +512,22 @@ class EncryptedGPT2LMHeadModel(GPT2LMHeadModel):  # type: ignore[no-untyped-call
             if calibration_ids is None:
                 raise ValueError("for which length? call compile(tokens=...)")
             return max(ids.shape[1] for ids in self._checked_ids(calibration_ids))
-        longest = self.config.n_positions
+        longest = self._positions
         if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= longest:
             raise ValueError(f"tokens must be an integer from 1 to {longest}, not {tokens!r}")
         return tokens
+
+
+class EncryptedGPT2LMHeadModel(EncryptedModel, GPT2LMHeadModel):  # type: ignore[no-untyped-call, misc]
+    """A GPT-2 some of whose modules run on encrypted data."""
+
+
+@cache
+def _encrypted_class(clear: type[Any]) -> type[EncryptedModel]:
+    """Return the class that a model of a clear class gets."""
+    if clear is GPT2LMHeadModel:
+        return EncryptedGPT2LMHeadModel
+    return type(f"Encrypted{clear.__name__}", (EncryptedModel, clear), {"__module__": __name__})
 
 
 def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -493,7 +541,7 @@ def get_encrypted_model(
     *,
     example: Mapping[str, Any] | None = None,
     progress: Progress = silent,
-) -> EncryptedGPT2LMHeadModel | EncryptedLinearModel:
+) -> EncryptedModel | EncryptedLinearModel:
     """Encrypt the modules of ``model`` that ``config`` names, and return it.
 
     The model is changed in place: it stays the same object, with a few methods more. With linear layers, of
@@ -504,8 +552,8 @@ def get_encrypted_model(
     Raises ``ValueError``, and changes nothing, if the model's architecture is not supported or if it lacks
     a module or head that ``config`` names.
     """
-    if isinstance(model, (EncryptedGPT2LMHeadModel, EncryptedLinearModel)):
+    if isinstance(model, (EncryptedModel, EncryptedLinearModel)):
         raise ValueError("this model is encrypted already: load the clear one again")
     if means_linear(model, config):
         return encrypt_linear(model, config, example, progress)
-    return EncryptedGPT2LMHeadModel.encrypt(model, config, progress=progress)
+    return EncryptedModel.encrypt(model, config, progress=progress)

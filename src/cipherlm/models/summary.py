@@ -1,23 +1,19 @@
-"""What is told of an encrypted GPT-2 before it computes: what is remote, and how it is encrypted."""
+"""What is told of an encrypted model before it computes: what is remote, and how it is encrypted."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-from cipherlm.models.activations import ACTIVATIONS, DEFAULT_ACTIVATION
+from cipherlm.models.architecture import MODULES, architecture_of
 from cipherlm.models.config import ALL, EncryptionConfig
 from cipherlm.models.geometry import geometry_of, public_prefix
+from cipherlm.nn.activations import activation
 from cipherlm.schemes.ckks.session import Geometry
-
-_BLOCKS = "transformer.h"
-_SIZES = ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size", "bos_token_id")
 
 
 @dataclass(frozen=True)
@@ -46,39 +42,37 @@ def read_summary(name: str | os.PathLike[str], config: EncryptionConfig) -> Summ
     modules = _modules(config, model)
     if modules is None:
         return None
-    geometry, prefix = geometry_of(config, model), public_prefix(config, model)
+    prefix = public_prefix(config, model)
+    geometry = geometry_of(config, model.args, prefix)
     text = _decoded(directory / "tokenizer.json", prefix)
     return None if text is None else Summary(modules, prefix, text, geometry)
 
 
 def _plain(path: Path) -> SimpleNamespace | None:
-    """Return the configuration of a GPT-2 whose modules can all be remote, or None for any other."""
+    """Return the configuration of a model whose modules can all be remote, or None for any other."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(values, dict) or values.get("model_type") != "gpt2" or not _has_sizes(values):
+    if not isinstance(values, dict) or values.get("model_type") not in MODULES:
         return None
-    if (
-        values.get("add_cross_attention")
-        or values.get("activation_function", DEFAULT_ACTIVATION) not in ACTIVATIONS
-    ):
+    architecture = architecture_of(values["model_type"])
+    try:
+        args = architecture.args.of(values)
+        activation(args.activation)
+        prefix, vocabulary = values.get("bos_token_id"), int(values["vocab_size"])
+    except (KeyError, TypeError, ValueError):
         return None
-    return SimpleNamespace(**{size: values[size] for size in _SIZES})
-
-
-def _has_sizes(values: Mapping[str, Any]) -> bool:
-    return all(isinstance(values.get(size), int) for size in _SIZES) and values["n_head"] > 0
+    return SimpleNamespace(architecture=architecture, args=args, bos_token_id=prefix, vocab_size=vocabulary)
 
 
 def _modules(config: EncryptionConfig, model: SimpleNamespace) -> list[str] | None:
     """Return what is remote in the model's order, or None unless every name is one in full."""
     wanted = config.target_modules
+    known = list(model.architecture.names(model.args.layers))
     if wanted in (ALL, [ALL]):
-        return [_BLOCKS]
-    blocks = [f"{_BLOCKS}.{index}" for index in range(model.n_layer)]
-    known = [name for block in blocks for name in (block, f"{block}.attn", f"{block}.mlp")]
-    if isinstance(wanted, str) or not set(wanted) <= set(known):
+        return known[:1]
+    if isinstance(wanted, str) or not set(wanted) <= set(known[1:]):
         return None
     inside = any(name.startswith(f"{other}.") for name in wanted for other in wanted)
     return None if inside else [name for name in known if name in wanted]

@@ -4,20 +4,20 @@ import difflib
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from cipherlm.linear.groups import linear_layers, output_embedding
-from cipherlm.models.activations import activation
+from cipherlm.models.architecture import MODULES, architecture_of
 from cipherlm.models.config import ALL, EncryptionConfig
 
 _LISTED = 12
-BLOCKS = "transformer.h"
-"""The name of all blocks of a GPT-2 together."""
+_WRAPPERS = ("Lora", "ModulesToSave")
+"""What the classes of adapters are called."""
 
 
 def find_targets(model: nn.Module, config: EncryptionConfig) -> dict[str, GPT2Attention]:
@@ -47,20 +47,29 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
     """Return what CKKS is to encrypt of ``model``, in the model's order.
 
     Attention modules, MLPs, blocks, or the list of all blocks. Raises ``ValueError`` if a name fits none of
-    these, if one lies in another, if something in them is not as in GPT-2, or for an activation that no
-    polynomial serves.
+    these, if one lies in another, if weights in them are not plain, or for an activation that no polynomial
+    serves.
     """
-    modules = dict(model.named_modules())
+    modules, model_config = dict(model.named_modules()), cast(Any, model.config)
+    layer = architecture_of(model_config.model_type).layer
     available = _remote_modules(model)
     if config.target_modules in (ALL, [ALL]):
-        names = [BLOCKS]
+        names = available[:1]
     else:
         names = match(config.target_modules, available, list(modules), "attention module, MLP or block")
     for name in names:
         inner = [other for other in names if other.startswith(f"{name}.")]
         if inner:
             raise ValueError(f"{inner[0]} lies in {name}, which is encrypted too: name one of them")
-        _check_remote(name, modules[name], model.config)
+        for inside, module in modules[name].named_modules():
+            weight = getattr(module, "weight", None)
+            matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
+            kind = type(module).__name__
+            if kind.startswith(_WRAPPERS) or (matrix and kind != layer):
+                raise ValueError(
+                    f"the weights of {f'{name}.{inside}'.rstrip('.')} are not plain (adapters? 8-bit "
+                    "loading?): merge or load them first"
+                )
     return {name: modules[name] for name in names}
 
 
@@ -68,7 +77,7 @@ def means_linear(model: nn.Module, config: EncryptionConfig) -> bool:
     """Say whether ``config`` names linear layers of ``model``, and not modules that hold some."""
     if config.is_linear or config.scheme == "tfhe" or config.target_modules in (ALL, [ALL]):
         return config.is_linear
-    if not isinstance(model, GPT2LMHeadModel):
+    if getattr(getattr(model, "config", None), "model_type", None) not in MODULES:
         return True
     return _fits_any(config, list(linear_layers(model))) and not _fits_any(config, _remote_modules(model))
 
@@ -90,11 +99,10 @@ def find_linear(model: nn.Module, config: EncryptionConfig) -> list[str]:
 
 
 def _remote_modules(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if name == BLOCKS or isinstance(module, (GPT2Attention, GPT2MLP, GPT2Block))
-    ]
+    """Return the names of what can be remote, the list of all blocks first."""
+    config: Any = model.config
+    architecture = architecture_of(config.model_type)
+    return list(architecture.names(config.num_hidden_layers))
 
 
 def _fits_any(config: EncryptionConfig, available: list[str]) -> bool:
@@ -102,23 +110,6 @@ def _fits_any(config: EncryptionConfig, available: list[str]) -> bool:
         return bool(match(config.target_modules, available))
     except ValueError:
         return False
-
-
-def _check_remote(name: str, target: nn.Module, config: Any) -> None:
-    for module in target.modules():
-        if isinstance(module, GPT2Block) and hasattr(module, "crossattention"):
-            raise ValueError(f"{name} has cross-attention, which cannot be encrypted")
-        if isinstance(module, GPT2Attention):
-            layers, known = (module.c_attn, module.c_proj), not module.is_cross_attention
-        elif isinstance(module, GPT2MLP):
-            layers, known = (module.c_fc, module.c_proj), True
-            activation(config.activation_function)
-        else:
-            continue
-        if not known or not all(isinstance(layer, Conv1D) for layer in layers):
-            raise ValueError(
-                f"the weights of {name} are not plain (adapters? 8-bit loading?): merge or load them first"
-            )
 
 
 def match(

@@ -32,7 +32,7 @@ from cipherlm.serving.keystore import KeyMaterial, sha256
 if TYPE_CHECKING:
     import torch
 
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedModel
     from cipherlm.progress import Progress
 
 BUNDLE_NAME = "bundle.json"
@@ -114,7 +114,7 @@ class Bundle:
 
 
 def export(
-    model: EncryptedGPT2LMHeadModel, directory: str | os.PathLike[str], tokenizer: Any, *, name: str
+    model: EncryptedModel, directory: str | os.PathLike[str], tokenizer: Any, *, name: str
 ) -> dict[str, Any]:
     """Write a calibrated model (with TFHE, a compiled one) as ``server`` and ``client`` in a directory.
 
@@ -209,27 +209,22 @@ def generate_keys(description: Mapping[str, Any], progress: Progress) -> KeyMate
     raise ValueError(f"the scheme {description.get('scheme')!r} is not known")
 
 
-def _export_ckks(
-    model: EncryptedGPT2LMHeadModel, server: Path, client: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _export_ckks(model: EncryptedModel, server: Path, client: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from cipherlm.serving.ckks import modules_fingerprint, parameters_of, save_modules
+    from cipherlm.serving.ckks import RemotePart, modules_fingerprint, parameters_of, save_modules
 
     placement, remote = model.placement, model.remote_modules
     assert placement is not None
-    exact = {name: module.exact for name, module in remote.items()}
-    parts = {name: own.part for name, own in exact.items() if own is not None}
-    save_modules(
-        server,
-        parts,
-        {name: own.prefix for name, own in exact.items() if own is not None},
-        {name: module.ranges for name, module in remote.items() if module.ranges is not None},
-    )
-    outputs = {
-        name: np.ascontiguousarray(own.outputs, np.float32) for name, own in exact.items() if own is not None
-    }
+    exact, parts = {}, {}
+    for name, module in remote.items():
+        if module.exact is None or module.exact.module is None or module.ranges is None:
+            raise RuntimeError(f"the weights of {name} are not here")
+        exact[name] = module.exact
+        parts[name] = RemotePart(module.exact.module, module.exact.prefixes, module.ranges)
+    save_modules(server, str(model.config.model_type), placement.args, parts)
+    outputs = {name: np.ascontiguousarray(own.outputs, np.float32) for name, own in exact.items()}
     save_file(outputs, client / CONSTANTS_NAME)
     about = {
         "fingerprint": modules_fingerprint(server),
@@ -237,23 +232,19 @@ def _export_ckks(
         "modules": list(remote),
     }
     constants = {
-        "remote": {
-            name: {"centred": own.part.centred, "extra": own.extra}
-            for name, own in exact.items()
-            if own is not None
-        }
+        "remote": {name: {"centred": own.centred, "extra": own.extra} for name, own in exact.items()}
     }
     return about, constants
 
 
-def _export_tfhe(model: EncryptedGPT2LMHeadModel, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _export_tfhe(model: EncryptedModel, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from cipherlm.serving.tfhe import export_tfhe
 
     said = export_tfhe(model, root)
     return {"fingerprint": said["fingerprint"], "modules": said["modules"]}, {}
 
 
-def _client_state(model: EncryptedGPT2LMHeadModel) -> dict[str, torch.Tensor]:
+def _client_state(model: EncryptedModel) -> dict[str, torch.Tensor]:
     """Return the weights that a client gets: all but those of remote modules."""
     from cipherlm.models.client import client_state_dict
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +24,15 @@ from cipherlm.engine import (
 )
 from cipherlm.engine.errors import EngineError, InternalError
 from cipherlm.errors import Refused
-from cipherlm.models.activations import DEFAULT_ACTIVATION
-from cipherlm.models.ckks import (
-    AttentionPart,
-    BlockRanges,
-    BlocksPart,
-    MLPPart,
-    Part,
-    TextLost,
-)
-from cipherlm.models.gpt2 import GPT2, MLP, Attention, Block
-from cipherlm.schemes.ckks.calibration import ExactFunctions
+from cipherlm.models.architecture import Args, architecture_of
+from cipherlm.models.backends import TextLost
+from cipherlm.nn.blocks import attention_layers
+from cipherlm.nn.module import Module
+from cipherlm.nn.ranges import Interval
+from cipherlm.nn.tensor import Prefix
+from cipherlm.nn.weights import part
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
-from cipherlm.schemes.ckks.session import Client, Geometry, Module, Server, Session
-from cipherlm.schemes.ckks.tensor import KeyValue, Linear
+from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server, Session
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
@@ -46,6 +42,7 @@ Read = TypeVar("Read")
 
 WEIGHTS_NAME = "weights.safetensors"
 MODULES_NAME = "modules.json"
+MODULES_VERSION = 2
 EVALUATION, PUBLIC = "evaluation", "public"
 
 MESSAGE_BYTES = 32 << 20
@@ -61,7 +58,7 @@ class CkksHostedModel:
     """A server's modules with their weights, encoded once for all sessions; each brings its own keys."""
 
     def __init__(
-        self, modules: Mapping[str, Module], geometry: Geometry, fingerprint: str, name: str
+        self, modules: Mapping[str, Hosted], geometry: Geometry, fingerprint: str, name: str
     ) -> None:
         self.geometry, self.name, self.fingerprint = geometry, name, fingerprint
         self._server = Server(modules, geometry)
@@ -234,32 +231,39 @@ def generate(geometry: Geometry) -> tuple[SecretKey, Mapping[str, Callable[[Any]
     return client.secret_key, public
 
 
-def save_modules(
-    directory: Path,
-    parts: Mapping[str, Part],
-    prefixes: Mapping[str, Sequence[KeyValue]],
-    ranges: Mapping[str, Sequence[BlockRanges]],
-) -> list[Path]:
-    """Write what a server evaluates: exact parts, keys and values of the prefix, and ranges for polynomials.
+@dataclass(frozen=True, eq=False)
+class RemotePart:
+    """What a server needs of a remote module: the exact module, the prefix, and ranges for polynomials."""
+
+    module: Module
+    prefixes: Sequence[Prefix]
+    ranges: Mapping[str, Interval]
+
+
+def save_modules(directory: Path, model_type: str, args: Args, parts: Mapping[str, RemotePart]) -> list[Path]:
+    """Write what a server evaluates, by the names of the modules in the model of transformers.
 
     Returns the paths of :data:`WEIGHTS_NAME` and :data:`MODULES_NAME`. Weights are kept in single precision.
     """
     arrays: dict[str, Float64] = {}
-    about: dict[str, Any] = {}
-    for name, part in parts.items():
-        kind, layers, facts = _taken_apart(part)
-        about[name] = {"kind": kind, **facts, "ranges": [dict(own) for own in ranges[name]]}
-        for key, layer in layers.items():
-            arrays[f"{name}.{key}.weight"], arrays[f"{name}.{key}.bias"] = layer.weight, layer.bias
-        for index, pair in enumerate(prefixes[name]):
-            arrays[f"{name}.prefix.{index}.key"], arrays[f"{name}.prefix.{index}.value"] = pair
+    for name, remote in parts.items():
+        arrays |= {f"{name}.{key}": value for key, value in remote.module.weights.items()}
+        for index, prefix in enumerate(remote.prefixes):
+            arrays[f"{name}.prefix.{index}.keys"] = prefix.keys
+            arrays[f"{name}.prefix.{index}.values"] = prefix.values
+    about = {
+        "version": MODULES_VERSION,
+        "model_type": model_type,
+        "args": asdict(cast(Any, args)),
+        "modules": {name: {"ranges": dict(remote.ranges)} for name, remote in parts.items()},
+    }
     weights, text = directory / WEIGHTS_NAME, directory / MODULES_NAME
     save_file({key: np.ascontiguousarray(value, np.float32) for key, value in arrays.items()}, weights)
     text.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [weights, text]
 
 
-def load_modules(directory: Path, geometry: Geometry) -> dict[str, Module]:
+def load_modules(directory: Path, geometry: Geometry) -> dict[str, Hosted]:
     """Read what :func:`save_modules` wrote, with its polynomials fitted.
 
     Raises ``ValueError``, naming the file, if it is damaged.
@@ -271,75 +275,38 @@ def load_modules(directory: Path, geometry: Geometry) -> dict[str, Module]:
         raise ValueError(f"{weights} is missing or damaged: {error}") from error
     try:
         about = json.loads(text.read_text(encoding="utf-8"))
-        return {name: _module(name, facts, arrays, geometry) for name, facts in about.items()}
+        if about.get("version") != MODULES_VERSION:
+            raise ValueError(
+                f"version {about.get('version')!r} is not known: export the model again with this CipherLM"
+            )
+        architecture = architecture_of(about["model_type"])
+        args = architecture.args.from_dict(about["args"])
+        return {
+            name: _hosted(architecture.make(name, args), part(arrays, name), facts["ranges"], geometry)
+            for name, facts in about["modules"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{text} is missing, damaged or not of {weights.name}: {error}") from error
 
 
-def _module(
-    name: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]], geometry: Geometry
-) -> Module:
-    def array(key: str) -> Float64:
-        return np.asarray(arrays[f"{name}.{key}"], np.float64)
-
-    width = geometry.heads * geometry.head_dim
-
-    def array_of(key: str, *shape: int) -> Float64:
-        found = array(key)
-        if found.shape != shape:
-            raise ValueError(f"{name}.{key} is of the shape {found.shape}, not {shape}")
-        return found
-
-    def layer(key: str, inputs: int, outputs: int) -> Linear:
-        return Linear(array_of(f"{key}.weight", inputs, outputs), array_of(f"{key}.bias", outputs))
-
-    def attention(at: str) -> Attention:
-        layers = layer(f"{at}c_attn", width, 3 * width), layer(f"{at}c_proj", width, width)
-        return Attention(geometry.heads, *layers, exact.softmax)
-
-    def mlp(at: str) -> MLP:
-        inner = len(array(f"{at}c_fc.bias"))
-        return MLP(layer(f"{at}c_fc", width, inner), layer(f"{at}c_proj", inner, width), exact.activation)
-
-    used = facts.get("activation", DEFAULT_ACTIVATION)  # bundles of the first version name none
-    exact = ExactFunctions(float(facts.get("epsilon", 0.0)))
-    part: Part
-    count = 1
-    if facts["kind"] == "attention":
-        part = AttentionPart(attention(""))
-    elif facts["kind"] == "mlp":
-        part, count = MLPPart(mlp(""), used), 0
-    elif facts["kind"] == "blocks":
-        count = int(facts["blocks"])
-        blocks = [
-            Block(exact.ln_1, attention(f"{i}.attn."), exact.ln_2, mlp(f"{i}.mlp.")) for i in range(count)
-        ]
-        part = BlocksPart(GPT2(tuple(blocks), exact.epsilon, used))
-    else:
-        raise ValueError(f"a module of the kind {facts['kind']!r}")
-    pair = (geometry.heads, geometry.prefix, geometry.head_dim)
-    prefix = [
-        (array_of(f"prefix.{i}.key", *pair), array_of(f"prefix.{i}.value", *pair)) for i in range(count)
-    ]
-    ranges = [{key: (float(low), float(high)) for key, (low, high) in own.items()} for own in facts["ranges"]]
-    return Module(part.fitted(ranges, geometry.context), prefix)
-
-
-def _taken_apart(part: Part) -> tuple[str, dict[str, Linear], dict[str, Any]]:
-    """Return the kind of a part, its linear layers by name, and what else it consists of."""
-    if isinstance(part, AttentionPart):
-        return "attention", {"c_attn": part.attention.c_attn, "c_proj": part.attention.c_proj}, {}
-    if isinstance(part, MLPPart):
-        layers = {"c_fc": part.mlp.c_fc, "c_proj": part.mlp.c_proj}
-        return "mlp", layers, {"activation": part.activation}
-    if not isinstance(part, BlocksPart):
-        raise TypeError(f"{type(part).__name__} cannot be saved")
-    model, layers = part.model, {}
-    for i, block in enumerate(model.blocks):
-        layers[f"{i}.attn.c_attn"], layers[f"{i}.attn.c_proj"] = block.attn.c_attn, block.attn.c_proj
-        layers[f"{i}.mlp.c_fc"], layers[f"{i}.mlp.c_proj"] = block.mlp.c_fc, block.mlp.c_proj
-    facts = {"blocks": len(model.blocks), "epsilon": model.epsilon, "activation": model.activation}
-    return "blocks", layers, facts
+def _hosted(
+    module: Module, arrays: Mapping[str, NDArray[Any]], ranges: Mapping[str, Any], geometry: Geometry
+) -> Hosted:
+    shape = (geometry.heads, geometry.prefix, geometry.head_dim)
+    prefixes = []
+    for index in range(attention_layers(module)):
+        own = part(arrays, f"prefix.{index}")
+        for kind in ("keys", "values"):
+            if own[kind].shape != shape:
+                raise ValueError(f"the prefix's {kind} are of the shape {own[kind].shape}, not {shape}")
+        prefixes.append(Prefix(own["keys"], own["values"]))
+    weights = {key: value for key, value in arrays.items() if not key.startswith("prefix.")}
+    missing = sorted(set(module.weights) - set(weights))
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    module.load(weights)
+    intervals = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+    return Hosted(module.fitted(intervals, geometry.context), prefixes)
 
 
 def modules_fingerprint(directory: Path) -> str:

@@ -200,7 +200,7 @@ def plan_of(bundle: Bundle) -> dict[str, Any]:
             "slots": geometry.layout.slots,
             "period": geometry.layout.period,
             "tokens": geometry.tokens,
-            "first": geometry.prefix,
+            "first": geometry.start,
             "room": next(geometry.chunks(geometry.prefix, geometry.context))[1],
             "width": geometry.layout.width,
             "level": ATTENTION_LEVEL,

@@ -17,14 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
-from transformers import GPT2Config, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import AutoConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from cipherlm.engine import EngineError, SecretKey
 from cipherlm.models.attention import EncryptedAttention
 from cipherlm.models.client import Constants, client_model
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+from cipherlm.models.integration import EncryptedModel
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.models.modules import Float64
 from cipherlm.progress import Progress, silent
@@ -49,14 +49,14 @@ from cipherlm.serving.tfhe import TfheBackend
 
 
 class RemoteModel:
-    """A GPT-2 whose encrypted modules a server computes. Its ``generate`` is that of transformers.
+    """A model whose encrypted modules a server computes. Its ``generate`` is that of transformers.
 
     Made by :meth:`connect`. The secret key, the text and what is not remote are here; close it when done.
     """
 
     def __init__(
         self,
-        model: EncryptedGPT2LMHeadModel,
+        model: EncryptedModel,
         tokenizer: PreTrainedTokenizerBase,
         connection: Connection,
         name: str,
@@ -139,6 +139,11 @@ class RemoteModel:
         return min(m.circuit_tokens for m in modules if isinstance(m, EncryptedAttention))
 
     @property
+    def forward(self) -> Any:
+        """That of the model, whose arguments tell what its key-value cache is called."""
+        return self.model.forward
+
+    @property
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
@@ -156,7 +161,7 @@ class RemoteModel:
 
         The server is asked until the token budget (``max_new_tokens``) is reached, whatever ends the text, so
         that it does not learn how long the text is; with ``reveal_length=True`` it is not. See
-        :meth:`~cipherlm.models.integration.EncryptedGPT2LMHeadModel.generate`.
+        :meth:`~cipherlm.models.integration.EncryptedModel.generate`.
         """
         if self._keys is not None:
             self._keys.spend(len(input_ids) * (options.get("num_return_sequences") or 1))
@@ -276,12 +281,12 @@ def _bundle_of(keys: KeySet, bundle: str | os.PathLike[str] | None, described: M
 
 def _model(
     bundle: Bundle, connection: Connection, progress: Progress
-) -> tuple[EncryptedGPT2LMHeadModel, Callable[[bytes], None]]:
+) -> tuple[EncryptedModel, Callable[[bytes], None]]:
     """Return the client's model, and what connects it with a secret key."""
     root = bundle.directory
     try:
         encryption = EncryptionConfig.from_pretrained(root)
-        config = GPT2Config.from_pretrained(root)
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
         state = load_tensors(root / STATE_NAME)
     except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{root} is damaged: {error}") from error
@@ -291,7 +296,7 @@ def _model(
     circuits: Mapping[str, _Circuit] = {}
     if bundle.scheme == "ckks":
         geometry = geometry_of(bundle.about)
-        connection.bounds = bounds_of(bundle.about["description"], config.n_layer)
+        connection.bounds = bounds_of(bundle.about["description"], int(config.num_hidden_layers))
         constants = _constants(bundle)
 
         def use_secret(secret: bytes) -> None:

@@ -24,7 +24,7 @@ from cipherlm.serving.errors import SessionLost
 from cipherlm.serving.keystore import KeyMaterial
 
 if TYPE_CHECKING:
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.integration import EncryptedModel
 
 FOLDER = "circuits"
 """Where the files of circuits lie in a server's and in a client's directory."""
@@ -232,7 +232,7 @@ class TfheBackend:
         return circuit.decrypt(results[0])[: len(hidden)]
 
 
-def export_tfhe(model: EncryptedGPT2LMHeadModel, directory: Path) -> dict[str, Any]:
+def export_tfhe(model: EncryptedModel, directory: Path) -> dict[str, Any]:
     """Write a compiled model's circuits: ``server/circuits`` for the server, ``client/circuits`` for clients.
 
     The server's part of a module is ``<module>.zip`` and ``<module>.json``; the client's, which has none of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.engine import Ciphertext, LinearTransformation
+from cipherlm.engine import Ciphertext, LinearTransformation, Plaintext
+from cipherlm.nn.module import Linear
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.encrypted import CiphertextTensor, Encodings, EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL, DecodingLayout
 from cipherlm.schemes.ckks.matrices import DecodingMatrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
-from cipherlm.schemes.ckks.tensor import Linear
 
 Float64 = NDArray[np.float64]
 
@@ -30,11 +32,14 @@ class EncryptedToken(CiphertextTensor):
 
     Scores are in one ciphertext for each of the layout's parts, keys and values in one for each group of
     tokens, everything else is in one. Keys are the real part and values the imaginary one, and so both are
-    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.layout.DecodingLayout`.
+    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.layout.DecodingLayout`. The keys and values
+    of a clear ``prefix`` stand beside the ciphertexts, and keys are to be rotated by ``rotation``.
     """
 
     position: int
     heads: bool = False
+    prefix: Prefix | None = None
+    rotation: Rotary | None = None
 
     @property
     def layout(self) -> DecodingLayout:
@@ -56,7 +61,7 @@ class EncryptedToken(CiphertextTensor):
 
         result = encoded.matrix(("decoding", self.heads), make).apply(self._evaluator, self._one())
         bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
-        return self._with([self._evaluator.add(result, bias)], heads=False)
+        return self._with([self._evaluator.add(result, bias)], heads=False, unit=1.0)
 
     def _placed(self, values: NDArray[Any], axis: int, order: NDArray[np.int_] | None = None) -> NDArray[Any]:
         """Return features along an axis at their positions in a period, zero where there is none."""
@@ -73,7 +78,7 @@ class EncryptedToken(CiphertextTensor):
         evaluator, layout = self._evaluator, self.layout
         if heads != layout.prompt.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.prompt.heads}")
-        self.ready(ATTENTION_LEVEL + 1 - MASK_LEVEL, last=True)
+        self.ready(layout.attention_level + 1 - MASK_LEVEL, last=True)
         encoded = self.arithmetic.encodings.layer(linear)
 
         def joined(which: str, values: Float64) -> NDArray[Any]:
@@ -84,7 +89,8 @@ class EncryptedToken(CiphertextTensor):
             return np.tile(joined(which, linear.bias), layout.prompt.tokens)
 
         def make(which: str, encodings: Encodings) -> DecodingMatrix:
-            return _matrix(encodings, self._placed(joined(which, linear.weight), 0), ATTENTION_LEVEL)
+            weight = self._placed(joined(which, linear.weight), 0)
+            return _matrix(encodings, weight, layout.attention_level)
 
         query, pair = (encoded.matrix((name,), partial(make, name)) for name in ("query", "key and value"))
         shifted = query.start(evaluator, self._one())
@@ -95,28 +101,62 @@ class EncryptedToken(CiphertextTensor):
             results.append(self._with([evaluator.add(result, bias)], heads=True))
         return results[0], results[1], results[1]
 
+    def rotary(self, rotary: Rotary) -> EncryptedToken:
+        """See :class:`Tensor`: it is done where these are used."""
+        return self._with(self.parts, rotation=rotary)
+
     def with_past(
-        self, value: EncryptedToken, past: tuple[Any, Any]
+        self, value: EncryptedToken, past: Any, prefix: Prefix | None
     ) -> tuple[EncryptedToken, EncryptedToken]:
         """See :class:`Tensor`; ``past`` is a prompt's keys and values, or those that this returned before."""
         key = past[0]
-        groups = [_group(key, past[1])] if isinstance(key, EncryptedTensor) else list(key.parts)
-        count = key.tokens if isinstance(key, EncryptedTensor) else key.position + 1
+        if isinstance(key, EncryptedTensor):
+            groups, count = [_group(key, past[1])], key.position + key.tokens
+        else:
+            groups, count = list(key.parts), key.position + 1
         if count != self.position:
             raise ValueError(f"token {self.position} behind {count} tokens")
         evaluator, encodings = self._evaluator, self.arithmetic.encodings
-        group, token = divmod(self.position, self.layout.prompt.tokens)
-        pair = evaluator.drop_level(self._one(), CONTEXT_LEVEL)
-        # The product gets the scale of what it is added to.
-        scale = encodings.parameters.scale * encodings.parameters.q[CONTEXT_LEVEL] / pair.scale
-        mask = encodings.keep(
-            ("token", token, scale),
-            lambda: encodings.encode(self.layout.token_mask(token), CONTEXT_LEVEL, scale),
-        )
-        added = self.arithmetic.refresh_complex(evaluator.multiply(pair, mask), CONTEXT_LEVEL)
+        group, token = divmod(self.position - self.layout.prompt.prefix, self.layout.prompt.tokens)
+        placed = self._of_token(token)
+        if prefix is not None:
+            centre = -prefix.centre[:, 0]
+            slots = self.layout.pack_heads(centre) * self.layout.token_mask(token)
+            shift = encodings.layer(prefix).bias(("decoding", token), placed, lambda: slots)
+            placed = evaluator.add(placed, shift)
+        added = self.arithmetic.refresh_complex(placed, CONTEXT_LEVEL)
         groups[group:] = [evaluator.add(kept, added) for kept in groups[group:]] or [added]
-        joined = self._with(groups, heads=True)
+        apart = prefix if self.layout.prompt.prefix else None
+        joined = self._with(groups, heads=True, prefix=apart, rotation=None)
         return joined, joined
+
+    def _of_token(self, token: int) -> Ciphertext:
+        """Return keys, after their rotation, and values where those of a token of a group are."""
+        evaluator, encodings = self._evaluator, self.arithmetic.encodings
+        level = self.layout.attention_level - 1
+        pair = evaluator.drop_level(self._one(), level)
+        # The product gets the scale of what it is added to.
+        scale = encodings.parameters.scale * encodings.parameters.q[level] / pair.scale
+        mask = self.layout.token_mask(token)
+        if self.rotation is None:
+            encoded = encodings.keep(("token", token, scale), lambda: encodings.encode(mask, level, scale))
+            return evaluator.multiply(pair, encoded)
+        # The real part alone is rotated: half the sum of pair and conjugate, without the other half.
+        conjugate = evaluator.conjugate(pair)
+        real = evaluator.add(pair, conjugate)
+        cosine, *sines = self.layout.rotary_factors(self.rotation, self.position)
+        terms = [pair, conjugate, *evaluator.rotate_hoisted(real, self.layout.half_turns)]
+        masks = [(cosine + 1) / 2, (cosine - 1) / 2, *(sine / 2 for sine in sines)]
+        return evaluator.dot(terms, [encodings.encode(mask * factor, level, scale) for factor in masks])
+
+    @property
+    def _rotated(self) -> Ciphertext:
+        """Queries after their rotation, if there is one, at the level of keys."""
+        if self.rotation is None:
+            return self._evaluator.drop_level(self._one(), CONTEXT_LEVEL)
+        query = self._evaluator.drop_level(self._one(), CONTEXT_LEVEL + 1)
+        turned = self._evaluator.rotate_hoisted(query, self.layout.half_turns)
+        return self._masked([query, *turned], self.layout.rotary_factors(self.rotation, self.position))
 
     @property
     def keys(self) -> int:
@@ -128,32 +168,69 @@ class EncryptedToken(CiphertextTensor):
         """See :class:`Tensor`."""
         return len(self.parts) * self.layout.keys_per_part
 
-    def scores(self, key: EncryptedToken) -> EncryptedToken:
-        """See :class:`Tensor`.
+    @property
+    def _own_keys(self) -> int:
+        """How many of the keys are not of a clear prefix."""
+        return self.keys - self.layout.prompt.prefix
 
-        Real parts of the products of a query q with ``n K - S``, where S is the sum over the n keys: n times
-        the centred scores.
-        """
+    def scores(self, key: EncryptedToken) -> EncryptedToken:
+        """See :class:`Tensor`: the real parts of the products of a query with keys and values."""
         evaluator, layout = self._evaluator, self.layout
-        query = evaluator.drop_level(self._one(), CONTEXT_LEVEL)
-        total = key.parts[0]
-        for group in key.parts[1:]:
-            total = evaluator.add(total, group)
-        total = evaluator.inner_sum(total, *layout.tokens_of_group)
+        query = self._rotated
 
         def of_group(item: tuple[int, Ciphertext]) -> Ciphertext:
             index, keys = item
-            centred = evaluator.subtract(evaluator.multiply(keys, self.keys), total)
-            product = evaluator.multiply(query, centred)
+            product = evaluator.multiply(query, keys)
             for sums in layout.features_of_head:
                 product = evaluator.inner_sum(product, *sums)
-            seen = min(layout.prompt.tokens, self.keys - index * layout.prompt.tokens)
+            seen = min(layout.prompt.tokens, self._own_keys - index * layout.prompt.tokens)
             return evaluator.multiply(product, self._score_mask(seen))
 
         masked = self.arithmetic.each(of_group, enumerate(key.parts))
         parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
-        factor = self.keys * math.sqrt(layout.prompt.head_dim)
-        return self._with((self._real(self._gathered(part), factor) for part in parts), heads=False)
+        factor = math.sqrt(layout.prompt.head_dim)
+        own = [self._real(self._gathered(part), factor) for part in parts]
+        return self._with([*self._prefix_scores(query, key), *own], heads=False, rotation=None)
+
+    def _prefix_scores(self, query: Ciphertext, key: EncryptedToken) -> list[Ciphertext]:
+        if key.prefix is None:
+            return []
+        evaluator, layout = self._evaluator, self.layout
+        results = []
+        for (product,) in evaluator.transform_many([query], key._of_prefix("keys", CONTEXT_LEVEL)):
+            product = evaluator.inner_sum(product, *layout.features_of_head[0])
+            results.append(evaluator.multiply(product, self._place_mask(CONTEXT_LEVEL - 1)))
+        return results
+
+    def _place_mask(self, level: int) -> Plaintext:
+        encodings = self.arithmetic.encodings
+        return encodings.keep(("places", level), lambda: encodings.mask(self.layout.place_mask, level))
+
+    def _of_prefix(self, kind: str, level: int, scale: float | None = None) -> list[LinearTransformation]:
+        """Return the matrices of a prefix's clear keys or values, one for each part of its scores."""
+        prefix, layout = self.prefix, self.layout
+        assert prefix is not None
+
+        def diagonals(part: int) -> Iterable[tuple[int, NDArray[Any]]]:
+            if kind == "keys":
+                return layout.prefix_scores(prefix.keys - prefix.centre, part)
+            # Values are the imaginary part of what they are added to.
+            return ((step, 1j * diagonal) for step, diagonal in layout.prefix_values(prefix.values, part))
+
+        def make(encodings: Encodings) -> list[LinearTransformation]:
+            return [
+                LinearTransformation(
+                    encodings.parameters,
+                    diagonals(part),
+                    level=level,
+                    giant_step=layout.prefix_step,
+                    storage=encodings.storage,
+                    scale=scale,
+                )
+                for part in range(layout.prefix_parts)
+            ]
+
+        return self.arithmetic.encodings.layer(prefix).matrix(("decoding", kind, scale), make)
 
     def _score_mask(self, tokens: int) -> Any:
         encodings = self.arithmetic.encodings
@@ -176,7 +253,7 @@ class EncryptedToken(CiphertextTensor):
         """See :class:`Tensor`."""
         evaluator, encodings = self._evaluator, self.arithmetic.encodings
         results = []
-        for part, shift in zip(self.parts, self.layout.exponents(floor, self.keys), strict=True):
+        for part, shift in zip(self.parts, self.layout.exponents(floor, self._own_keys), strict=True):
             scores = evaluator.set_scale(part, part.scale / factor)
             results.append(evaluator.add(scores, encodings.encode(shift, scores.level, scores.scale)))
         return self._with(results)
@@ -194,11 +271,12 @@ class EncryptedToken(CiphertextTensor):
         """See :class:`Tensor`."""
         self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.layout
+        of_prefix, own = self.parts[: layout.prefix_parts], self.parts[layout.prefix_parts :]
         placed: list[Ciphertext] = []
         for index in range(len(value.parts)):
             part, group = divmod(index, layout.lower)
             if group == 0:
-                placed.append(evaluator.drop_level(self.parts[part], CONTEXT_LEVEL))
+                placed.append(evaluator.drop_level(own[part], CONTEXT_LEVEL))
             else:
                 placed.append(evaluator.rotate(placed[-1], layout.group_step))
         mask = self._weight_mask()
@@ -213,10 +291,21 @@ class EncryptedToken(CiphertextTensor):
         total = weights[0]
         for other in weights[1:]:
             total = evaluator.add(total, other)
-        mixed = evaluator.dot(
-            weights, [evaluator.drop_level(group, weights[0].level) for group in value.parts]
-        )
-        mixed, total = (evaluator.inner_sum(one, *layout.tokens_of_group) for one in (mixed, total))
+        total = evaluator.inner_sum(total, *layout.tokens_of_group)
+        groups = [evaluator.drop_level(group, weights[0].level) for group in value.parts]
+        mixed = evaluator.dot(weights, groups, rescale=False)
+        if of_prefix:
+            matrices = value._of_prefix("values", CONTEXT_LEVEL - 1, mixed.scale / weights[0].scale)
+            for before, matrix in zip(of_prefix, matrices, strict=True):
+                weight = evaluator.multiply(
+                    evaluator.drop_level(before, CONTEXT_LEVEL), self._place_mask(CONTEXT_LEVEL)
+                )
+                weight = evaluator.inner_sum(weight, *layout.spreading[0])
+                mixed = evaluator.add(mixed, evaluator.transform(weight, matrix))
+                for sums in (layout.tokens_of_group, layout.groups_of_part):
+                    weight = evaluator.inner_sum(weight, *sums)
+                total = evaluator.add(total, weight)
+        mixed = evaluator.inner_sum(evaluator.rescale(mixed), *layout.tokens_of_group)
         _, imaginary = evaluator.split(mixed)
         imaginary = evaluator.set_scale(imaginary, imaginary.scale * 2)
         return self._with([imaginary], heads=True), self._with([total], heads=True)
@@ -235,16 +324,18 @@ def _matrix(encodings: Encodings, weight: NDArray[Any], level: int) -> DecodingM
 
 def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
     """Return the keys and values of a prompt as the first group of a context."""
-    (keys,), (values,) = key.parts, value.parts
     arithmetic = key.arithmetic
     evaluator, encodings, layout = arithmetic.evaluator, arithmetic.encodings, arithmetic.layout.decoding
+    keys = key.rotated
+    (values,) = (evaluator.drop_level(part, keys.level) for part in value.parts)
     pair = evaluator.add(keys, evaluator.multiply(values, 1j))
+    level = min(pair.level, CONTEXT_LEVEL)
     transposition = encodings.keep(
-        ("transposition", key.tokens),
+        ("transposition", key.tokens, level),
         lambda: LinearTransformation(
             encodings.parameters,
             layout.transposition(key.tokens),
-            level=CONTEXT_LEVEL,
+            level=level,
             giant_step=layout.prompt.slots,
             storage=encodings.storage,
         ),

@@ -20,16 +20,19 @@ from cipherlm.engine import (
     Ciphertext,
     EvaluationKeys,
     Evaluator,
+    LinearTransformation,
     Parameters,
     Plaintext,
     SecretKey,
     threads,
 )
 from cipherlm.engine.linear import Storage
+from cipherlm.nn.module import Linear
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Prefix, Tensor, depth
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL, Layout
 from cipherlm.schemes.ckks.matrices import Matrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL, Refresher
-from cipherlm.schemes.ckks.tensor import Linear, Tensor, depth
 
 Float64 = NDArray[np.float64]
 A = TypeVar("A")
@@ -55,14 +58,14 @@ class Encodings:
 
     def __init__(self, parameters: Parameters, layout: Layout, *, storage: Storage = "int32") -> None:
         self.parameters, self.layout, self.storage = parameters, layout, storage
-        self._layers: WeakKeyDictionary[Linear, _Layer] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[Linear | Prefix, _Layer] = WeakKeyDictionary()
         self._kept: dict[Any, Any] = {}
         self._lock = threading.RLock()
 
-    def layer(self, linear: Linear) -> _Layer:
-        """Return what is kept with clear weights."""
+    def layer(self, owner: Linear | Prefix) -> _Layer:
+        """Return what is kept with clear weights, or with the keys and values of a prefix."""
         with self._lock:
-            return self._layers.setdefault(linear, _Layer(self))
+            return self._layers.setdefault(owner, _Layer(self))
 
     def keep(self, key: Any, make: Callable[[], A]) -> A:
         """Return what belongs to a key, made on the first call."""
@@ -80,10 +83,11 @@ class Encodings:
         """Encode what ciphertexts of a level are to be multiplied with: their scale stays."""
         return self.encode(slots, level, float(self.parameters.q[level]))
 
-    @property
-    def key_masks(self) -> list[list[Plaintext]]:
-        """The encoded masks of keys."""
-        return self.keep("keys", lambda: self._masks(self.layout.key_masks()))
+    def key_masks(self, rotary: Rotary | None, position: int) -> list[list[Plaintext]]:
+        """Return the encoded masks of keys; see :meth:`Layout.key_masks`."""
+        return self.keep(
+            ("keys", rotary, position), lambda: self._masks(self.layout.key_masks(rotary, position))
+        )
 
     @property
     def value_masks(self) -> list[list[Plaintext]]:
@@ -114,7 +118,7 @@ class Arithmetic:
 
     def tensor(self, ciphertexts: Iterable[Ciphertext], tokens: int, start: int = 0) -> EncryptedTensor:
         """Return hidden states that a client encrypted: :func:`encrypt`."""
-        return EncryptedTensor(self, tuple(ciphertexts), tokens, start)
+        return EncryptedTensor(self, tuple(ciphertexts), tokens, start, position=self.layout.prefix)
 
     def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Apply a function in threads."""
@@ -199,10 +203,14 @@ class _Layer:
 
 @dataclass(eq=False)
 class CiphertextTensor(Tensor):
-    """What tensors of ciphertexts have in common, whatever their packing."""
+    """What tensors of ciphertexts have in common, whatever their packing.
+
+    Values are of the size of ``unit``: a refresh brings them to the default scale divided by that.
+    """
 
     arithmetic: Arithmetic = field(repr=False)
     parts: tuple[Ciphertext, ...]
+    unit: float = field(default=1.0, kw_only=True)
 
     @property
     def level(self) -> int:
@@ -210,8 +218,17 @@ class CiphertextTensor(Tensor):
         return min(part.level for part in self.parts)
 
     @property
+    def most_levels(self) -> int:
+        """See :class:`Tensor`."""
+        return self.arithmetic.parameters.max_level - MASK_LEVEL
+
+    @property
     def _evaluator(self) -> Evaluator:
         return self.arithmetic.evaluator
+
+    def _masked(self, parts: Sequence[Ciphertext], masks: Sequence[Float64]) -> Ciphertext:
+        """Return the sum of ciphertexts times masks, at the scale of the first."""
+        return self._evaluator.dot(parts, [self.arithmetic.encodings.mask(m, parts[0].level) for m in masks])
 
     @property
     @abstractmethod
@@ -245,7 +262,7 @@ class CiphertextTensor(Tensor):
     def __mul__(self: C, other: C | float) -> C:
         evaluator = self._evaluator
         if isinstance(other, CiphertextTensor):
-            return self._with(evaluator.multiply(a, b) for a, b in self._paired(other))
+            return self._with((evaluator.multiply(a, b) for a, b in self._paired(other)), unit=1.0)
         if other == round(other):
             return self._with(evaluator.multiply(part, round(other)) for part in self.parts)
         sign = 1 if other > 0 else -1
@@ -258,21 +275,26 @@ class CiphertextTensor(Tensor):
             self.arithmetic.each(lambda c: self._evaluator.polynomial(c, polynomial), self.parts)
         )
 
-    def mean_square(self: C, before: Chebyshev) -> C:
+    def mean_square(self: C, before: Chebyshev, gain: float = 1.0) -> C:
         """See :class:`Tensor`."""
         evaluator, width = self._evaluator, self.arithmetic.layout.width
+        self.unit = gain**-0.5
         # Lower values make a lower square: the sum over the width must not outgrow the default scale.
-        wanted = self.arithmetic.scale_before(before)
+        wanted = self.arithmetic.scale_before(before) * gain
         lower = math.sqrt(wanted * self.arithmetic.parameters.scale / width)
         if self.level - MASK_LEVEL < depth(before) + 3:
             # A refresh can bring a copy in that scale for nothing.
             copy = self._with(self.parts)
-            self._refresh([self, copy], [self.arithmetic.parameters.scale, lower], shift=MAPPING_SHIFT)
+            self._refresh([self, copy], [self._refreshed_scale, lower], shift=MAPPING_SHIFT)
             scaled = list(copy.parts)
         else:
             scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
         total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
-        return self._with([evaluator.set_scale(total, total.scale * width)])
+        return self._with([evaluator.set_scale(total, total.scale * width / gain)], unit=1.0)
+
+    @property
+    def _refreshed_scale(self) -> float:
+        return self.arithmetic.parameters.scale / self.unit
 
     def ready(
         self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
@@ -285,7 +307,7 @@ class CiphertextTensor(Tensor):
         left = min(tensor.level for tensor in tensors) - MASK_LEVEL
         if left >= levels + (ahead._mapping(before) if before else 0):
             return
-        scales = [parameters.scale] * len(tensors)
+        scales = [tensor._refreshed_scale for tensor in tensors]
         if before:
             scales[-1] = self.arithmetic.scale_before(before)
         shift = MAPPING_SHIFT if before else PLAIN_SHIFT
@@ -315,16 +337,23 @@ class CiphertextTensor(Tensor):
 
 @dataclass(eq=False)
 class EncryptedTensor(CiphertextTensor):
-    """Hidden states, heads, scores or a column of them; see :class:`~cipherlm.schemes.ckks.tensor.Tensor`.
+    """Hidden states, heads, scores or a column of them; see :class:`~cipherlm.nn.tensor.Tensor`.
 
     Hidden states are in one ciphertext for each period of features, everything else is in one. A column has
     its value of a token (and a head) in every slot of that token (and head). The tokens are those from
-    ``start`` on. Hidden states before it are zero, and stay so: the place of a clear prefix.
+    ``start`` on, and token 0 is at ``position`` of the text. Hidden states before ``start`` are zero, and
+    stay so: the place of a short clear prefix. The keys and values of a longer one are in ``prefix``, beside
+    the ciphertexts; scores have more of these for it.
+
+    Keys are to be rotated by ``rotation``: the masks that place them do that on the way.
     """
 
     tokens: int
     start: int = 0
     heads: bool = False
+    position: int = 0
+    prefix: Prefix | None = None
+    rotation: Rotary | None = None
 
     @property
     def _features(self) -> tuple[int, int]:
@@ -340,7 +369,7 @@ class EncryptedTensor(CiphertextTensor):
             for index, result in enumerate(results)
         )
         added = (self._evaluator.add(result, bias) for result, bias in zip(results, biases, strict=True))
-        return self._with(added, heads=False)
+        return self._with(added, heads=False, unit=1.0)
 
     def _matrix(
         self, linear: Linear, level: int, kind: str, rows: Callable[[Linear], Sequence[Float64]]
@@ -403,76 +432,172 @@ class EncryptedTensor(CiphertextTensor):
         bias = linear.bias.reshape(3, layout.heads, 1, layout.head_dim)[index]
         return layout.pack_heads(np.tile(bias, (1, layout.tokens - self.start, 1)), self.start)
 
+    def rotary(self, rotary: Rotary) -> EncryptedTensor:
+        """See :class:`Tensor`: it is done where these are used."""
+        return self._with(self.parts, rotation=rotary)
+
+    @property
+    def rotated(self) -> Ciphertext:
+        """Queries or keys after their rotation, if there is one, which takes a level."""
+        if self.rotation is None:
+            return self._one()
+        layout, rotation = self.arithmetic.layout, self.rotation
+        part = self._evaluator.drop_level(self._one(), ATTENTION_LEVEL - 1)
+        masks = self.arithmetic.encodings.keep(
+            ("rotation", rotation, self.position),
+            lambda: [
+                self.arithmetic.encodings.mask(factor, ATTENTION_LEVEL - 1)
+                for factor in layout.rotary_factors(rotation, self.position)
+            ],
+        )
+        return self._evaluator.dot([part, self._evaluator.rotate(part, layout.half_turn)], masks)
+
     def with_past(
-        self, value: EncryptedTensor, past: tuple[Any, Any]
+        self, value: EncryptedTensor, past: Any, prefix: Prefix | None
     ) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`. Raises ``ValueError`` unless these tokens start right after a clear prefix."""
-        return self._after(past[0]), value._after(past[1])
+        apart, before = self.position > 0, self.position or self.start
+        if past is not None or before != (prefix.tokens if prefix else 0):
+            raise ValueError(f"a prompt goes right behind a clear prefix of {before} tokens")
+        if prefix is None:
+            return self, value
+        layout, encodings = self.arithmetic.layout, self.arithmetic.encodings
+        centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
+        if not apart:
+            centre[:, : self.start] += prefix.keys
+        kept = encodings.layer(prefix)
+        key = self._evaluator.add(
+            self._one(),
+            kept.bias(("keys",), self._one(), lambda: layout.pack_heads(self._before_rotation(centre))),
+        )
+        tokens = self.tokens + self.start
+        if apart:
+            return self._with([key], prefix=prefix), value._with(value.parts, prefix=prefix)
+        values = self._evaluator.add(
+            value._one(), kept.bias(("values",), value._one(), lambda: layout.pack_heads(prefix.values))
+        )
+        return (
+            self._with([key], tokens=tokens, start=0),
+            value._with([values], tokens=tokens, start=0),
+        )
 
-    def _after(self, prefix: Any) -> EncryptedTensor:
-        if not isinstance(prefix, np.ndarray) or prefix.shape[1] != self.start:
-            raise ValueError(f"a prompt goes right behind a clear prefix of {self.start} tokens")
-        added = self._evaluator.add(self._one(), self.arithmetic.layout.pack_heads(prefix))
-        return self._with([added], tokens=self.tokens + self.start, start=0)
+    def _before_rotation(self, values: Float64) -> Float64:
+        """Return what the rotation brings to values (heads, tokens, head_dim)."""
+        if self.rotation is None:
+            return values
+        cosine, sine = self.rotation.factors(np.arange(self.position, self.position + values.shape[1]))
+        back: Float64 = values * cosine - self.rotation.half_turn(values) * sine
+        return back / self.rotation.factor**2
 
     @property
     def keys(self) -> int:
         """See :class:`Tensor`; those of repeated tokens count as well."""
-        return self.arithmetic.layout.tokens
+        return self.arithmetic.layout.prefix + self.arithmetic.layout.tokens
 
     @property
     def places(self) -> int:
         """See :class:`Tensor`."""
-        return self.arithmetic.layout.tokens
+        layout = self.arithmetic.layout
+        return layout.tokens + layout.prefix_parts * len(layout.feature_at)
 
     def _shifted(self, masks: list[list[Plaintext]]) -> list[Ciphertext]:
         """Return the masked keys or values for every shift of features."""
-        evaluator = self._evaluator
-        (part,) = (evaluator.drop_level(part, ATTENTION_LEVEL - 1) for part in self.parts)
-        moved = [part, *evaluator.rotate_hoisted(part, [-k for k in range(1, len(masks))])]
+        evaluator, layout = self._evaluator, self.arithmetic.layout
+        part = evaluator.drop_level(self._one(), ATTENTION_LEVEL - 1)
+        sources = [part] if self.rotation is None else [part, evaluator.rotate(part, layout.half_turn)]
+        shifts = [-k for k in range(1, layout.tokens)]
+        moved = [x for source in sources for x in (source, *evaluator.rotate_hoisted(source, shifts))]
         return self.arithmetic.each(lambda row: evaluator.dot(moved, row), masks)
+
+    def _of_prefix(self, kind: str, scale: float | None = None) -> list[LinearTransformation]:
+        """Return the matrices of a prefix's clear keys or values, one for each part of its scores."""
+        prefix, layout = self.prefix, self.arithmetic.layout
+        assert prefix is not None
+
+        def diagonals(part: int) -> Iterable[tuple[int, Float64]]:
+            if kind == "keys":
+                return layout.prefix_scores(prefix.keys - prefix.centre, part)
+            return layout.prefix_values(prefix.values, part)
+
+        def make(encodings: Encodings) -> list[LinearTransformation]:
+            return [
+                LinearTransformation(
+                    encodings.parameters,
+                    diagonals(part),
+                    level=ATTENTION_LEVEL - 2,
+                    giant_step=layout.distance_step * layout.tokens,
+                    storage=encodings.storage,
+                    scale=scale,
+                )
+                for part in range(layout.prefix_parts)
+            ]
+
+        return self.arithmetic.encodings.layer(prefix).matrix((kind, scale), make)
 
     def scores(self, key: EncryptedTensor) -> EncryptedTensor:
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        query = evaluator.drop_level(self._one(), ATTENTION_LEVEL - 2)
+        query = evaluator.drop_level(self.rotated, ATTENTION_LEVEL - 2)
 
         def part(item: tuple[int, Ciphertext]) -> Ciphertext:
             k, masked = item
             product = evaluator.multiply(query, masked, rescale=False)
             return evaluator.rotate(product, k * layout.distance_step, out=product) if k else product
 
-        products = self.arithmetic.each(part, enumerate(key._shifted(self.arithmetic.encodings.key_masks)))
+        products = self.arithmetic.each(part, enumerate(key._shifted(key._masks)))
         total = products[0]
         for product in products[1:]:
             evaluator.add(total, product, out=total)
         evaluator.rescale(total, out=total)
         total = evaluator.inner_sum(total, *layout.blocks_of_head)
-        return self._with([evaluator.set_scale(total, total.scale * math.sqrt(layout.head_dim))])
+        scores = [evaluator.set_scale(total, total.scale * math.sqrt(layout.head_dim))]
+        if key.prefix is not None:
+            scores += [row[0] for row in evaluator.transform_many([query], key._of_prefix("keys"))]
+        return self._with(scores, rotation=None)
+
+    @property
+    def _masks(self) -> list[list[Plaintext]]:
+        return self.arithmetic.encodings.key_masks(self.rotation, self.position)
 
     def exponents(self, factor: float, floor: float) -> EncryptedTensor:
         """See :class:`Tensor`."""
-        scores = self._evaluator.set_scale(self._one(), self._one().scale / factor)
-        shift = self.arithmetic.encodings.keep(
-            ("exponents", floor, scores.level, scores.scale),
-            lambda: self.arithmetic.encodings.encode(
-                self.arithmetic.layout.exponents(floor), scores.level, scores.scale
-            ),
+        evaluator, encodings = self._evaluator, self.arithmetic.encodings
+        scores = [evaluator.set_scale(part, part.scale / factor) for part in self.parts]
+        about = tuple((part.level, part.scale) for part in scores)
+        shifts = encodings.keep(
+            ("exponents", floor, about),
+            lambda: [
+                encodings.encode(shift, *where)
+                for shift, where in zip(self.arithmetic.layout.exponents(floor), about, strict=True)
+            ],
         )
-        return self._with([self._evaluator.add(scores, shift)])
+        return self._with(evaluator.add(part, shift) for part, shift in zip(scores, shifts, strict=True))
 
     def total(self) -> EncryptedTensor:
         """See :class:`Tensor`."""
-        return self._with([self._evaluator.inner_sum(self._one(), *self.arithmetic.layout.distances)])
+        evaluator, layout = self._evaluator, self.arithmetic.layout
+        total, *others = self.parts
+        if others:
+            before = others[0]
+            for other in others[1:]:
+                before = evaluator.add(before, other)
+            total = evaluator.add(total, evaluator.inner_sum(before, *layout.blocks_of_head))
+        return self._with([evaluator.inner_sum(total, *layout.distances)])
 
     def mix(self, value: EncryptedTensor) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
         self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        weights = evaluator.drop_level(self._one(), ATTENTION_LEVEL - 2)
+        weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)
         steps = [k * layout.distance_step for k in range(1, layout.tokens)]
         moved = [weights, *evaluator.rotate_hoisted(weights, steps)]
-        mixed = evaluator.dot(moved, value._shifted(self.arithmetic.encodings.value_masks))
+        mixed = evaluator.dot(moved, value._shifted(self.arithmetic.encodings.value_masks), rescale=False)
+        if value.prefix is not None:
+            # At the scale of the values, so that these sums can be added to the others.
+            matrices = value._of_prefix("values", mixed.scale / weights.scale)
+            for part, matrix in zip(others, matrices, strict=True):
+                evaluator.add(mixed, evaluator.transform(part, matrix), out=mixed)
+        evaluator.rescale(mixed, out=mixed)
         return self._with([mixed], heads=True), self.total()
 
 

@@ -22,15 +22,16 @@ from cipherlm.engine import (
 )
 from cipherlm.engine.linear import Storage
 from cipherlm.errors import Refused
+from cipherlm.nn.blocks import Report, evaluate
+from cipherlm.nn.module import Module
+from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import Arithmetic, CiphertextTensor, Encodings
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
-from cipherlm.schemes.ckks.tensor import Cache, KeyValue
 
 Float64 = NDArray[np.float64]
 Exchange = Callable[[RefreshRequest], RefreshReply]
-Report = Callable[[int, int], None]
 
 FLOOD = 16
 """Bits of the noise that is added to results: see :meth:`~cipherlm.engine.Evaluator.rerandomize`."""
@@ -40,8 +41,11 @@ FLOOD = 16
 class Geometry:
     """How hidden states lie in ciphertexts: what client and server have to agree on.
 
-    ``tokens`` of a prompt go side by side into a ciphertext, the first ``prefix`` of which are public and
-    never encrypted. ``context`` is the highest number of tokens, with the prefix. ``post_quantum`` keeps 128
+    Hidden states have ``width`` features, in heads and in an MLP there are ``heads`` times ``head_dim`` and
+    ``inner`` (0 stands for the width that heads have together, and for four times the width). ``tokens`` go
+    side by side into a ciphertext. The first ``prefix`` tokens of a text are public and never encrypted; if
+    they are fewer than ``tokens``, they take their places among these. ``context`` is the highest number of
+    tokens, with the prefix. ``rotary`` says that queries and keys are rotated, and ``post_quantum`` keeps 128
     bits of security against quantum computers too. Raises ``ValueError`` for anything that does not fit.
     """
 
@@ -52,12 +56,15 @@ class Geometry:
     context: int = 64
     log_degree: int = 14
     post_quantum: bool = False
+    width: int = 0
+    inner: int = 0
+    rotary: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.post_quantum, bool):
-            raise ValueError(f"post_quantum must be True or False, not {self.post_quantum!r}")
         for field in fields(self):
-            if field.name == "post_quantum":
+            if field.name in ("post_quantum", "rotary"):
+                if not isinstance(getattr(self, field.name), bool):
+                    raise ValueError(f"{field.name} must be True or False, not {getattr(self, field.name)!r}")
                 continue
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 16:
@@ -66,8 +73,13 @@ class Geometry:
             raise ValueError(f"ring degree 2^{self.log_degree}: only 2^14 has the levels that are needed")
         if not 1 <= self.heads <= 1 << 10 or not 1 <= self.head_dim <= 1 << 10:
             raise ValueError(f"{self.heads} heads of {self.head_dim} features")
-        if not self.prefix < self.tokens or not self.prefix < self.context:
-            raise ValueError(f"a prefix of {self.prefix} tokens leaves no room in {self.tokens}")
+        object.__setattr__(self, "width", self.width or self.heads * self.head_dim)
+        object.__setattr__(self, "inner", self.inner or 4 * self.width)
+        if not self.prefix < self.context:
+            raise ValueError(
+                f"a prefix of {self.prefix} tokens leaves no room in a context of {self.context}: "
+                f"encrypt with EncryptionConfig(..., context={max(2 * self.prefix, 64)})"
+            )
         if self.context > self.layout.most_tokens:
             raise ValueError(f"a context of {self.context} tokens: at most {self.layout.most_tokens}")
 
@@ -79,30 +91,44 @@ class Geometry:
     @cached_property
     def layout(self) -> Layout:
         """The packing."""
-        return Layout(1 << (self.log_degree - 1), self.tokens, self.heads, self.head_dim)
+        return Layout(
+            1 << (self.log_degree - 1),
+            self.tokens,
+            self.heads,
+            self.head_dim,
+            self.width,
+            self.inner,
+            self.prefix - self.start,
+            self.rotary,
+        )
+
+    @property
+    def start(self) -> int:
+        """The place of a text's first private token in a ciphertext: behind a short prefix."""
+        return self.prefix if self.prefix < self.tokens else 0
 
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
         if count and start == self.prefix:
-            first = min(count, self.tokens - self.prefix)
+            first = min(count, self.tokens - self.start)
             yield start, first
             start, count = start + first, count - first
         for position in range(start, start + count):
             yield position, 1
 
     def to_dict(self) -> dict[str, int]:
-        """Return the fields, ready for JSON; ``post_quantum`` only where it is set."""
-        values = asdict(self)
-        if not self.post_quantum:
-            del values["post_quantum"]
-        return values
+        """Return the fields, ready for JSON."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> Geometry:
         """Read what ``to_dict`` gave. Raises ``ValueError`` for anything else."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) | {"post_quantum"} != names:
+        if not isinstance(values, dict) or not {"heads", "head_dim"} <= set(values):
             raise ValueError("not the geometry of an encrypted model")
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} in the geometry is not known: is it of a newer CipherLM?")
         return cls(**values)
 
 
@@ -140,9 +166,9 @@ class Client:
         if start > self.geometry.prefix:
             slots = [self._layout.decoding.pack(hidden[0])]
         else:
-            missing = max(0, self._layout.tokens - start - len(hidden))
+            missing = max(0, self._layout.tokens - self.geometry.start - len(hidden))
             padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
-            slots = self._layout.pack(padded, start)
+            slots = self._layout.pack(padded, self.geometry.start)
         return [self.secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
 
     def decrypt(self, ciphertexts: Sequence[Ciphertext], count: int, start: int) -> Float64:
@@ -150,7 +176,7 @@ class Client:
         slots = [self.secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
         if start > self.geometry.prefix:
             return self._layout.decoding.unpack(slots[0], self._layout.width)[None]
-        return self._layout.unpack(slots, self._layout.width, count, start)
+        return self._layout.unpack(slots, self._layout.width, count, self.geometry.start)
 
     def refresh(self, request: RefreshRequest) -> RefreshReply:
         """Answer a server that is out of levels: it shows uniformly random numbers only."""
@@ -158,21 +184,25 @@ class Client:
 
 
 @dataclass(frozen=True, eq=False)
-class Module:
-    """What a server evaluates: a function of hidden states, with a cache for each attention layer in it.
+class Hosted:
+    """What a server evaluates: a module with polynomials, and what each attention layer has of the prefix.
 
-    ``prefix`` are the keys and values of the public tokens, one pair for each of these layers.
+    Without a prefix there are none.
     """
 
-    function: Callable[[Any, Sequence[Cache], Report], Any]
-    prefix: Sequence[KeyValue]
+    module: Module
+    prefixes: Sequence[Prefix | None]
+
+    def caches(self) -> list[Cache]:
+        """Return the caches of a new text."""
+        return [Cache(prefix) for prefix in self.prefixes]
 
 
 class Server:
     """The party with the weights. It encodes them once for all its clients."""
 
     def __init__(
-        self, modules: Mapping[str, Module], geometry: Geometry, *, storage: Storage = "int32"
+        self, modules: Mapping[str, Hosted], geometry: Geometry, *, storage: Storage = "int32"
     ) -> None:
         self.modules, self.geometry = dict(modules), geometry
         self._encodings = Encodings(geometry.parameters, geometry.layout, storage=storage)
@@ -209,20 +239,20 @@ class Session:
         if name not in self._server.modules:
             raise Refused(f"there is no module {name!r} here")
         module = self._server.modules[name]
-        room = geometry.tokens - start if start == geometry.prefix else 1
+        room = geometry.tokens - geometry.start if start == geometry.prefix else 1
         if not 1 <= count <= room or start + count > geometry.context:
             raise Refused(f"{count} tokens from position {start} on do not fit")
         caches, seen = self._seen.pop(name, ([], 0))
         if start == geometry.prefix:
-            caches = [Cache(past if geometry.prefix else None) for past in module.prefix]
+            caches = module.caches()
         elif start != (expected := seen or geometry.prefix):
             raise Refused(f"tokens from position {start} on, where {expected} was expected")
         x: CiphertextTensor
         if start == geometry.prefix:
-            x = self.arithmetic.tensor(ciphertexts, count, start)
+            x = self.arithmetic.tensor(ciphertexts, count, geometry.start)
         else:
             x = EncryptedToken(self.arithmetic, tuple(ciphertexts), start)
-        result: CiphertextTensor = module.function(x, caches, report)
+        result: CiphertextTensor = evaluate(module.module, x, caches, report)
         self._seen[name] = caches, start + count
         return [
             self.arithmetic.evaluator.rerandomize(part, self._public_key, flood=FLOOD)

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.engine import Chebyshev
-from cipherlm.schemes.ckks.tensor import Linear, Tensor
+from cipherlm.nn.module import Linear
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Prefix, Tensor
 
 Float64 = NDArray[np.float64]
 
@@ -39,55 +41,72 @@ class Noise:
 
 
 @dataclass(frozen=True, eq=False)
-class SimulatedTensor(Tensor):
+class ClearTensor(Tensor):
     """A tensor of clear numbers. Without noise it is exact up to floating point."""
 
     values: Float64
     noise: Noise | None = None
+    position: int = 0
+    """Of the first token."""
 
-    def _result(self, values: Float64) -> SimulatedTensor:
+    def having(self, values: Float64) -> ClearTensor:
+        """Return a tensor of other values for the same tokens."""
+        return replace(self, values=values)
+
+    def _result(self, values: Float64) -> ClearTensor:
         return replace(self, values=self.noise(values) if self.noise else values)
 
-    def __add__(self, other: SimulatedTensor | float) -> SimulatedTensor:
+    def __add__(self, other: ClearTensor | float) -> ClearTensor:
         return replace(self, values=self.values + _values(other))
 
-    def __mul__(self, other: SimulatedTensor | float) -> SimulatedTensor:
+    def __mul__(self, other: ClearTensor | float) -> ClearTensor:
         product = self.values * _values(other)
         # A product with a number only declares another scale.
-        return self._result(product) if isinstance(other, SimulatedTensor) else replace(self, values=product)
+        return self._result(product) if isinstance(other, ClearTensor) else replace(self, values=product)
 
-    def __matmul__(self, linear: Linear) -> SimulatedTensor:
+    def __matmul__(self, linear: Linear) -> ClearTensor:
         values = self.values
         if values.ndim == 3:
             values = values.swapaxes(0, 1).reshape(values.shape[1], -1)
         return self._result(values @ linear.weight + linear.bias)
 
-    def polynomial(self, polynomial: Chebyshev) -> SimulatedTensor:
+    def polynomial(self, polynomial: Chebyshev) -> ClearTensor:
         """See :class:`Tensor`."""
         return self._result(polynomial(self.values))
 
-    def mean_square(self, before: Chebyshev) -> SimulatedTensor:
+    def mean_square(self, before: Chebyshev, gain: float = 1.0) -> ClearTensor:
         """See :class:`Tensor`."""
-        return self._result((self.values**2).mean(axis=-1, keepdims=True))
+        return self._result(gain * (self.values**2).mean(axis=-1, keepdims=True))
 
-    def to_heads(
-        self, linear: Linear, heads: int
-    ) -> tuple[SimulatedTensor, SimulatedTensor, SimulatedTensor]:
+    def to_heads(self, linear: Linear, heads: int) -> tuple[ClearTensor, ClearTensor, ClearTensor]:
         """See :class:`Tensor`."""
         joined = self @ linear
         tokens = joined.values.shape[0]
         query, key, value = joined.values.reshape(tokens, 3, heads, -1).transpose(1, 2, 0, 3)
         return replace(self, values=query), replace(self, values=key), replace(self, values=value)
 
-    def with_past(
-        self, value: SimulatedTensor, past: tuple[Any, Any]
-    ) -> tuple[SimulatedTensor, SimulatedTensor]:
+    def rotary(self, rotary: Rotary) -> ClearTensor:
         """See :class:`Tensor`."""
-        key, value = (
-            replace(new, values=np.concatenate([_values(old), new.values], axis=1))
-            for new, old in zip((self, value), past, strict=True)
+        cosine, sine = rotary.factors(np.arange(self.position, self.position + self.values.shape[1]))
+        return self._result(self.values * cosine + rotary.half_turn(self.values) * sine)
+
+    def with_past(
+        self, value: ClearTensor, past: tuple[ClearTensor, ClearTensor] | None, prefix: Prefix | None
+    ) -> tuple[ClearTensor, ClearTensor]:
+        """See :class:`Tensor`."""
+        keys, values = self.values, value.values
+        if prefix is not None:
+            keys = keys - prefix.centre
+        if past is not None:
+            before = past[0].values, past[1].values
+        elif prefix is not None:
+            before = prefix.keys - prefix.centre, prefix.values
+        else:
+            return self.having(keys), value
+        return (
+            self.having(np.concatenate([before[0], keys], axis=1)),
+            self.having(np.concatenate([before[1], values], axis=1)),
         )
-        return key, value
 
     @property
     def keys(self) -> int:
@@ -99,26 +118,29 @@ class SimulatedTensor(Tensor):
         """See :class:`Tensor`."""
         return self.values.shape[-1]
 
-    def scores(self, key: SimulatedTensor) -> SimulatedTensor:
+    def scores(self, key: ClearTensor) -> ClearTensor:
         """See :class:`Tensor`."""
         products = self.values @ key.values.swapaxes(1, 2) / math.sqrt(self.values.shape[-1])
-        seen = visible(products.shape)
-        mean = (products * seen).sum(axis=-1, keepdims=True) / seen.sum(axis=-1, keepdims=True)
-        return self._result((products - mean) * seen)
+        return self._result(products * visible(products.shape))
 
-    def exponents(self, factor: float, floor: float) -> SimulatedTensor:
+    def exponents(self, factor: float, floor: float) -> ClearTensor:
         """See :class:`Tensor`."""
         seen = visible(self.values.shape)
         shifted = factor * self.values - np.log(seen.sum(axis=-1, keepdims=True))
         return replace(self, values=np.where(seen, shifted, floor))
 
-    def total(self) -> SimulatedTensor:
+    def total(self) -> ClearTensor:
         """See :class:`Tensor`."""
         return replace(self, values=self.values.sum(axis=-1, keepdims=True))
 
-    def mix(self, value: SimulatedTensor) -> tuple[SimulatedTensor, SimulatedTensor]:
+    def mix(self, value: ClearTensor) -> tuple[ClearTensor, ClearTensor]:
         """See :class:`Tensor`."""
         return self._result(self.values @ value.values), self.total()
+
+    @property
+    def most_levels(self) -> int:
+        """See :class:`Tensor`: there are no levels."""
+        return 1 << 10
 
     def ready(
         self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
@@ -132,5 +154,12 @@ def visible(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return np.tri(queries, keys, keys - queries, dtype=bool)
 
 
+def values_of(x: object) -> Float64:
+    """Return the values of a clear tensor. Raises ``TypeError`` for any other."""
+    if not isinstance(x, ClearTensor):
+        raise TypeError("a function has no polynomial yet, and computes with clear numbers only")
+    return x.values
+
+
 def _values(other: Any) -> Any:
-    return other.values if isinstance(other, SimulatedTensor) else other
+    return other.values if isinstance(other, ClearTensor) else other

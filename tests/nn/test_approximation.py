@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cipherlm.schemes.ckks.approximation import (
+from cipherlm.nn.approximation import (
     exponential,
     gelu_new,
     inverse,

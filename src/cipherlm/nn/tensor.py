@@ -8,36 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.engine import Chebyshev
+from cipherlm.nn.module import Linear
+from cipherlm.nn.rotary import Rotary
 
 Float64 = NDArray[np.float64]
-KeyValue = tuple[Float64, Float64]
 T = TypeVar("T", bound="Tensor")
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """Clear weights of ``x @ weight + bias``: ``weight`` (inputs, outputs), ``bias`` (outputs,)."""
-
-    weight: Float64
-    bias: Float64
-
-    def __post_init__(self) -> None:
-        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[1:]:
-            raise ValueError(f"weight {self.weight.shape} and bias {self.bias.shape} do not fit together")
-
-    def after(self, gain: Float64, shift: Float64) -> Linear:
-        """Return the layer with ``x * gain + shift`` before it folded in, both (inputs,)."""
-        return Linear(gain[:, None] * self.weight, self.bias + shift @ self.weight)
-
-    def centred(self) -> Linear:
-        """Return the layer whose outputs have their mean taken off, which layer normalisation ignores."""
-        return Linear(self.weight - self.weight.mean(axis=1, keepdims=True), self.bias - self.bias.mean())
 
 
 class Tensor(ABC):
@@ -68,11 +50,12 @@ class Tensor(ABC):
         """Return the polynomial's values."""
 
     @abstractmethod
-    def mean_square(self: T, before: Chebyshev) -> T:
-        """Return the mean square of each token's features, as one column.
+    def mean_square(self: T, before: Chebyshev, gain: float = 1.0) -> T:
+        """Return the mean square of each token's features, times ``gain``, as one column.
 
-        It has the scale at which the interval of ``before``, which is to be applied to it, costs no level.
-        Both are refreshed here, if they do not have the levels for that and a product.
+        The gain makes of squares something near one. The result has the scale at which the interval of
+        ``before``, which is to be applied to it, costs no level. Both are refreshed here, if they do not have
+        the levels for that and a product.
         """
 
     @abstractmethod
@@ -80,11 +63,15 @@ class Tensor(ABC):
         """Return query, key and value of a layer of (width, 3 * width) for every head."""
 
     @abstractmethod
-    def with_past(self: T, value: T, past: tuple[Any, Any]) -> tuple[T, T]:
+    def rotary(self: T, rotary: Rotary) -> T:
+        """Return queries or keys, rotated by the angles of their tokens' positions."""
+
+    @abstractmethod
+    def with_past(self: T, value: T, past: Any, prefix: Prefix | None) -> tuple[T, T]:
         """Return these keys and the values of the same tokens, with those of earlier tokens before them.
 
-        ``past`` is what an earlier call returned, or the clear keys and values of a prefix, both (heads,
-        tokens, head_dim).
+        ``past`` is what an earlier call returned, or None at the start of a text. ``prefix`` comes before all
+        of them; its centre is taken off the keys.
         """
 
     @property
@@ -99,7 +86,7 @@ class Tensor(ABC):
 
     @abstractmethod
     def scores(self: T, key: T) -> T:
-        """Return every head's ``q.k / sqrt(head_dim)``, each query's less the mean over the keys it sees."""
+        """Return every head's ``q.k / sqrt(head_dim)``."""
 
     @abstractmethod
     def exponents(self: T, factor: float, floor: float) -> T:
@@ -116,6 +103,11 @@ class Tensor(ABC):
         With it comes the sum of its weights, as one column.
         """
 
+    @property
+    @abstractmethod
+    def most_levels(self) -> int:
+        """How many levels there are behind a refresh."""
+
     @abstractmethod
     def ready(
         self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
@@ -128,18 +120,41 @@ class Tensor(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Clear keys and values (heads, tokens, head_dim) of the public tokens that a text starts with."""
+
+    keys: Float64
+    values: Float64
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.keys.shape[1]
+
+    @cached_property
+    def centre(self) -> Float64:
+        """The mean of the keys (heads, 1, head_dim).
+
+        It can be taken off all keys: softmax does not see what is added to all scores of a query. Scores are
+        near zero then, and their exponentials near one, without any work on ciphertexts.
+        """
+        centre: Float64 = self.keys.mean(axis=1, keepdims=True)
+        return centre
+
+
 @dataclass
 class Cache:
-    """Keys and values of the tokens that an attention layer has seen: those of a clear prefix at first."""
+    """Keys and values of the tokens that an attention layer has seen, behind those of a clear prefix."""
 
-    past: tuple[Any, Any] | None = None
+    prefix: Prefix | None = None
+    past: Any = None
 
     def extend(self, key: T, value: T) -> tuple[T, T]:
         """Return all keys and values, with these behind them, and keep them for the next tokens."""
-        if self.past is not None:
-            key, value = key.with_past(value, self.past)
-        self.past = key, value
-        return key, value
+        self.past = key.with_past(value, self.past, self.prefix)
+        extended: tuple[T, T] = self.past
+        return extended
 
 
 def depth(polynomial: Chebyshev) -> int:

@@ -1,0 +1,56 @@
+"""Who computes the remote modules of a model: over a network, here on ciphertexts, or on clear numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from cipherlm.nn.blocks import Report, evaluate
+from cipherlm.nn.clear import ClearTensor, Noise
+from cipherlm.nn.module import Float64
+from cipherlm.nn.tensor import Cache
+from cipherlm.schemes.ckks.session import Geometry, Hosted
+
+
+class TextLost(Exception):  # noqa: N818 - nobody's error
+    """The other side no longer has the keys and values of this text: it has to start anew."""
+
+
+class Backend(Protocol):
+    """Whoever evaluates remote modules, and keeps the keys and values of each one's present text."""
+
+    def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
+        """Return a module's outputs (tokens, width) for hidden states (tokens, width) from ``start`` on.
+
+        Rows right behind the prefix start a new text; others go on where the last ones ended. May raise
+        :class:`TextLost` for those: then the same text comes again, from its start.
+        """
+
+
+class Simulated:
+    """A backend on clear numbers: the same polynomials, with the noise of ciphertexts or with none."""
+
+    def __init__(self, modules: Mapping[str, Hosted], geometry: Geometry, *, noise: bool) -> None:
+        self._modules, self._geometry = modules, geometry
+        parameters = geometry.parameters
+        self._noise = Noise.of(parameters.degree, float(np.log2(parameters.scale))) if noise else None
+        self._seen: dict[str, tuple[list[Cache], int]] = {}
+
+    def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
+        """See :class:`Backend`. Raises ``ValueError`` for rows that do not go on where the last ended."""
+        hosted = self._modules[name]
+        known, seen = self._seen.pop(name, ([], 0))
+        if start == self._geometry.prefix:
+            known = hosted.caches()
+        elif start != seen:
+            raise ValueError(f"tokens from position {start} on, where {seen} was expected")
+        results, rest = [], hidden
+        # The chunks in which ciphertexts go, so that the same polynomials serve each row.
+        for position, count in self._geometry.chunks(start, len(hidden)):
+            x = ClearTensor(rest[:count], self._noise, position)
+            results.append(evaluate(hosted.module, x, known, report).values)
+            rest = rest[count:]
+        self._seen[name] = known, start + len(hidden)
+        return np.concatenate(results)

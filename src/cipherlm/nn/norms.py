@@ -1,0 +1,97 @@
+"""RMS normalisation, and layer normalisation of what has no mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+
+from cipherlm.engine import Chebyshev
+from cipherlm.nn import approximation
+from cipherlm.nn.clear import ClearTensor, values_of
+from cipherlm.nn.module import Module, Nonlinearity
+from cipherlm.nn.ranges import Interval, Range
+from cipherlm.nn.tensor import T, depth
+
+GUARD = 0.25
+"""How far above its interval, in its lengths, the inverse root stays near the function."""
+
+DEGREES = (15, 31, 63)
+"""Of the polynomial that Newton's iteration starts from."""
+
+ROUGHEST = 0.3
+"""The relative error of a start from which Newton's iteration still converges well."""
+
+
+class Norm(Nonlinearity):
+    """``x / sqrt(mean(x^2) + epsilon)``; remembers the mean squares.
+
+    That is RMS normalisation (Zhang and Sennrich, 2019) without its gain, which belongs to the linear layer
+    behind it. It is layer normalisation where hidden states have no mean: whatever adds to them can be given
+    a mean of zero.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.seen = {"squares": Range(positive=True)}
+
+    def __call__(self, x: T) -> T:
+        """Return the normalised hidden states."""
+        values = values_of(x)
+        square = (values**2).mean(axis=-1, keepdims=True)
+        self.seen["squares"].see(square)
+        return cast(T, cast(ClearTensor, x).having(values / np.sqrt(square + self.epsilon)))
+
+    def fresh(self) -> Norm:
+        """See :class:`Nonlinearity`."""
+        return Norm(self.epsilon)
+
+    def fit(self, ranges: Mapping[str, Interval], keys: int) -> FittedNorm:
+        """See :class:`Nonlinearity`."""
+        return FittedNorm.fit(ranges["squares"], self.epsilon)
+
+
+class FittedNorm(Module):
+    """The root as a polynomial, then Newton's iteration ``y (3 - x y^2) / 2``, which squares its error.
+
+    Mean squares are multiplied by ``gain``, so that they are of the size of one whatever the model's are.
+    The iteration is on ``y / sqrt(2)``, where its cubic term has no factor: factors would add up in scales.
+    """
+
+    def __init__(self, start: Chebyshev, steps: int, epsilon: float, gain: float) -> None:
+        self.start, self.steps, self.epsilon, self.gain = start, steps, epsilon, gain
+
+    @classmethod
+    def fit(cls, squares: Interval, epsilon: float, *, tolerance: float = 1e-5) -> FittedNorm:
+        """Return the function for mean squares in an interval, with a relative error below ``tolerance``.
+
+        The start has the least of :data:`DEGREES` that serves. Raises ``ValueError`` for an interval that is
+        too wide for the highest.
+        """
+        low, high = squares[0] + epsilon, squares[1] + epsilon
+        gain = 2 / (high * (1 + GUARD) - low)
+        interval = (gain * low, gain * high)
+        for degree in DEGREES:
+            start = approximation.inverse_square_root(interval, degree, guard=GUARD)
+            error = approximation.largest_error(start, lambda x: x**-0.5, interval, relative=True)
+            if error <= ROUGHEST:
+                break
+        else:
+            raise ValueError(f"no inverse square root of degree {degree} on {squares}: error {error:.0%}")
+        steps = 0
+        while error > tolerance:
+            error = 1.5 * error**2 + 0.5 * error**3
+            steps += 1
+        return cls(Chebyshev(start.coefficients / math.sqrt(2), start.interval), steps, epsilon, gain)
+
+    def __call__(self, x: T) -> T:
+        """Return the normalised hidden states."""
+        square = x.mean_square(self.start, self.gain) + self.gain * self.epsilon
+        x.ready(depth(self.start) + 1, square, before=self.start)
+        root = square.polynomial(self.start)
+        for _ in range(self.steps):
+            x.ready(3, square, root)
+            root = root * 1.5 - (root * root) * (square * root)
+        return x * root * math.sqrt(2 * self.gain)

@@ -1,0 +1,184 @@
+"""Softmax, applied to values: exact, and by polynomials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from cipherlm.engine import Chebyshev
+from cipherlm.nn import approximation
+from cipherlm.nn.clear import ClearTensor, values_of, visible
+from cipherlm.nn.module import Module, Nonlinearity
+from cipherlm.nn.ranges import Interval, Range
+from cipherlm.nn.tensor import T, depth
+
+NEAR_ONE = 0.35
+"""How far from 1 sums of softmax weights may be after a normalisation that another one follows."""
+
+LEAST_KEYS = 8
+"""Fewer keys than these are not worth a softmax of their own."""
+
+HIDDEN = 0.01
+"""How much all keys that a query does not see weigh at first, next to those that it sees."""
+
+PRECISE = 3e-3
+"""The relative error of the last inverse before Newton's iteration squares it."""
+
+
+class Softmax(Nonlinearity):
+    """Softmax, applied to values; remembers the scores, and the mean of each query's."""
+
+    def __init__(self) -> None:
+        self.seen = {"scores": Range(), "means": Range()}
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores."""
+        values = values_of(scores)
+        seen = visible(values.shape)
+        self.seen["scores"].see(values[np.broadcast_to(seen, values.shape)])
+        self.seen["means"].see((values * seen).sum(axis=-1) / seen.sum(axis=-1))
+        hidden = np.where(seen, values, -np.inf)
+        powers = np.exp(hidden - hidden.max(axis=-1, keepdims=True))
+        mixed = powers / powers.sum(axis=-1, keepdims=True) @ values_of(value)
+        return cast(T, cast(ClearTensor, scores).having(mixed))
+
+    def fresh(self) -> Softmax:
+        """See :class:`Nonlinearity`."""
+        return Softmax()
+
+    def fit(self, ranges: Mapping[str, Interval], keys: int) -> FittedSoftmax:
+        """See :class:`Nonlinearity`."""
+        return FittedSoftmax(ranges["scores"], ranges["means"], keys)
+
+
+class FittedSoftmax(Module):
+    """Softmax of scores in an interval, over any number of keys up to ``most``.
+
+    The fewer keys, the cheaper: :class:`SquaringSoftmax` is fitted for the next power of two where it is
+    first used.
+    """
+
+    def __init__(self, scores: Interval, means: Interval, most: int) -> None:
+        self.scores, self.means, self.most = scores, means, most
+        self._fitted: dict[tuple[int, int], SquaringSoftmax] = {}
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores.
+
+        Raises ``ValueError`` for more keys than ``most``.
+        """
+        return self.of(scores.keys, scores.places)(scores, value)
+
+    def of(self, keys: int, places: int) -> SquaringSoftmax:
+        """Return the softmax that serves a number of keys, in rows of so many places."""
+        if keys > self.most:
+            raise ValueError(f"{keys} tokens are more than the {self.most} that the model is made for")
+        keys = min(self.most, max(LEAST_KEYS, 1 << (keys - 1).bit_length()))
+        places = max(keys, places)
+        if (keys, places) not in self._fitted:
+            self._fitted[keys, places] = SquaringSoftmax.fit(self.scores, self.means[0], keys, places)
+        return self._fitted[keys, places]
+
+
+@dataclass(frozen=True, eq=False)
+class SquaringSoftmax:
+    """Softmax by normalise-and-square, applied to values.
+
+    After W. Cho, G. Hanrot, T. Kim, M. Park and D. Stehlé, "Fast and accurate homomorphic softmax
+    evaluation" (CCS 2024). With k squarings, ``exp(x / 2^k)`` of centred scores is normalised and squared k
+    times. Only the last normalisation has to be precise, since a common factor of a row cancels there; the
+    others bring sums of n weights near 1, which keeps the sums of their squares in an interval from 1/n
+    (Cauchy and Schwarz) to 1 with some room. Only the first interval depends on the text. The last division
+    comes after the weighted sum of values; Newton's iteration ``c (2 - s c)`` makes it precise. Factors are
+    chosen such that every interval of sums has length 2, and so costs no level.
+    """
+
+    squarings: int
+    floor: float
+    exponential: Chebyshev
+    inverses: tuple[Chebyshev, ...]
+    reciprocal: Chebyshev
+    steps: int
+
+    @classmethod
+    def fit(
+        cls,
+        scores: Interval,
+        least_mean: float,
+        keys: int,
+        places: int | None = None,
+        *,
+        tolerance: float = 1e-5,
+        steepest: float = 3.0,
+        degree: int = 15,
+    ) -> SquaringSoftmax:
+        """Return the softmax of scores in an interval, over at most ``keys`` keys.
+
+        The mean of what a query sees is ``least_mean`` or more. A first mean of exponentials thus lies
+        between the exponentials of that (Jensen) and of the scores' upper end: there are as many squarings,
+        two at least, as bring these within ``steepest`` of each other. A row has ``places`` for keys, as many
+        as there are keys by default; all that it does not see weigh at most :data:`HIDDEN` of its first sum.
+        ``degree`` is that of the exponential, and ``tolerance`` the relative error of the last division.
+        """
+        low, high, least = min(scores[0], 0.0), max(scores[1], 1.0), min(least_mean, 0.0)
+        squarings = max(2, math.ceil(math.log2((high - least) / steepest)))
+        factor = 0.5**squarings
+        floor = -math.log(places or keys) - max(-low * factor, -math.log(HIDDEN) - least * factor)
+        ceiling = high * factor
+        sums = (math.exp(least * factor), math.exp(ceiling) + HIDDEN)
+        gain = _unit_gain(sums)
+        exponential = _times(approximation.exponential((floor, ceiling), degree, guard=0.05), gain)
+        inverses = []
+        for _ in range(squarings):
+            sums = (gain * sums[0], gain * sums[1])
+            inverse, error = _inverse(sums, NEAR_ONE)
+            # Noise, and keys that are not seen, may take a little more.
+            sums = ((1 - 2 * HIDDEN) * (1 - error) ** 2 / keys, 1.01 * (1 + error) ** 2)
+            gain = _unit_gain(sums)
+            inverses.append(_times(inverse, math.sqrt(gain)))
+        reciprocal, error = _inverse((gain * sums[0], gain * sums[1]), PRECISE)
+        steps = 1
+        while (error := error**2) > tolerance:
+            steps += 1
+        return cls(squarings, floor, exponential, tuple(inverses), reciprocal, steps)
+
+    def __call__(self, scores: T, value: T) -> T:
+        """Return each query's mean of the values, weighted by the softmax of its scores."""
+        weights = scores.exponents(0.5**self.squarings, self.floor)
+        levels = depth(self.exponential) + depth(self.inverses[0]) + 1
+        weights.ready(levels, before=self.exponential)
+        weights = weights.polynomial(self.exponential)
+        for inverse in self.inverses:
+            weights.ready(depth(inverse) + 1)
+            weights = weights * weights.total().polynomial(inverse)
+            weights.ready(1)
+            weights = weights * weights
+        mixed, total = weights.mix(value)
+        mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
+        quotient = total.polynomial(self.reciprocal)
+        for _ in range(1, self.steps):
+            quotient = quotient * (total * quotient * -1 + 2.0)
+            mixed.ready(2, total, quotient)
+        return (mixed * quotient) * (total * quotient * -1 + 2.0)
+
+
+def _inverse(interval: Interval, tolerance: float) -> tuple[Chebyshev, float]:
+    """Return the cheapest inverse, up to degree 31, with an error below ``tolerance``, and its error."""
+    for degree in (3, 7, 15, 31):
+        error = approximation.inverse_error(interval, degree)
+        if error < tolerance:
+            break
+    return approximation.inverse(interval, degree), error
+
+
+def _unit_gain(interval: Interval) -> float:
+    """Return the factor that brings an interval to length 2."""
+    return 2 / (interval[1] - interval[0])
+
+
+def _times(polynomial: Chebyshev, factor: float) -> Chebyshev:
+    return Chebyshev(polynomial.coefficients * factor, polynomial.interval)
