@@ -12,6 +12,9 @@ from cipherlm.nn.rotary import Rotary
 
 MODULES = {
     "gpt2": "cipherlm.models.gpt2",
+    "llama": "cipherlm.models.llama",
+    "mistral": "cipherlm.models.llama",
+    "qwen2": "cipherlm.models.llama",
 }
 """The file of each architecture, by the ``model_type`` of transformers."""
 
