@@ -1,4 +1,4 @@
-"""Takes the screenshots of the documentation: ``python page/screenshots.py URL`` with a server and its page.
+"""Takes the documentation's screenshots, and prints the figures: ``python page/screenshots.py URL``.
 
 Run from the repository's directory with the packages of the tests, for a server of the embedded model:
 ``cipherlm serve tiny-bundle/server --page``.
@@ -33,6 +33,8 @@ def main(url: str) -> None:
         tab.ready()
         tab.ask(PROMPT, NEW)
         tab.finished()
+        for figure in tab.page.locator(".figures div").all_inner_texts():
+            print(" ".join(figure.split()))
         tab.page.evaluate("document.activeElement.blur()")
         tab.page.screenshot(path=IMAGES / "page-light.png")
         tab.page.emulate_media(color_scheme="dark")

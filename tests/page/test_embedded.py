@@ -1,6 +1,7 @@
 """The embedded model, whole, in Chromium: the same text as the clear model's, and what it costs.
 
-Server and browser share the machine. The bars hold on two cores that others use too; `-s` shows the figures.
+Server and browser share the machine. The bars are for two cores with nothing else to do, and stretch with the
+load of others; ``-s`` shows the figures.
 """
 
 from __future__ import annotations
@@ -55,22 +56,32 @@ def continuation() -> str:
     return str(tokenizer.decode(whole)).removeprefix(tokenizer.decode(ids[0]))
 
 
-class Memory:
-    """The greatest memory of the browser's tabs, in bytes, of the times that one looked."""
+class Tabs:
+    """The browser's tabs as processes: their processor time, and the most memory of the times one looked."""
 
     def __init__(self, browser: Browser) -> None:
         self._session = browser.new_browser_cdp_session()
-        self.most = 0
+        self.most_memory = 0
 
-    def look(self) -> None:
-        total = 0
+    def look(self) -> float:
+        """Return the processor time of all tabs so far, in seconds."""
+        memory, time = 0, 0.0
         for process in self._session.send("SystemInfo.getProcessInfo")["processInfo"]:
-            if process["type"] == "renderer":
-                with suppress(OSError):
-                    rollup = Path(f"/proc/{process['id']}/smaps_rollup").read_text()
-                    found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
-                    total += int(found[1]) << 10 if found else 0
-        self.most = max(self.most, total)
+            if process["type"] != "renderer":
+                continue
+            time += process["cpuTime"]
+            with suppress(OSError):
+                rollup = Path(f"/proc/{process['id']}/smaps_rollup").read_text()
+                found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+                memory += int(found[1]) << 10 if found else 0
+        self.most_memory = max(self.most_memory, memory)
+        return time
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def seconds(text: str) -> float:
@@ -78,11 +89,11 @@ def seconds(text: str) -> float:
 
 
 def test_the_embedded_model(server: small.Process, browser: Browser, open_tab: Callable[..., Tab]) -> None:
-    memory = Memory(browser)
+    tabs = Tabs(browser)
 
     def until(selector: str) -> None:
         for _ in range(LONG // 250):
-            memory.look()
+            tabs.look()
             if tab.page.is_visible(selector):
                 return
             tab.page.wait_for_timeout(250)
@@ -91,24 +102,34 @@ def test_the_embedded_model(server: small.Process, browser: Browser, open_tab: C
     tab = open_tab(server.url)
     tab.connect()
     tab.make_keys()
+    until("#work-text:has-text('Making keys')")
+    before_keys = tabs.look()
+    until("#work-text:not(:has-text('Making keys'))")
+    after_keys = tabs.look()
     until("#chat")
+    before = tabs.look(), processor_seconds(server.process.pid)
     tab.ask(PROMPT, NEW)
     until("#send:enabled")
+    after = tabs.look(), processor_seconds(server.process.pid)
     assert tab.answer() == continuation()
     evaluations = tab.evaluations()
     figures = {
         "seconds for keys": seconds(tab.said("#cost-keys")),
+        "... of a processor": after_keys - before_keys,
         "seconds for a token": seconds(tab.said("#cost-token")),
-        "... in the browser": seconds(tab.said("#cost-browser")),
+        "... of a processor, browser": (after[0] - before[0]) / evaluations,
+        "... of a processor, server": (after[1] - before[1]) / evaluations,
         "MB of keys": megabytes(tab.said("#cost-key-bytes")),
         "MB a token": megabytes(tab.said("#cost-traffic")) / evaluations,
-        "MB of memory": memory.most / 1e6,
+        "MB of memory": tabs.most_memory / 1e6,
         "load": os.getloadavg()[0],
     }
-    print("\n" + "\n".join(f"{name:22} {value:8.1f}" for name, value in figures.items()))
-    assert figures["seconds for keys"] < MOST_KEY_SECONDS
-    assert figures["seconds for a token"] < MOST_TOKEN_SECONDS
-    assert 0 < memory.most < MOST_MEMORY
+    print("\n" + "\n".join(f"{name:28} {value:8.1f}" for name, value in figures.items()))
+    # What is measured keeps both cores busy by itself.
+    stretch = max(1.0, figures["load"] / (os.cpu_count() or 1) - 1)
+    assert figures["seconds for keys"] < MOST_KEY_SECONDS * stretch
+    assert figures["seconds for a token"] < MOST_TOKEN_SECONDS * stretch
+    assert 0 < tabs.most_memory < MOST_MEMORY
 
 
 def test_the_page_is_small(built_page: Path) -> None:
