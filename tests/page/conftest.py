@@ -32,7 +32,7 @@ def engine_module() -> Path:
 @pytest.fixture(scope="session")
 def node() -> list[str]:
     """The command that runs Node."""
-    found = shutil.which("node", path=build.node_path())
+    found = shutil.which("node", path=build.Node.find().path)
     assert found is not None
     return [found]
 
