@@ -1,3 +1,5 @@
+import { Cancelled } from "./errors";
+
 /** Return the SHA-256 of bytes, in hexadecimal digits. */
 export async function sha256(data: Uint8Array<ArrayBuffer> | ArrayBuffer): Promise<string> {
   return hex(new Uint8Array(await crypto.subtle.digest("SHA-256", data)));
@@ -19,13 +21,15 @@ export function size(bytes: number): string {
   return bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 }
 
-/** Resolve after some milliseconds; reject with the signal's reason if it is aborted first. */
+/** Resolve after some milliseconds; reject if the signal is aborted first. */
 export function pause(milliseconds: number, signal?: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);
-    signal?.addEventListener("abort", () => {
+    const aborted = () => {
       clearTimeout(timer);
-      reject(signal.reason as Error);
-    });
+      reject(new Cancelled("broken off"));
+    };
+    if (signal?.aborted) aborted();
+    signal?.addEventListener("abort", aborted, { once: true });
   });
 }

@@ -2,7 +2,8 @@
 import { Engine } from "./engine/pool";
 import type { Bytes } from "./engine/calls";
 import { EngineError } from "./engine/calls";
-import { PageError, SessionLost } from "./errors";
+import { pause } from "./bytes";
+import { PageError, ServerError, SessionLost } from "./errors";
 import { chunks, evaluatedTokens, lastRow, packed } from "./layout";
 import type { Model } from "./model";
 import type { Plan } from "./plan";
@@ -10,6 +11,7 @@ import type { Session, Watch } from "./session";
 
 /** How often a text is begun anew because a session was lost. */
 const MOST_LOSSES = 3;
+const PATIENCE = 60_000;
 
 /** What continues texts, and how its session is opened again when it was lost. */
 export interface Parties {
@@ -121,7 +123,9 @@ class Text {
       const slots = packed(plan.layout, rows, begins);
       const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
       this.listener.ciphertext(input, "up");
-      const outputs = await session.evaluate(plan.module, start, count, [input], (r) => this.refresh(r), this.listener, this.signal);
+      const outputs = await this.patiently(() =>
+        session.evaluate(plan.module, start, count, [input], (r) => this.refresh(r), this.listener, this.signal),
+      );
       if (outputs.length !== 1) throw new PageError("the server sent more than one result, or none");
       this.listener.ciphertext(outputs[0]!, "down");
       const hidden = await this.timed(engine.call("decrypt", outputs[0]!)).catch((error: unknown) => {
@@ -134,6 +138,20 @@ class Text {
       this.listener.evaluated();
     }
     return next;
+  }
+
+  /** Ask a server again whose queue is full: it has computed nothing. */
+  private async patiently<T>(ask: () => Promise<T>): Promise<T> {
+    const since = Date.now();
+    for (let wait = 500; ; wait = Math.min(2 * wait, 10_000)) {
+      try {
+        return await ask();
+      } catch (error) {
+        const full = error instanceof ServerError && error.code === "busy" && error.retry;
+        if (!full || Date.now() - since + wait > PATIENCE) throw error;
+        await pause(wait, this.signal);
+      }
+    }
   }
 
   private async refresh(request: Bytes): Promise<Bytes> {

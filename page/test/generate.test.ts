@@ -1,7 +1,7 @@
 import { describe, expect, test, vi } from "vitest";
 import type { Bytes } from "../src/engine/calls";
 import type { Engine } from "../src/engine/pool";
-import { PageError, SessionLost } from "../src/errors";
+import { PageError, ServerError, SessionLost } from "../src/errors";
 import { generate, type Listener, type Parties } from "../src/generate";
 import type { Slots } from "../src/layout";
 import type { Model } from "../src/model";
@@ -76,6 +76,21 @@ describe("what the server is asked for", () => {
     await expect(run(Array.from({ length: 30 }, () => 1), 3)).rejects.toThrow(PageError);
     await expect(run([], 3)).rejects.toThrow(PageError);
   });
+});
+
+test("a server whose queue is full is asked again", async () => {
+  let refusals = 2;
+  const { asked, tokens, run } = world(() => 5, () => {
+    if (refusals-- > 0) throw new ServerError("busy", "busy", true);
+    return false;
+  });
+  vi.useFakeTimers();
+  const running = run([1, 2, 3], 1);
+  await vi.runAllTimersAsync();
+  vi.useRealTimers();
+  await running;
+  expect(asked).toEqual([[1, 3], [1, 3], [1, 3], [4, 1]]);
+  expect(tokens).toEqual([5]);
 });
 
 describe("a lost session", () => {
