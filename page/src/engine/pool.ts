@@ -2,7 +2,7 @@
 import { PageError } from "../errors";
 import { type Answer, type Bytes, type Calls, EngineError, type Method } from "./calls";
 
-/** Each engine takes up to 150 MB while keys are made. */
+/** Engines that make keys at once: each takes memory. */
 const MOST_WORKERS = 4;
 
 /** How engines are started: a compiled module, and a function that starts a worker. */

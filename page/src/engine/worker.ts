@@ -2,6 +2,9 @@
 import "../../parts/wasm_exec.js";
 import { type Answer, type Bytes, type Calls, EngineError, type Request } from "./calls";
 
+/** How much an engine's memory may grow before it is tidied: memory matters more here than time. */
+const GARBAGE_PERCENT = "30";
+
 type Failed = { error: string; kind: string };
 type Result<T> = T | Failed;
 
@@ -24,6 +27,7 @@ interface Party {
 }
 
 declare class Go {
+  env: Record<string, string>;
   importObject: WebAssembly.Imports;
   run(instance: WebAssembly.Instance): Promise<void>;
 }
@@ -85,9 +89,17 @@ self.onmessage = async (event: MessageEvent<WebAssembly.Module | Request>) => {
   const data = event.data;
   if (data instanceof WebAssembly.Module) {
     const go = new Go();
+    go.env = { GOGC: GARBAGE_PERCENT };
     ready = WebAssembly.instantiate(data, go.importObject).then((instance) => void go.run(instance));
     return;
   }
   await ready;
-  self.postMessage(answer(data));
+  const answered = answer(data);
+  self.postMessage(answered, { transfer: "result" in answered ? buffersOf(answered.result) : [] });
 };
+
+/** What can be handed over instead of copied. */
+function buffersOf(result: unknown): ArrayBuffer[] {
+  const values = typeof result === "object" && result !== null && !ArrayBuffer.isView(result) ? Object.values(result) : [result];
+  return values.flatMap((value) => (ArrayBuffer.isView(value) ? [value.buffer as ArrayBuffer] : []));
+}
