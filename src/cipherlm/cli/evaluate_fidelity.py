@@ -106,7 +106,7 @@ def _print(result: dict[str, Any]) -> None:
 
     kind = "chats" if "chats" in result else "sentences"
     print(f"{title(result)}: agreement with the clear model")
-    print(f"{result[kind]} {kind}, each with the clear model's greedy answer\n")
+    print(f"{kind}: {result[kind]}, each with the clear model's greedy answer\n")
     names = ["", "positions", "top-1", "top-5", "top-10", "KL", "worst KL", "perplexity", "clear"]
     rows = [
         [
@@ -125,7 +125,7 @@ def _print(result: dict[str, Any]) -> None:
         f"average {greedy['mean_equal_tokens']:.1f} of {greedy['mean_tokens']:.1f} tokens before a difference"
     )
     if result["left_out"]:
-        print(f"{result['left_out']} {kind} were left out: they are longer than the context")
+        print(f"{kind} left out, which are longer than the context: {result['left_out']}")
     if "perplexity_tokens" in result:
         print(f"\n{result['perplexity_tokens']} tokens in windows of {result['perplexity_window']}")
         print_pairs(
