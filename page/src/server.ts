@@ -214,7 +214,9 @@ function refusal(status: number, answer: Record<string, unknown> | undefined): S
   const said = typeof error === "object" && error !== null ? (error as Record<string, unknown>) : {};
   const code = typeof said["code"] === "string" ? said["code"] : status >= 500 ? "internal" : "nonsense";
   const after = said["retry_after"];
-  return serverError(code, said["retry"] === true, status, typeof after === "number" ? after : undefined);
+  // A proxy whose server is away says so in a form of its own.
+  const retry = said["retry"] === true || (answer === undefined && status >= 502 && status <= 504);
+  return serverError(code, retry, status, typeof after === "number" ? after : undefined);
 }
 
 function progress(answer: Record<string, unknown>, file: Blob): Progress {
