@@ -282,8 +282,8 @@ def test_no_secret_key_is_ever_at_the_server(seen):
 
 
 SERVED = [
-    ckks.CkksHostedModel, ckks.CkksComputation, ckks.load_modules, ckks._module, session.Server,
-    session.Session, session.Module, refresh.MaskedRefresh, encrypted.Arithmetic, encrypted.EncryptedTensor,
+    ckks.CkksHostedModel, ckks.CkksComputation, ckks.load_modules, ckks._hosted, session.Server,
+    session.Session, session.Hosted, refresh.MaskedRefresh, encrypted.Arithmetic, encrypted.EncryptedTensor,
     keys.KeyStore, sessions.Session, evaluations.Evaluation,
 ]  # fmt: skip
 
