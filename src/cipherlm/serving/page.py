@@ -85,7 +85,7 @@ ARCHITECTURES = {
         blocks="n_layer",
     ),
     **dict.fromkeys(
-        ("llama", "qwen2"),
+        ("llama", "mistral", "qwen2"),
         Architecture(
             embedding="model.embed_tokens.weight",
             positions=None,
