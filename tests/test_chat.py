@@ -1,11 +1,15 @@
 """Conversations: the same answers as without a cache, turn after turn."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import cipherlm
+from cipherlm.cli import main
 from cipherlm.linear.prefix import public_prefix_cache
 from cipherlm.models.chat import Chat, public_head, template_ids
 
@@ -99,3 +103,61 @@ def test_what_cannot_be(tokenizer):
     plain.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(ValueError, match="chat template fails: no such role"):
         Chat(llama(), plain)
+
+
+def whole(tokenizer, system=None):
+    head = public_head(tokenizer, system)
+    model = cipherlm.get_encrypted_model(llama(), cipherlm.EncryptionConfig(prefix=head, context=64))
+    texts = torch.randint(2, len(WORDS), (12, 60), generator=torch.Generator().manual_seed(4))
+    model.calibrate([text for text in texts])
+    return model
+
+
+def test_turns_of_a_whole_model(tokenizer):
+    """All blocks are remote: the cache of transformers has the text, and only new tokens are evaluated."""
+    clear = Chat(llama(), tokenizer, system="w5 w6")
+    model = whole(tokenizer, "w5 w6")
+    model.set_fhe_mode("simulate")
+    encrypted = Chat(model, tokenizer, system="w5 w6")
+    for question in ("w7 w8", "w9", "w10 w11 w12"):
+        turn, expected = (chat.reply(question, max_new_tokens=4) for chat in (encrypted, clear))
+        assert turn.text == expected.text
+        assert turn.prompt_tokens == expected.prompt_tokens
+    with pytest.raises(ValueError, match="beyond the model's context of 64"):
+        encrypted.reply("w7", max_new_tokens=60)
+
+
+@pytest.mark.parametrize("arguments", [["--mode", "simulate"], ["--placement", "linear"]])
+def test_the_verb(tokenizer, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    clear = Chat(llama(), tokenizer).reply("w7 w8", max_new_tokens=3)
+    if arguments[0] == "--mode":
+        arguments = [*arguments, "--context", "64"]
+    common = ["chat", "--model", str(tmp_path / "model"), "--max-new-tokens", "3", "w7 w8", "--json"]
+    for _ in range(2):  # the second time with the ranges that the first one found
+        assert main([*common, *arguments]) == 0
+        (turn,) = json.loads(capsys.readouterr().out)["turns"]
+        assert turn["answer"] == clear.text
+    kept = list((tmp_path / "cache").rglob("calibration.json"))
+    assert len(kept) == (arguments[0] == "--mode")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "20", "--system", "w1 " * 30], "leaves no room"),
+        (["--context", "65"], "more than the 64 tokens of the model"),
+        (["--context", "64", "--max-new-tokens", "62"], "beyond the model's context of 64"),
+        (["--placement", "linear", "--context", "64"], "--context is for the placement whole"),
+    ],
+)
+def test_wrong_use_of_the_verb(tokenizer, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["chat", "--model", str(tmp_path / "model"), "--mode", "simulate", "w7", *arguments]
+    with contextlib.suppress(SystemExit):  # wrong usage, which argparse ends with
+        assert main(options) == 1
+    assert message in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from cipherlm.serving.ckks import (
     parameters_of,
     save_modules,
 )
+from cipherlm.serving.linear_bundle import export_linear
 from cipherlm.serving.remote import RemoteModel
 
 from . import small
@@ -113,6 +116,26 @@ def test_a_server_knows_the_activation(target, tmp_path):
     (tmp_path / MODULES_NAME).write_text((tmp_path / MODULES_NAME).read_text().replace("quick_gelu", "prelu"))
     with pytest.raises(ValueError, match="'prelu' cannot be computed on ciphertexts"):
         load_modules(tmp_path, small.GEOMETRY)
+
+
+@pytest.mark.parametrize("placement", ["all", "linear"])
+def test_a_server_needs_neither_torch_nor_transformers(placement, tmp_path):
+    """Nor does it import them: it starts in the time that its weights take."""
+    if placement == "linear":
+        root = tmp_path / "linear"
+        export_linear(small.clear_model(), EncryptionConfig("linear"), root, small.tokenizer(), name="small")
+    else:
+        root = small.exported(placement)
+    program = (
+        "import sys, cipherlm.serving.run, cipherlm.serving.app, cipherlm.cli.serve\n"
+        "from cipherlm.serving.bundle import load_hosted_model\n"
+        "load_hosted_model(sys.argv[1])\n"
+        "print(*[name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(root / "server")], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == []
 
 
 def test_both_parties_say_the_same(copy):

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm import engine
 from cipherlm.cli import UsageError
 from cipherlm.cli.bench_ckks import MeasuredSession, errors, memory_figures
 from cipherlm.cli.bench_primitives import Primitives
@@ -51,9 +50,6 @@ SIZES = {
 """Of the geometry ``gpt2``."""
 
 CALIBRATION_TEXTS = 5
-
-GC_PERCENT = 25
-"""How far the native heap may grow between collections: the matrices of twelve blocks are 5 GB."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,11 +124,7 @@ def run(options: argparse.Namespace) -> Figures:
     if start + prompt + new > options.context:
         raise UsageError(f"--context {options.context} has no room for {start + prompt + new} tokens")
     want = subject.clear()
-    before = engine.set_gc_percent(GC_PERCENT)
-    try:
-        measured = _measure(subject.hosted(options.context), geometry, subject.hidden, want, options)
-    finally:
-        engine.set_gc_percent(before)
+    measured = _measure(subject.hosted(options.context), geometry, subject.hidden, want, options)
     return {
         "scheme": "ckks",
         "geometry": options.geometry,

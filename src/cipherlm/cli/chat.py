@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import add_json_option, positive_integer, quiet_libraries, write_json
@@ -24,6 +24,7 @@ from cipherlm.cli.server_options import (
     connect,
     server_options_given,
 )
+from cipherlm.cli.whole import CONTEXT, whole_chat_model
 from cipherlm.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ examples:
   cipherlm chat --server http://127.0.0.1:8470 --bundle smollm2-bundle/client
 """
 
+Made = TypeVar("Made")
+
 DEFAULT_MODEL = "smollm2"
 MODES = ("execute", "simulate", "disable")
 PLACEMENTS = ("whole", "linear")
-CONTEXT = 256
 MOST_NEW_TOKENS = 64
 _END = ("/exit", "/quit")
 
@@ -117,19 +119,26 @@ def _conversation(options: argparse.Namespace) -> Iterator[Chat]:
             prefix = getattr(remote, "public_prefix", None)
             yield _checked(lambda: Chat(remote, remote.tokenizer, system=system, prefix=prefix))
         return
+    from cipherlm.models.chat import template_ids
     from cipherlm.models.loading import load_model, load_tokenizer
 
     name = options.model or DEFAULT_MODEL
     tokenizer = load_tokenizer(name)
+    _checked(lambda: template_ids(tokenizer, [{"role": "user", "content": "a"}]))
     with progress("loading"):
         model = load_model(name)
-    make = _linear if options.placement == "linear" else _whole
-    encrypted = make(options, model, tokenizer, progress)
+    encrypted: Any
+    if options.placement == "linear":
+        encrypted = _linear(model, progress)
+    else:
+        encrypted = whole_chat_model(
+            model, tokenizer, progress, system=options.system, context=options.context
+        )
     encrypted.set_fhe_mode(options.mode)
     yield _checked(lambda: Chat(encrypted, tokenizer, system=options.system))
 
 
-def _linear(options: argparse.Namespace, model: Any, tokenizer: Any, progress: Progress) -> Any:
+def _linear(model: Any, progress: Progress) -> Any:
     from cipherlm.models.config import EncryptionConfig
     from cipherlm.models.integration import get_encrypted_model
 
@@ -137,38 +146,11 @@ def _linear(options: argparse.Namespace, model: Any, tokenizer: Any, progress: P
         return get_encrypted_model(model, EncryptionConfig("linear", scheme="ckks"))
 
 
-def _whole(options: argparse.Namespace, model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """Return a model all of whose blocks are on ciphertexts, behind the head of the template in the clear."""
-    from cipherlm.evaluation.calibration import chat_texts
-    from cipherlm.evaluation.chats import calibration_chats
-    from cipherlm.models.calibrations import calibrate_once
-    from cipherlm.models.chat import public_head
-    from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import get_encrypted_model
-
-    context = options.context or CONTEXT
+def _checked(make: Callable[[], Made]) -> Made:
     try:
-        head = public_head(tokenizer, options.system)
-        config = EncryptionConfig(prefix=head, context=context)
-        encrypted: Any = get_encrypted_model(model, config, progress=progress)
+        return make()
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-    def texts() -> Any:
-        with encrypted.in_clear():
-            return chat_texts(encrypted, tokenizer, head, calibration_chats(), longest=context)
-
-    with progress("calibrating, unless that was done before"):
-        calibrate_once(encrypted, texts)
-    return encrypted
-
-
-def _checked(make: Any) -> Chat:
-    try:
-        chat: Chat = make()
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    return chat
 
 
 def _questions(options: argparse.Namespace) -> Iterator[str]:

@@ -18,6 +18,7 @@ from cipherlm.cli.common import (
     configured,
     existing_file,
     human_bytes,
+    is_saved,
     load_encrypted,
     positive_integer,
     print_pairs,
@@ -25,17 +26,20 @@ from cipherlm.cli.common import (
     settle_scheme,
     write_json,
 )
+from cipherlm.cli.whole import is_chat, whole_chat_model
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cipherlm.models.config import EncryptionConfig
+    from cipherlm.models.integration import EncryptedModel
 
 EXAMPLES = """\
 examples:
-  cipherlm export smollm2 --target-modules linear smollm2-bundle
   cipherlm export tiny tiny-bundle
+  cipherlm export smollm2 smollm2-bundle
+  cipherlm export smollm2 --target-modules linear smollm2-linear-bundle
   cipherlm export gpt2 --scheme tfhe --heads 0 --n-bits 4 --tokens 8 head-bundle
 
 then:
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help='"tiny" (embedded), a directory, a GGUF file, or a GPT-2 on the Hugging Face hub such as "gpt2"',
+        help='"tiny" (embedded), "smollm2", a directory, a GGUF file, or an id on the Hugging Face hub',
     )
     parser.add_argument("directory", metavar="OUT", help="new directory for the bundles, server and client")
     add_encryption_options(parser)
@@ -61,18 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"TFHE: length to compile circuits for (default: {DEFAULT_TOKENS})",
     )
-    linear = parser.add_argument_group("linear layers")
+    linear = parser.add_argument_group("linear layers, and whole chat models")
     public = linear.add_mutually_exclusive_group()
     public.add_argument(
-        "--prefix", metavar="TEXT", help="public text before every prompt, which then costs clients nothing"
+        "--prefix",
+        metavar="TEXT",
+        help="linear layers: public text before every prompt, which then costs clients nothing",
     )
     public.add_argument(
         "--system",
         metavar="TEXT",
-        help="public system prompt of chats, likewise (default: what the model's chat template begins with)",
+        help="public system prompt of chats (default: what the model's chat template begins with)",
     )
     linear.add_argument(
-        "--training", action="store_true", help="let clients have gradients too: twice the matrices"
+        "--training",
+        action="store_true",
+        help="linear layers: let clients have gradients too, which takes twice the matrices",
     )
     parser.add_argument("--name", metavar="NAME", help="name of the model for clients (default: MODEL)")
     add_calibration_option(parser)
@@ -125,7 +133,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
             progress=progress,
         )
         return _told(root, description)
-    model = load_encrypted(options, progress)
+    model = _whole_chat_model(options, tokenizer, progress) or load_encrypted(options, progress)
     ckks = model.encryption_config.scheme == "ckks"
     tokens = options.tokens or DEFAULT_TOKENS
     if not model.is_calibrated:
@@ -138,11 +146,34 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     return _told(root, description)
 
 
+def _whole_chat_model(
+    options: argparse.Namespace, tokenizer: Any, progress: TerminalProgress
+) -> "EncryptedModel | None":
+    """Return the whole model, calibrated, if it is one for chats and nothing else of it was asked for."""
+    from cipherlm.models.config import ALL
+    from cipherlm.models.loading import load_model
+
+    config = configured(options)
+    whole = config.target_modules in (ALL, [ALL]) and config.scheme == "ckks" and not is_saved(options)
+    if not whole or not is_chat(tokenizer):
+        if options.system:
+            raise UsageError("--system is for models with a chat template")
+        return None
+    return whole_chat_model(
+        load_model(options.model),
+        tokenizer,
+        progress,
+        system=options.system,
+        context=getattr(options, "context", None),
+        chats=options.calibration,
+        post_quantum=config.post_quantum,
+    )
+
+
 def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, EncryptionConfig] | None":
     """Return the clear model whose linear layers are wanted, and which of them, unless others are."""
-    from transformers import GPT2LMHeadModel
-
-    from cipherlm.models.config import CONFIG_NAME, LINEAR, EncryptionConfig
+    from cipherlm.models.architecture import MODULES
+    from cipherlm.models.config import LINEAR, EncryptionConfig
     from cipherlm.models.loading import load_model
     from cipherlm.models.targets import means_linear
 
@@ -150,8 +181,7 @@ def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, Encry
     if config.scheme == "ckks":
         model = load_model(options.model)
         unsaid = options.target_modules is None and options.block is None
-        saved = Path(options.model, CONFIG_NAME).is_file()
-        if unsaid and not saved and not isinstance(model, GPT2LMHeadModel):
+        if unsaid and not is_saved(options) and model.config.model_type not in MODULES:
             config = EncryptionConfig(LINEAR)
         if means_linear(model, config):
             for name in ("context", "post_quantum", "tokens", "calibration"):
@@ -160,7 +190,7 @@ def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, Encry
                         f"--{name.replace('_', '-')} means nothing to linear layers: leave it out"
                     )
             return model, config
-    for name in ("prefix", "system", "training"):
+    for name in ("prefix", "training"):
         if getattr(options, name):
             raise UsageError(f"--{name} is for linear layers: add --target-modules linear")
     return None
