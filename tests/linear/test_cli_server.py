@@ -27,7 +27,7 @@ def clear_text(prompt, count):
     return tokenizer().decode(tiny("llama").generate(ids, max_new_tokens=count, do_sample=False)[0])
 
 
-@pytest.mark.parametrize("options", [["--target-modules", "linear"], []])
+@pytest.mark.parametrize("options", [["--target-modules", "linear"]])
 def test_from_export_to_text(saved, tmp_path, capsys, options):
     root = tmp_path / "out"
     assert main(["export", str(saved), str(root), *options, "--prefix", "w9 w8", "--json"]) == 0
@@ -68,8 +68,10 @@ def test_options_that_cannot_be(saved, tmp_path, capsys, arguments, words):
 
 
 def test_what_is_for_linear_layers_only(tmp_path, capsys):
-    assert main(["export", "tiny", str(tmp_path / "out"), "--system", "x"]) == 2
+    assert main(["export", "tiny", str(tmp_path / "out"), "--prefix", "x"]) == 2
     assert "add --target-modules linear" in capsys.readouterr().err
+    assert main(["export", "tiny", str(tmp_path / "out"), "--system", "x"]) == 2
+    assert "--system is for models with a chat template" in capsys.readouterr().err
 
 
 def test_stored_keys_are_for_other_placements(capsys):

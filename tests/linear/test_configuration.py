@@ -80,11 +80,11 @@ def test_names_of_modules_that_hold_linear_layers_stay_what_they_were():
         ("llama", EncryptionConfig(["q_porj"], scheme="ckks"), "no linear layer 'q_porj'; did you mean"),
         (
             "llama",
-            EncryptionConfig(["self_attn"], scheme="ckks"),
-            "'self_attn' cannot be encrypted, only linear",
+            EncryptionConfig(["embed_tokens"], scheme="ckks"),
+            "'embed_tokens' cannot be encrypted, only linear",
         ),
         ("llama", EncryptionConfig(["q_proj"], scheme="tfhe"), 'supported: gpt2.*target_modules="linear"'),
-        ("llama", EncryptionConfig("all", scheme="ckks"), 'supported: gpt2.*target_modules="linear"'),
+        ("phi", EncryptionConfig("all", scheme="ckks"), 'supported: gpt2, llama.*target_modules="linear"'),
         ("gpt2", EncryptionConfig(["q_proj"], scheme="ckks"), "no attention module, MLP or block 'q_proj'"),
     ],
 )

@@ -306,7 +306,8 @@ class EncryptedModel(nn.Module):
         if model_type not in ARCHITECTURES[config.scheme]:
             raise ValueError(
                 f"cannot encrypt the architecture {model_type!r} with scheme={config.scheme!r}; "
-                f"supported: {', '.join(ARCHITECTURES[config.scheme])}"
+                f"supported: {', '.join(ARCHITECTURES[config.scheme])}. Its linear layers can be encrypted: "
+                'target_modules="linear"'
             )
         # A subclass would lose what it adds.
         if type(model) is not getattr(transformers, clear):

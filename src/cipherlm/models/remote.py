@@ -316,10 +316,7 @@ class RemoteModule(EncryptedModule):
             and (text.backend, text.cache(), text.row) == (backend, cache, row)
             and np.array_equal(text.sent, rows[:seen])
         )
-        try:
-            outputs = self._ask(backend, rows[seen:], seen) if goes_on else self._ask(backend, rows, 0)
-        except TextLost:  # once: a new session may be lost as well
-            outputs = self._ask(backend, rows, 0)
+        outputs = self._asked(backend, rows, seen if goes_on else 0)
         if cache is not None:
             self._text = _Text(backend, weakref.ref(cache), row, rows)
         return outputs[len(outputs) - count :]
@@ -328,8 +325,15 @@ class RemoteModule(EncryptedModule):
         """Return the outputs of rows that do not depend on each other: each piece is a text of its own."""
         room = self.placement.geometry.tokens - self.placement.geometry.start
         return np.concatenate(
-            [self._ask(backend, rows[first : first + room], 0) for first in range(0, len(rows), room)]
+            [self._asked(backend, rows[first : first + room]) for first in range(0, len(rows), room)]
         )
+
+    def _asked(self, backend: Backend, rows: Float64, seen: int = 0) -> Float64:
+        """Return the outputs for rows that were not ``seen``, or for all of them if their text was lost."""
+        try:
+            return self._ask(backend, rows[seen:], seen)
+        except TextLost:  # once: a new session may be lost as well
+            return self._ask(backend, rows, 0)
 
     def _ask(self, backend: Backend, rows: Float64, seen: int) -> Float64:
         progress = self.progress if self.mode == "execute" else silent

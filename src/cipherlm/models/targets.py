@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
@@ -79,7 +80,10 @@ def means_linear(model: nn.Module, config: EncryptionConfig) -> bool:
         return config.is_linear
     if getattr(getattr(model, "config", None), "model_type", None) not in MODULES:
         return True
-    return _fits_any(config, list(linear_layers(model))) and not _fits_any(config, _remote_modules(model))
+    if _fits_any(config, _remote_modules(model)):
+        return False
+    # Where nothing fits, what is closest is told.
+    return _fits_any(config, list(linear_layers(model))) or not isinstance(model, GPT2LMHeadModel)
 
 
 def find_linear(model: nn.Module, config: EncryptionConfig) -> list[str]:
