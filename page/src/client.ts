@@ -11,6 +11,8 @@ import { Session } from "./session";
 import type { KeyRecord, Store } from "./store";
 
 const PATIENCE = 60_000;
+/** For a server that was just chosen: somebody waits to hear that it is the wrong one. */
+const FIRST_PATIENCE = 5_000;
 
 export class Client {
   readonly ring: KeyRing;
@@ -33,7 +35,7 @@ export class Client {
 
   /** Check that the server is there and hosts the model. */
   async check(): Promise<void> {
-    this.messageBytes = await this.server.describe(this.plan);
+    this.messageBytes = await this.server.describe(this.plan, undefined, FIRST_PATIENCE);
   }
 
   /** Use keys from now on. */

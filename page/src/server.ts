@@ -68,9 +68,9 @@ export class Server {
     return { url: `${this.base.replace(/^http/, "ws")}/v1/session`, protocols };
   }
 
-  /** Check that the server hosts a plan's model; return the size of its messages. */
-  async describe(plan: Plan, signal?: AbortSignal): Promise<number> {
-    const answer = await this.patiently(() => this.send("GET", "/v1/model", { signal }), signal);
+  /** Check that the server hosts a plan's model; return the size of its messages. Wait for it so long. */
+  async describe(plan: Plan, signal?: AbortSignal, patience = PATIENCE): Promise<number> {
+    const answer = await this.patiently(() => this.send("GET", "/v1/model", { signal }), signal, patience);
     const { fingerprint, message_bytes: bytes } = answer;
     if (typeof fingerprint !== "string" || !Number.isSafeInteger(bytes) || (bytes as number) < 0) throw nonsense();
     if (fingerprint !== plan.fingerprint)
@@ -127,13 +127,13 @@ export class Server {
   }
 
   /** Try again for a while what may pass. */
-  private async patiently<T>(ask: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+  private async patiently<T>(ask: () => Promise<T>, signal?: AbortSignal, patience = PATIENCE): Promise<T> {
     const since = Date.now();
     for (let wait = 500; ; wait = Math.min(2 * wait, 10_000)) {
       try {
         return await ask();
       } catch (error) {
-        if (!mayPass(error) || Date.now() - since + wait > PATIENCE) throw error;
+        if (!mayPass(error) || Date.now() - since + wait > patience) throw error;
         await pause(wait, signal);
       }
     }
