@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from cipherlm.engine import Evaluator, Parameters, PublicKey, SecretKey
+from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import (
-    Arithmetic,
-    Encodings,
     EncryptedTensor,
     decrypt,
     encrypt,
+    encrypted,
     evaluation_keys,
 )
 from cipherlm.schemes.ckks.layout import Layout
@@ -50,7 +50,7 @@ class Parties:
 
     def encrypt(self, hidden, start=0, level=4) -> EncryptedTensor:
         ciphertexts = encrypt(self.secret_key, self.layout, hidden, start=start, level=level)
-        return self.arithmetic.tensor(ciphertexts, len(hidden), start)
+        return encrypted(self.arithmetic, ciphertexts, len(hidden), start)
 
     def encrypt_token(self, hidden, position, level=8) -> EncryptedToken:
         slots = self.layout.decoding.pack(hidden)

@@ -11,7 +11,8 @@ from cipherlm.models.gpt2 import Args, Attention, Block
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
-from cipherlm.schemes.ckks.layout import DecodingShape, Layout
+from cipherlm.schemes.ckks.decoding_layout import DecodingShape
+from cipherlm.schemes.ckks.layout import Layout
 
 from .conftest import Parties
 from .models import behind, filled

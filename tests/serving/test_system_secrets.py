@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cipherlm.engine import Plaintext
-from cipherlm.schemes.ckks import encrypted, refresh, session
+from cipherlm.schemes.ckks import arithmetic, encrypted, refresh, session
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving import ckks, evaluations, keys, sessions
@@ -283,7 +283,7 @@ def test_no_secret_key_is_ever_at_the_server(seen):
 
 SERVED = [
     ckks.CkksHostedModel, ckks.CkksComputation, ckks.load_modules, ckks._hosted, session.Server,
-    session.Session, session.Hosted, refresh.MaskedRefresh, encrypted.Arithmetic, encrypted.EncryptedTensor,
+    session.Session, session.Hosted, refresh.MaskedRefresh, arithmetic.Arithmetic, encrypted.EncryptedTensor,
     keys.KeyStore, sessions.Session, evaluations.Evaluation,
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from cipherlm.engine import (
 from cipherlm.models.gpt2 import Args, Attention
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.progress import TerminalProgress
-from cipherlm.schemes.ckks.encrypted import Arithmetic
+from cipherlm.schemes.ckks.arithmetic import Arithmetic
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server
 

@@ -15,8 +15,10 @@ from cipherlm.engine import Ciphertext, LinearTransformation, Plaintext
 from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
-from cipherlm.schemes.ckks.encrypted import CiphertextTensor, Encodings, EncryptedTensor
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL, DecodingLayout
+from cipherlm.schemes.ckks.arithmetic import Encodings
+from cipherlm.schemes.ckks.decoding_layout import DecodingLayout
+from cipherlm.schemes.ckks.encrypted import CiphertextTensor, EncryptedTensor
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL
 from cipherlm.schemes.ckks.matrices import DecodingMatrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
@@ -32,8 +34,8 @@ class EncryptedToken(CiphertextTensor):
 
     Scores are in one ciphertext for each of the layout's parts, keys and values in one for each group of
     tokens, everything else is in one. Keys are the real part and values the imaginary one, and so both are
-    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.layout.DecodingLayout`. The keys and values
-    of a clear ``prefix`` stand beside the ciphertexts, and keys are to be rotated by ``rotation``.
+    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.decoding_layout.DecodingLayout`. The keys
+    and values of a clear ``prefix`` stand beside the ciphertexts, and keys are to be rotated by ``rotation``.
     """
 
     position: int

@@ -19,7 +19,8 @@ from cipherlm.engine import (
     paired,
 )
 from cipherlm.engine.linear import Storage
-from cipherlm.schemes.ckks.layout import DECODING_BABY_STEPS, DecodingShape, Layout
+from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DecodingShape
+from cipherlm.schemes.ckks.layout import Layout
 
 Float64 = NDArray[np.float64]
 
@@ -100,7 +101,7 @@ class Matrix:
 
 
 class DecodingMatrix:
-    """A matrix on one token's features; see :class:`~cipherlm.schemes.ckks.layout.DecodingShape`.
+    """A matrix on one token's features; see :class:`~cipherlm.schemes.ckks.decoding_layout.DecodingShape`.
 
     ``matrix`` (outputs, inputs) has the two periods as its shape. A real one is folded to half its diagonals.
     """

@@ -26,8 +26,9 @@ from cipherlm.errors import Refused
 from cipherlm.nn.blocks import Report, evaluate
 from cipherlm.nn.module import Module
 from cipherlm.nn.tensor import Cache, Prefix
+from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.decoding import EncryptedToken
-from cipherlm.schemes.ckks.encrypted import Arithmetic, CiphertextTensor, Encodings
+from cipherlm.schemes.ckks.encrypted import CiphertextTensor, encrypted
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 
@@ -259,7 +260,7 @@ class Session:
             raise Refused(f"tokens from position {start} on, where {expected} was expected")
         x: CiphertextTensor
         if start == geometry.prefix:
-            x = self.arithmetic.tensor(ciphertexts, count, geometry.start)
+            x = encrypted(self.arithmetic, ciphertexts, count, geometry.start)
         else:
             x = EncryptedToken(self.arithmetic, tuple(ciphertexts), start)
         result: CiphertextTensor = evaluate(module.module, x, caches, report)

@@ -1,0 +1,181 @@
+"""What encrypted tensors compute with: encoded weights and masks, keys, refresh."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import Chebyshev, Ciphertext, Evaluator, Parameters, Plaintext, threads
+from cipherlm.engine.linear import Storage
+from cipherlm.nn.module import Linear
+from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.tensor import Prefix
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
+from cipherlm.schemes.ckks.refresh import MASK_LEVEL, Refresher
+
+Float64 = NDArray[np.float64]
+A = TypeVar("A")
+B = TypeVar("B")
+
+PLAIN_SHIFT, MAPPING_SHIFT = 8, 16
+"""The bits by which a refresh divides: one number where scales stay near the default one, another before
+polynomials, whose intervals scales may map. They are fixed, so that a request tells nothing of ranges.
+
+A ciphertext is given its scale by a product with an integer, 2^shift times the ratio of the scales.
+"""
+
+LEAST_FACTOR = 2
+"""The least of them. Below 8 it may miss a scale by so much that a polynomial takes one more level."""
+
+
+class Encodings:
+    """Clear weights and masks made ready for ciphertexts, once for all clients.
+
+    They are encoded where they are first used, and kept: matrices for as long as their weights.
+    """
+
+    def __init__(self, parameters: Parameters, layout: Layout, *, storage: Storage = "int32") -> None:
+        self.parameters, self.layout, self.storage = parameters, layout, storage
+        self._layers: WeakKeyDictionary[Linear | Prefix, _Layer] = WeakKeyDictionary()
+        self._kept: dict[Any, Any] = {}
+        self._lock = threading.RLock()
+
+    def layer(self, owner: Linear | Prefix) -> _Layer:
+        """Return what is kept with clear weights, or with the keys and values of a prefix."""
+        with self._lock:
+            return self._layers.setdefault(owner, _Layer(self))
+
+    def keep(self, key: Any, make: Callable[[], A]) -> A:
+        """Return what belongs to a key, made on the first call."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            kept: A = self._kept[key]
+            return kept
+
+    def encode(self, slots: Float64 | NDArray[np.complex128], level: int, scale: float) -> Plaintext:
+        """Encode what is to be added to ciphertexts of a level and a scale."""
+        return Plaintext.encode(self.parameters, slots, level, scale)
+
+    def mask(self, slots: Float64, level: int) -> Plaintext:
+        """Encode what ciphertexts of a level are to be multiplied with: their scale stays."""
+        return self.encode(slots, level, float(self.parameters.q[level]))
+
+    def key_masks(self, rotary: Rotary | None, position: int) -> list[list[Plaintext]]:
+        """Return the encoded masks of keys; see :meth:`Layout.key_masks`."""
+        return self.keep(
+            ("keys", rotary, position), lambda: self._masks(self.layout.key_masks(rotary, position))
+        )
+
+    @property
+    def value_masks(self) -> list[list[Plaintext]]:
+        """The encoded masks of values."""
+        return self.keep("values", lambda: self._masks(self.layout.value_masks()))
+
+    def _masks(self, masks: Iterable[list[Float64]]) -> list[list[Plaintext]]:
+        return [[self.mask(mask, ATTENTION_LEVEL - 1) for mask in row] for row in masks]
+
+
+class Arithmetic:
+    """What encrypted tensors of one client share: keys, refresh, and the server's encoded weights.
+
+    ``refreshes`` counts the ciphertexts that were refreshed, ``round_trips`` how often.
+    """
+
+    def __init__(self, evaluator: Evaluator, encodings: Encodings, refresher: Refresher) -> None:
+        self.evaluator, self.encodings = evaluator, encodings
+        self.parameters: Parameters = evaluator.parameters
+        self.refreshes = self.round_trips = 0
+        self._refresher = refresher
+        self._pool = ThreadPoolExecutor(threads())
+
+    @property
+    def layout(self) -> Layout:
+        """The packing."""
+        return self.encodings.layout
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Apply a function in threads."""
+        return list(self._pool.map(function, items))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
+
+    def scale_before(self, polynomial: Chebyshev) -> float:
+        """Return the scale at which a polynomial's interval costs no level."""
+        low, high = polynomial.interval
+        return self.parameters.scale * 2 / (high - low)
+
+    def refresh(
+        self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float], level: int, shift: int = PLAIN_SHIFT
+    ) -> list[Ciphertext]:
+        """Return real ciphertexts at a level and near the given scales.
+
+        Two travel as real and imaginary part of one. Raises ``ValueError`` for a scale that is too far below
+        that of its ciphertext.
+        """
+        evaluator = self.evaluator
+        # A pair is split into twice its real and twice its imaginary part.
+        copies = [1 if i == len(ciphertexts) - 1 and i % 2 == 0 else 2 for i in range(len(ciphertexts))]
+        wanted = [scale / copy / c.scale for c, scale, copy in zip(ciphertexts, scales, copies, strict=True)]
+        factors = [round(2**shift * ratio) for ratio in wanted]
+        if min(factors) < LEAST_FACTOR:
+            raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
+        # Declared scales do not matter on the way, but they must be equal to be added.
+        common = self.parameters.scale * 2**shift
+        scaled = [
+            evaluator.set_scale(evaluator.multiply(evaluator.drop_level(c, MASK_LEVEL), factor), common)
+            for c, factor in zip(ciphertexts, factors, strict=True)
+        ]
+        pairs = [scaled[i : i + 2] for i in range(0, len(scaled), 2)]
+        sent = [
+            evaluator.add(pair[0], evaluator.multiply(pair[1], 1j)) if len(pair) == 2 else pair[0]
+            for pair in pairs
+        ]
+        fresh: list[Ciphertext] = []
+        for pair, result in zip(pairs, self._exchange(sent, level, shift), strict=True):
+            fresh += evaluator.split(result) if len(pair) == 2 else [result]
+        return [
+            evaluator.set_scale(part, before.scale * factor / 2**shift * copy)
+            for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
+        ]
+
+    def refresh_complex(self, ciphertext: Ciphertext, level: int) -> Ciphertext:
+        """Return a ciphertext of complex numbers at a level, with its scale."""
+        factor = self.evaluator.multiply(self.evaluator.drop_level(ciphertext, MASK_LEVEL), 2**PLAIN_SHIFT)
+        (fresh,) = self._exchange([factor], level, PLAIN_SHIFT)
+        return self.evaluator.set_scale(fresh, ciphertext.scale)
+
+    def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        self.refreshes += len(sent)
+        self.round_trips += 1
+        return self._refresher(sent, level, shift)
+
+
+class _Layer:
+    """What is kept with clear weights: matrices and encoded biases."""
+
+    def __init__(self, encodings: Encodings) -> None:
+        self._encodings = encodings
+        self._kept: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    def matrix(self, key: tuple[Any, ...], make: Callable[[Encodings], A]) -> A:
+        """Return a matrix, made on the first call."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make(self._encodings)
+            matrix: A = self._kept[key]
+            return matrix
+
+    def bias(self, key: tuple[Any, ...], like: Ciphertext, slots: Callable[[], NDArray[Any]]) -> Plaintext:
+        """Return an encoded bias to be added to a ciphertext, made on the first call."""
+        level, scale = like.level, like.scale
+        return self.matrix((key, level, scale), lambda encodings: encodings.encode(slots(), level, scale))
