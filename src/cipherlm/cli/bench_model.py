@@ -5,7 +5,7 @@ also encodes the weights: ``prepare_seconds`` has its prompt and its first furth
 timed, and the fastest is reported. The first further token is apart from those behind it, since it brings
 the prompt's keys and values to where further tokens need them. Errors are against the same blocks in
 floating point. The geometry ``gpt2`` has random weights, ``tiny`` those of the embedded model and ``smollm2``
-those of SmolLM2-135M-Instruct, each behind a public first token.
+those of SmolLM2-135M-Instruct, behind its public first token, and behind the head of its chat template.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cipherlm.cli.bench_ckks import MeasuredSession, errors, memory_figures
 from cipherlm.cli.bench_primitives import Primitives
 from cipherlm.cli.bench_tally import Figures, Tally
 from cipherlm.cli.common import add_json_option, positive_integer
+from cipherlm.cli.whole import is_chat
 from cipherlm.models.architecture import Args, architecture_of
 from cipherlm.nn.blocks import Blocks, calibrated, evaluate, prefixes
 from cipherlm.nn.clear import ClearTensor
@@ -50,6 +51,7 @@ SIZES = {
 """Of the geometry ``gpt2``."""
 
 CALIBRATION_TEXTS = 5
+CALIBRATION_CHATS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,10 +245,12 @@ def _random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Sub
 
 
 def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:
-    """Return a model that is here on text that it was not calibrated with."""
+    """Return a model that is here on text that it was not calibrated with.
+
+    A chat model has chats, behind the head of its template.
+    """
     import torch
 
-    from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.modules import to_numpy
 
@@ -254,8 +258,8 @@ def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:
     config: Any = clear.config
     architecture = architecture_of(config.model_type)
     args = architecture.args.of(config.to_dict())
-    text = tokenizer(" ".join(evaluation_sentences()))["input_ids"]
-    most = min(len(text), args.positions - 1)
+    head, text, calibration = _texts(tokenizer, config)
+    most = min(len(text), args.positions - len(head))
     if tokens > most:
         raise UsageError(f"{tokens} tokens: this model has text for {most}")
     block_list = clear.get_submodule(architecture.blocks)
@@ -265,7 +269,7 @@ def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:
     model.load(model.sanitize(state))
 
     def hidden(ids: list[int]) -> Float64:
-        """Return what the first block gets, behind the model's token for the beginning of a text."""
+        """Return what the first block gets, behind the public prefix."""
         met: list[Float64] = []
 
         def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -273,14 +277,34 @@ def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:
 
         hook = next(iter(block_list.children())).register_forward_pre_hook(see, with_kwargs=True)
         with torch.no_grad():
-            clear(torch.tensor([[int(config.bos_token_id or 0), *ids]]))
+            clear(torch.tensor([[*head, *ids]]))
         hook.remove()
         rows = met[0]
         return rows - rows.mean(axis=-1, keepdims=True) if architecture.centred else rows
 
-    calibration: list[Any] = [tokenizer(sentence)["input_ids"] for sentence in calibration_sentences()]
-    measured = hidden(text[:tokens])
-    return _Subject(model, args, measured[1:], [hidden(ids)[1:] for ids in calibration], measured[:1])
+    measured, start = hidden(text[:tokens]), len(head)
+    return _Subject(
+        model, args, measured[start:], [hidden(ids)[start:] for ids in calibration], measured[:start]
+    )
+
+
+def _texts(tokenizer: Any, config: Any) -> tuple[list[int], list[int], list[list[int]]]:
+    """Return token ids: the public prefix, a text to measure with, and texts to calibrate on."""
+    from cipherlm.evaluation.chats import calibration_chats, evaluation_chats
+    from cipherlm.evaluation.prompts import chat_prompts
+    from cipherlm.evaluation.texts import calibration_sentences, evaluation_sentences
+    from cipherlm.models.chat import public_head
+
+    if not is_chat(tokenizer):
+        text = tokenizer(" ".join(evaluation_sentences()))["input_ids"]
+        calibration = [tokenizer(sentence)["input_ids"] for sentence in calibration_sentences()]
+        return [int(config.bos_token_id or 0)], text, calibration
+    head = public_head(tokenizer)
+    measured, chats = (
+        [prompt[0].tolist() for prompt in chat_prompts(tokenizer, given, head)]
+        for given in (evaluation_chats()[:1], calibration_chats()[:CALIBRATION_CHATS])
+    )
+    return head, measured[0], chats
 
 
 def _count(text: str) -> int:

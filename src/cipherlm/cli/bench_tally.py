@@ -177,14 +177,18 @@ def _product(a: Ciphertext, b: Any, **_: Any) -> Iterable[Part]:
         yield "addition", a.level, 1
 
 
-def _dot(a: Sequence[Ciphertext], b: Sequence[Any]) -> Iterable[Part]:
+def _dot(a: Sequence[Ciphertext], b: Sequence[Any], rescale: bool = True) -> Iterable[Part]:
     level = min(item.level for item in (*a, *b))
     if isinstance(b[0], Ciphertext):
         yield "product", level, 1
         yield "further_product", level, len(a) - 1
     else:
         yield "plaintext_product", level, len(a)
-        yield "rescaling", level, 1
+        if rescale:
+            yield "rescaling", level, 1
+
+
+_COEFFICIENT_BYTES = {"int16": 2, "int32": 4}
 
 
 def _matrices(inputs: Sequence[Ciphertext], matrices: Sequence[LinearTransformation]) -> Iterable[Part]:
@@ -193,8 +197,8 @@ def _matrices(inputs: Sequence[Ciphertext], matrices: Sequence[LinearTransformat
     babies = {step for m in matrices for step in m.rotations if step < m.giant_step}
     yield "hoisted_rotation", level, count * len(babies)
     yield "rotation", level, count * sum(step >= m.giant_step for m in matrices for step in m.rotations)
-    # A diagonal that repeats takes so much less memory and work. Four bytes a coefficient: int32.
-    whole = sum(m.nbytes for m in matrices) / (4 * matrices[0].parameters.degree)
+    # A diagonal that repeats takes so much less memory and work.
+    whole = sum(m.nbytes / _COEFFICIENT_BYTES[m.storage] for m in matrices) / matrices[0].parameters.degree
     yield "diagonal", level, count * whole
     yield "rescaling", level, count * len(matrices)
 
