@@ -147,7 +147,7 @@ def test_primitive_operations():
         ("attention --scheme ckks --n-bits 4", "--n-bits belongs to --scheme tfhe"),
         ("attention --scheme ckks --heads all --tokens 9", "do not fit"),
         ("block --geometry gpt2 --side-by-side 16", "do not fit"),
-        ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 56", "--context 64 has no room for 65"),
+        ("block --geometry gpt2 --prompt-tokens 8 --new-tokens 57", "--context 64 has no room for 65"),
         ("model --geometry tiny --prompt-tokens 9999 --context 20000", "has text for"),
     ],
 )

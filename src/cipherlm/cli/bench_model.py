@@ -4,8 +4,8 @@ Client and server meet in one process; what they exchange is written to bytes an
 also encodes the weights: ``prepare_seconds`` has its prompt and its first further token. The others are
 timed, and the fastest is reported. The first further token is apart from those behind it, since it brings
 the prompt's keys and values to where further tokens need them. Errors are against the same blocks in
-floating point. The geometry ``gpt2`` has random weights, ``tiny`` those of the embedded model and ``smollm2``
-those of SmolLM2-135M-Instruct, behind its public first token, and behind the head of its chat template.
+floating point. The geometry ``gpt2`` has random weights and no public prefix, ``tiny`` is the embedded model
+behind its public first token, and ``smollm2`` SmolLM2-135M-Instruct behind the head of its chat template.
 """
 
 from __future__ import annotations
@@ -207,9 +207,9 @@ class _Subject:
     """The hidden states of the public prefix."""
 
     @cached_property
-    def prefixes(self) -> list[Prefix]:
-        """The keys and values of the prefix."""
-        return prefixes(self.model, self.prefix)
+    def prefixes(self) -> list[Prefix] | list[None]:
+        """The keys and values of the prefix, for each block, if there is one."""
+        return prefixes(self.model, self.prefix) if len(self.prefix) else [None] * len(self.model.blocks)
 
     def clear(self) -> Float64:
         """Return the outputs in floating point."""
@@ -241,7 +241,7 @@ def _random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Sub
         return centred
 
     texts = [hidden(tokens) for _ in range(CALIBRATION_TEXTS)]
-    return _Subject(model, args, hidden(tokens), texts, hidden(1))
+    return _Subject(model, args, hidden(tokens), texts, hidden(0))
 
 
 def _embedded_model(name: str, blocks: int | None, tokens: int) -> _Subject:

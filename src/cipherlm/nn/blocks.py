@@ -67,10 +67,12 @@ def prefixes(module: Module, hidden: Float64) -> list[Prefix]:
     return [Prefix(key.values, value.values) for key, value in (cache.past for cache in caches)]
 
 
-def calibrated(module: Module, texts: Iterable[Float64], before: Sequence[Prefix]) -> dict[str, Interval]:
+def calibrated(
+    module: Module, texts: Iterable[Float64], before: Sequence[Prefix | None]
+) -> dict[str, Interval]:
     """Return the ranges that a module's functions meet on texts (tokens, width), each behind a prefix."""
     recording = module.recording()
-    start = before[0].tokens if before else 0
+    start = before[0].tokens if before and before[0] else 0
     for hidden in texts:
         evaluate(recording, ClearTensor(np.asarray(hidden), position=start), [Cache(p) for p in before])
     return recording.ranges
