@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cipherlm import (
-    EncryptedGPT2LMHeadModel,
+    EncryptedModel,
     EncryptionConfig,
     get_encrypted_model,
     load_model,
@@ -15,7 +15,7 @@ from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_
 BLOCK = "transformer.h.1"
 
 
-def calibrated_tiny(target, **options) -> EncryptedGPT2LMHeadModel:
+def calibrated_tiny(target, **options) -> EncryptedModel:
     config = EncryptionConfig(target, scheme="ckks", context=16, **options)
     model = get_encrypted_model(load_model("tiny"), config)
     model.calibrate(encode(load_tokenizer("tiny"), calibration_sentences()[:30], max_tokens=15))
@@ -23,7 +23,7 @@ def calibrated_tiny(target, **options) -> EncryptedGPT2LMHeadModel:
     return model
 
 
-def prompt(model: EncryptedGPT2LMHeadModel, text: str) -> torch.Tensor:
+def prompt(model: EncryptedModel, text: str) -> torch.Tensor:
     return model.with_prefix(load_tokenizer("tiny")(text, return_tensors="pt")["input_ids"])
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from cipherlm import (
-    EncryptedGPT2LMHeadModel,
+    EncryptedModel,
     EncryptionConfig,
     MultiHeadsQGPT2Model,
     SingleHeadQGPT2Model,
@@ -46,7 +46,7 @@ def logits(model, input_ids) -> torch.Tensor:
         return model(input_ids).logits
 
 
-def encrypted(heads, n_bits: int, target=ATTENTION) -> EncryptedGPT2LMHeadModel:
+def encrypted(heads, n_bits: int, target=ATTENTION) -> EncryptedModel:
     model = get_encrypted_model(small_model(), EncryptionConfig(target, heads=heads, n_bits=n_bits))
     model.calibrate(ids(30, 8))
     return model
@@ -76,7 +76,7 @@ def test_both_blocks():
 def test_save_and_load(heads, tmp_path):
     model, test_ids = encrypted(heads, 5, ["attn"]), ids(2, 8, seed=1)
     model.save_pretrained(tmp_path)
-    loaded = EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+    loaded = EncryptedModel.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, test_ids), logits(model, test_ids))
     for name, module in loaded.encrypted_modules.items():
         assert module.quantized.fingerprint() == model.encrypted_modules[name].quantized.fingerprint()

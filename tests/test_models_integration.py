@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from cipherlm import (
-    EncryptedGPT2LMHeadModel,
+    EncryptedModel,
     EncryptionConfig,
     MultiHeadsQGPT2Model,
     SingleHeadQGPT2Model,
     get_encrypted_model,
 )
+from cipherlm.models.tfhe import TfheModel
 from cipherlm.schemes.tfhe.attention import AttentionWeights
 from cipherlm.schemes.tfhe.errors import NotCompiledError, TooManyTokensError
 
@@ -110,9 +111,9 @@ class ExactCircuit:
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    monkeypatch.setattr("cipherlm.models.integration.QuantizedAttention", ExactAttention)
+    monkeypatch.setattr("cipherlm.models.tfhe.QuantizedAttention", ExactAttention)
     monkeypatch.setattr("cipherlm.models.storage.QuantizedAttention", ExactAttention)
-    monkeypatch.setattr("cipherlm.models.integration.AttentionCircuit", ExactCircuit)
+    monkeypatch.setattr("cipherlm.models.tfhe.AttentionCircuit", ExactCircuit)
 
 
 def new_model(**changes) -> GPT2LMHeadModel:
@@ -131,7 +132,7 @@ def ids(batch: int = 1, tokens: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 61, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def encrypted(target: str | list[str] = ATTENTION, heads=None, **changes) -> EncryptedGPT2LMHeadModel:
+def encrypted(target: str | list[str] = ATTENTION, heads=None, **changes) -> EncryptedModel:
     return get_encrypted_model(new_model(**changes), EncryptionConfig(target, scheme="tfhe", heads=heads))
 
 
@@ -546,12 +547,13 @@ def test_no_training():
 def test_save_and_load(heads, tmp_path):
     model = compiled([ATTENTION, OTHER], heads, mode="disable")
     model.save_pretrained(tmp_path)
-    loaded = EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+    loaded = EncryptedModel.from_pretrained(tmp_path)
     assert loaded.encryption_config == model.encryption_config
     assert loaded.is_calibrated
     assert torch.equal(logits(loaded, ids(2)), logits(model, ids(2)))
     assert loaded.compile(tokens=3)[OTHER].tokens == 3
-    assert type(model) is EncryptedGPT2LMHeadModel
+    assert type(model) is type(loaded)
+    assert isinstance(loaded, TfheModel)
 
 
 def test_the_directory_is_a_clear_model_too(tmp_path):
@@ -567,7 +569,7 @@ def test_the_directory_is_a_clear_model_too(tmp_path):
 def test_save_before_calibration(tmp_path):
     compiled().save_pretrained(tmp_path)
     encrypted().save_pretrained(tmp_path)
-    loaded = EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+    loaded = EncryptedModel.from_pretrained(tmp_path)
     assert not loaded.is_calibrated
     with pytest.raises(NotCompiledError):
         loaded(ids())
@@ -576,7 +578,7 @@ def test_save_before_calibration(tmp_path):
 def test_load_from_a_clear_directory(tmp_path):
     new_model().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no encryption_config\.json"):
-        EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+        EncryptedModel.from_pretrained(tmp_path)
 
 
 def test_load_damaged(tmp_path):
@@ -586,7 +588,7 @@ def test_load_damaged(tmp_path):
 
     def fails(message):
         with pytest.raises(ValueError, match=rf"quantisation\.safetensors {message}"):
-            EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+            EncryptedModel.from_pretrained(tmp_path)
 
     for content in (b"", whole[:40], whole[:-10], b"\xff" * 100):
         path.write_bytes(content)
@@ -606,7 +608,7 @@ def test_load_with_a_name_that_is_not_there(tmp_path):
     config = tmp_path / "encryption_config.json"
     config.write_text(config.read_text().replace("h.0", "h.7"))
     with pytest.raises(ValueError, match="no attention module"):
-        EncryptedGPT2LMHeadModel.from_pretrained(tmp_path)
+        EncryptedModel.from_pretrained(tmp_path)
 
 
 # The published calls
@@ -660,4 +662,4 @@ def test_published_save_and_load(gpt2_model, tmp_path):
     assert torch.equal(logits(loaded, ids()), logits(model, ids()))
     with pytest.raises(ValueError, match=r"was saved with .*heads=\[2\].*not what this call"):
         SingleHeadQGPT2Model.from_pretrained(tmp_path / "saved", head=1)
-    assert EncryptedGPT2LMHeadModel.from_pretrained(tmp_path / "saved").is_calibrated
+    assert EncryptedModel.from_pretrained(tmp_path / "saved").is_calibrated

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel, get_encrypted_model
+    from cipherlm.models.encrypted import EncryptedModel
+    from cipherlm.models.integration import get_encrypted_model
     from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.models.loading import load_model, load_tokenizer
     from cipherlm.models.published import MultiHeadsQGPT2Model, SingleHeadQGPT2Model
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "EncryptedGPT2LMHeadModel": "cipherlm.models.integration",
+    "EncryptedModel": "cipherlm.models.encrypted",
     "EncryptedLinearModel": "cipherlm.models.linear",
     "EncryptionConfig": "cipherlm.models.config",
     "MultiHeadsQGPT2Model": "cipherlm.models.published",
@@ -32,8 +33,8 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "EncryptedGPT2LMHeadModel",
     "EncryptedLinearModel",
+    "EncryptedModel",
     "EncryptionConfig",
     "MultiHeadsQGPT2Model",
     "RemoteLinearModel",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cipherlm.cli import CommandError, UsageError, bench_ckks
 from cipherlm.cli.common import (
+    SCHEME_OPTIONS,
     add_json_option,
     add_noise_option,
     existing_file,
@@ -143,25 +144,43 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         else _read_layer(options.weights, options.block or 0, options.wpe, geometry, options.tokens)
     )
     calibration = [layer.inputs(rng, options.tokens) for _ in range(CALIBRATION_SEQUENCES)]
-    if options.scheme == "ckks":
-        return {
-            "scheme": options.scheme,
-            "geometry": options.geometry,
-            "tokens": options.tokens,
-            "heads": geometry.n_heads,
-            "projection": True,
-            "weights": "random" if options.weights is None else Path(options.weights).name,
-            **TFHE_ONLY,
-            **bench_ckks.attention(layer.weights, calibration, layer.inputs(rng, options.tokens)),
-        }
+    measured = _MEASURES[options.scheme](
+        options, layer.weights, calibration, layer.inputs(rng, options.tokens), heads
+    )
+    return {
+        "scheme": options.scheme,
+        "geometry": options.geometry,
+        "tokens": options.tokens,
+        "heads": geometry.n_heads if heads is None else len(heads),
+        "projection": heads is None,
+        "weights": "random" if options.weights is None else Path(options.weights).name,
+        **measured,
+    }
 
+
+def _measure_ckks(
+    options: argparse.Namespace,
+    weights: "AttentionWeights",
+    calibration: list[Float64],
+    x: Float64,
+    heads: list[int] | None,
+) -> dict[str, Any]:
+    return {**TFHE_ONLY, **bench_ckks.attention(weights, calibration, x)}
+
+
+def _measure_tfhe(
+    options: argparse.Namespace,
+    weights: "AttentionWeights",
+    calibration: list[Float64],
+    x: Float64,
+    heads: list[int] | None,
+) -> dict[str, Any]:
     from cipherlm.schemes.tfhe.attention import QuantizedAttention
     from cipherlm.schemes.tfhe.circuit import DEFAULT_P_ERROR, AttentionCircuit
 
     progress = TerminalProgress()
     n_bits = getattr(options, "n_bits", DEFAULT_BITS)
-    attention = QuantizedAttention.calibrate(layer.weights, calibration, heads=heads, n_bits=n_bits)
-    x = layer.inputs(rng, options.tokens)
+    attention = QuantizedAttention.calibrate(weights, calibration, heads=heads, n_bits=n_bits)
     p_error = getattr(options, "p_error", DEFAULT_P_ERROR)
 
     start = time.perf_counter()
@@ -182,17 +201,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         pbs_seconds = measure_pbs()
 
     quantized = attention(x)
-    exact = float_attention(layer.weights, x, heads)
+    exact = float_attention(weights, x, heads)
     error, difference = np.abs(decrypted - exact), np.abs(decrypted - quantized)
     figures = circuit.statistics
     return {
-        "scheme": options.scheme,
-        "geometry": options.geometry,
-        "tokens": options.tokens,
-        "heads": geometry.n_heads if heads is None else len(heads),
-        "projection": heads is None,
         "n_bits": n_bits,
-        "weights": "random" if options.weights is None else Path(options.weights).name,
         "p_error": p_error,
         "compile_seconds": compile_seconds,
         "keygen_seconds": keygen_seconds,
@@ -216,6 +229,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "quantized_mean_abs_error": float(np.abs(quantized - exact).mean()),
         "pbs_8bit_seconds": pbs_seconds,
     }
+
+
+_MEASURES = {"ckks": _measure_ckks, "tfhe": _measure_tfhe}
 
 
 def float_attention(weights: "AttentionWeights", x: Float64, heads: Sequence[int] | None) -> Float64:
@@ -358,22 +374,23 @@ def _read_tensors(
 def _scheme(options: argparse.Namespace, geometry: Geometry) -> str:
     """Return the scheme: that of the options, or TFHE for what only it can do, and CKKS otherwise."""
     own = [name for name in ("n_bits", "p_error") if hasattr(options, name)]
-    scheme = getattr(options, "scheme", None)
-    if scheme == "ckks" and own:
-        raise UsageError(f"--{own[0].replace('_', '-')} belongs to --scheme tfhe")
     some = getattr(options, "heads", None) not in (None, geometry.n_heads)
-    return scheme or ("tfhe" if own or some else "ckks")
+    scheme: str = getattr(options, "scheme", None) or ("tfhe" if own or some else "ckks")
+    if own and own[0] not in SCHEME_OPTIONS[scheme].names:
+        raise UsageError(f"--{own[0].replace('_', '-')} belongs to --scheme tfhe")
+    return scheme
 
 
 def _heads(options: argparse.Namespace, geometry: Geometry) -> list[int] | None:
     """Return the heads to encrypt, or None for the whole layer."""
-    count = getattr(options, "heads", None if options.scheme == "ckks" else 1)
+    some = "heads" in SCHEME_OPTIONS[options.scheme].names
+    count = getattr(options, "heads", 1 if some else None)
     if count is None or count == geometry.n_heads:
         return None
     if count > geometry.n_heads:
         raise CommandError(f"{options.geometry} has {geometry.n_heads} heads, not {count}")
-    if options.scheme == "ckks":
-        raise UsageError("--scheme ckks encrypts the whole layer: --heads all")
+    if not some:
+        raise UsageError(f"--scheme {options.scheme} encrypts the whole layer: --heads all")
     return list(range(count))
 
 

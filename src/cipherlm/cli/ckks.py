@@ -10,38 +10,17 @@ from cipherlm.cli.common import calibration_ids, human_bytes
 if TYPE_CHECKING:
     import torch
 
-    from cipherlm.models.integration import EncryptedModel
-    from cipherlm.models.remote import Placement
+    from cipherlm.models.ckks import CkksModel
     from cipherlm.models.summary import Summary
 
 
-def is_ckks(options: argparse.Namespace) -> bool:
-    """Say whether the options, settled, or the saved model that they name, are about CKKS."""
-    import json
-    from pathlib import Path
-
-    from cipherlm.models.config import CONFIG_NAME
-
-    try:
-        saved = json.loads(Path(options.model, CONFIG_NAME).read_text(encoding="utf-8"))
-        return isinstance(saved, dict) and saved.get("scheme") == "ckks"
-    except (OSError, ValueError):  # not saved encrypted, or damaged, which loading it will say
-        return bool(options.scheme == "ckks")
-
-
-def placement(model: "EncryptedModel") -> "Placement":
-    """Return what is remote in a model that is encrypted with CKKS."""
-    assert model.placement is not None
-    return model.placement
-
-
-def calibrate(model: "EncryptedModel", options: argparse.Namespace, tokenizer: Any) -> None:
+def calibrate(model: "CkksModel", options: argparse.Namespace, tokenizer: Any) -> None:
     """Calibrate a model unless it is: on sentences, and on texts of them as long as the context."""
     if model.is_calibrated:
         return
-    length = placement(model).geometry.context - len(model.prefix)
+    length = model.placement.geometry.context - len(model.prefix)
     sentences = calibration_ids(options, tokenizer, length)
-    with placement(model).progress("calibrating"):
+    with model.placement.progress("calibrating"):
         model.calibrate([*sentences, *joined(sentences, length)])
 
 
@@ -53,11 +32,9 @@ def joined(sentences: "list[torch.Tensor]", length: int) -> "list[torch.Tensor]"
     return [ids[:, start : start + length] for start in range(0, ids.shape[1], length)]
 
 
-def check_length(
-    model: "EncryptedModel", prompt_tokens: int, new_tokens: int, *, in_context: bool = True
-) -> None:
+def check_length(model: "CkksModel", prompt_tokens: int, new_tokens: int, *, in_context: bool = True) -> None:
     """Raise unless the model, and its context too, have room for the prefix, a prompt and new tokens."""
-    context, prefix = placement(model).geometry.context, len(model.prefix)
+    context, prefix = model.placement.geometry.context, len(model.prefix)
     needed = prefix + prompt_tokens + new_tokens - 1  # the last token is generated, but never read
     longest = int(model.config.max_position_embeddings)
     if needed >= longest:
@@ -72,12 +49,12 @@ def check_length(
         )
 
 
-def summary(model: "EncryptedModel", tokenizer: Any) -> "Summary":
+def summary(model: "CkksModel", tokenizer: Any) -> "Summary":
     """Return what is told of a model that is loaded."""
     from cipherlm.models.summary import Summary
 
     modules, prefix = list(model.encrypted_modules), model.prefix
-    return Summary(modules, prefix, tokenizer.decode(prefix), placement(model).geometry)
+    return Summary(modules, prefix, tokenizer.decode(prefix), model.placement.geometry)
 
 
 def remote_figures(told: "Summary") -> dict[str, Any]:
@@ -129,7 +106,7 @@ def key_figures(told: "Summary") -> dict[str, Any]:
     }
 
 
-def range_figures(model: "EncryptedModel") -> dict[str, Any]:
+def range_figures(model: "CkksModel") -> dict[str, Any]:
     """Return the ranges that calibration found, by module and block, for JSON."""
     return {
         name: {key: list(ends) for key, ends in (module.ranges or {}).items()}
@@ -137,9 +114,9 @@ def range_figures(model: "EncryptedModel") -> dict[str, Any]:
     }
 
 
-def traffic_figures(model: "EncryptedModel") -> dict[str, int]:
+def traffic_figures(model: "CkksModel") -> dict[str, int]:
     """Return the bytes that have gone between the parties, and the number of refreshes."""
-    return asdict(placement(model).traffic)
+    return asdict(model.placement.traffic)
 
 
 def described(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cipherlm.cli import CommandError, UsageError
 
@@ -16,12 +17,38 @@ if TYPE_CHECKING:
     import torch
 
     from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.encrypted import EncryptedModel
     from cipherlm.models.linear import EncryptedLinearModel
     from cipherlm.progress import Progress
 
-_CONFIG_OPTIONS = ("scheme", "n_bits", "heads", "p_error", "context", "post_quantum")
-_OPTIONS_OF = {"tfhe": ("n_bits", "heads", "p_error"), "ckks": ("context", "post_quantum")}
+A = TypeVar("A")
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """How the options of verbs make a configuration of one scheme."""
+
+    names: tuple[str, ...]
+    """The options that mean something to this scheme only."""
+    modules: Callable[[int | None], str | list[str]]
+    """Returns what is encrypted where no modules are named, but perhaps a block."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What verbs encrypt where nothing is said, if that is not what the configuration has by default."""
+
+
+def _attention(block: int | None) -> list[str]:
+    return [f"transformer.h.{block or 0}.attn"]
+
+
+def _blocks(block: int | None) -> str | list[str]:
+    return "all" if block is None else [f"transformer.h.{block}"]
+
+
+SCHEME_OPTIONS = {
+    "tfhe": SchemeOptions(("n_bits", "heads", "p_error"), _attention, {"heads": [0]}),
+    "ckks": SchemeOptions(("context", "post_quantum"), _blocks),
+}
+_CONFIG_OPTIONS = ("scheme", *(name for scheme in SCHEME_OPTIONS.values() for name in scheme.names))
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +90,7 @@ def add_scheme_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--scheme``, ``--context`` and ``--post-quantum``."""
     parser.add_argument(
         "--scheme",
-        choices=tuple(_OPTIONS_OF),
+        choices=tuple(SCHEME_OPTIONS),
         default=argparse.SUPPRESS,
         help="ckks: the whole model, blocks or modules of it (default); tfhe: heads of attention, quantised "
         "(default where an option of its own is given)",
@@ -170,7 +197,7 @@ def settle_scheme(options: argparse.Namespace, *others: str) -> None:
     """
     if hasattr(options, "scheme") or is_saved(options):
         return
-    given = any(hasattr(options, name) for name in _OPTIONS_OF["tfhe"])
+    given = any(hasattr(options, name) for name in SCHEME_OPTIONS["tfhe"].names)
     options.scheme = "tfhe" if given or any(getattr(options, name) for name in others) else "ckks"
 
 
@@ -180,23 +207,43 @@ def encryption_config(options: argparse.Namespace, **changes: Any) -> "Encryptio
     Where they say nothing, all blocks with CKKS, and with TFHE head 0 of block 0. Raises ``UsageError`` for
     an option of the other scheme.
     """
-    from cipherlm.models.config import ALL, EncryptionConfig
+    from cipherlm.models.config import EncryptionConfig
 
     given = {name: getattr(options, name) for name in _CONFIG_OPTIONS if hasattr(options, name)}
-    scheme = given.setdefault("scheme", "ckks")
-    for other, names in _OPTIONS_OF.items():
+    chosen = given.pop("scheme", "ckks")
+    for name, scheme in SCHEME_OPTIONS.items():
         # None is what verbs with options of their own have where nothing was given.
-        wrong = [name for name in names if other != scheme and given.get(name) is not None]
+        others = {option: given.pop(option) for option in scheme.names if name != chosen and option in given}
+        wrong = [option for option, value in others.items() if value is not None]
         if wrong:
-            raise UsageError(f"--{wrong[0].replace('_', '-')} belongs to --scheme {other}")
-    modules = options.target_modules
-    if scheme == "ckks":
-        given = {name: value for name, value in given.items() if name not in _OPTIONS_OF["tfhe"]}
-        modules = modules or (ALL if options.block is None else [f"transformer.h.{options.block}"])
-    else:
-        given = {"heads": [0], **given}
-        modules = modules or [f"transformer.h.{options.block or 0}.attn"]
-    return EncryptionConfig(**{**given, "target_modules": modules, **changes})
+            raise UsageError(f"--{wrong[0].replace('_', '-')} belongs to --scheme {name}")
+    own = SCHEME_OPTIONS[chosen]
+    modules = options.target_modules or own.modules(options.block)
+    return EncryptionConfig(
+        **{**own.defaults, **given, "scheme": chosen, "target_modules": modules, **changes}
+    )
+
+
+def scheme_named(options: argparse.Namespace) -> str:
+    """Return the scheme of the options, settled, or that of the saved model that they name."""
+    from cipherlm.models.config import CONFIG_NAME
+
+    try:
+        saved = json.loads(Path(options.model, CONFIG_NAME).read_text(encoding="utf-8"))
+        return str(saved.get("scheme", "tfhe"))  # as the configuration reads it
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+    ):
+        # Not saved encrypted, or damaged, which loading it will say.
+        return str(getattr(options, "scheme", "ckks"))
+
+
+def of_scheme(options: argparse.Namespace, choices: Mapping[str, A]) -> A:
+    """Return what a verb does with the scheme of the options."""
+    # A scheme that is not known: loading the model says so.
+    return choices.get(scheme_named(options), choices["ckks"])
 
 
 def configured(options: argparse.Namespace) -> "EncryptionConfig":
@@ -223,7 +270,7 @@ def load_encrypted(options: argparse.Namespace, progress: "Progress") -> "Encryp
 
     Raises ``CommandError`` if these are linear layers.
     """
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.encrypted import EncryptedModel
 
     model = load_any_encrypted(options, progress)
     if not isinstance(model, EncryptedModel):
@@ -248,7 +295,8 @@ def encrypted(
     options: argparse.Namespace, model: Any, config: "EncryptionConfig", progress: "Progress"
 ) -> "EncryptedModel | EncryptedLinearModel":
     """Return a clear model that was loaded for the options encrypted, in place or as it was saved."""
-    from cipherlm.models.integration import EncryptedModel, get_encrypted_model
+    from cipherlm.models.encrypted import EncryptedModel
+    from cipherlm.models.integration import get_encrypted_model
     from cipherlm.models.targets import means_linear
 
     if is_saved(options) and not means_linear(model, config):

@@ -81,31 +81,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Generate, and tell what was encrypted."""
     options.target_modules, options.calibration = None, None
-    if options.scheme == "ckks" and options.block is not None:
-        raise UsageError("--block belongs to --scheme tfhe")
+    demo, show = {"ckks": (_demo_remote, _print_remote), "tfhe": (_demo, _print_figures)}[options.scheme]
     with quiet_libraries():
-        config = encryption_config(options)
-        figures = _demo(options, config) if options.scheme == "tfhe" else _demo_remote(options, config)
+        figures = demo(options, encryption_config(options))
     if options.json:
         write_json(figures)
-    elif options.scheme == "tfhe":
-        _print_figures(figures)
     else:
-        _print_remote(figures)
+        show(figures)
 
 
 def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
     from cipherlm.cli.ckks import calibrate, check_length, remote_figures, summary, traffic_figures
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.ckks import CkksModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     def say(text: str = "") -> None:
         if not options.json:
             print(text, flush=True)
 
+    if options.block is not None:
+        raise UsageError("--block belongs to --scheme tfhe")
     tokenizer = load_tokenizer("tiny")
-    model = EncryptedGPT2LMHeadModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
+    model = CkksModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     check_length(model, ids.shape[1], options.max_new_tokens)
     ids = model.with_prefix(ids)
@@ -169,7 +167,7 @@ def _print_remote(figures: dict[str, Any]) -> None:
 
 def _demo(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, Any]:
     from cipherlm.cli.streaming import GeneratedToken, TokenStream, generate
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.encrypted import EncryptedModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     def say(text: str) -> None:
@@ -177,7 +175,7 @@ def _demo(options: argparse.Namespace, config: "EncryptionConfig") -> dict[str, 
             print(text, flush=True)
 
     tokenizer = load_tokenizer("tiny")
-    model = EncryptedGPT2LMHeadModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
+    model = EncryptedModel.encrypt(load_model("tiny"), config, progress=TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     length = compiled_length(model, ids.shape[1], options.max_new_tokens, step=1)
 

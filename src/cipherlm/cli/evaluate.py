@@ -18,6 +18,7 @@ from cipherlm.cli.common import (
     add_scheme_option,
     existing_file,
     heads_argument,
+    of_scheme,
     positive_integer,
     quiet_libraries,
     settle_scheme,
@@ -146,15 +147,10 @@ def bits_argument(text: str) -> list[int]:
 def run(options: argparse.Namespace) -> None:
     """Print a table or JSON, and draw the plot."""
     from cipherlm.cli import evaluate_fidelity, evaluate_tfhe
-    from cipherlm.cli.ckks import is_ckks
 
     for path in (options.sentences, options.chats, options.calibration, options.perplexity):
         existing_file(path)
     settle_scheme(options, "illustration", *([] if options.by_block else ["plot"]))
     with quiet_libraries():
-        if is_ckks(options):
-            evaluate_fidelity.evaluate(options)
-        elif options.illustration:
-            evaluate_tfhe.illustrate(options)
-        else:
-            evaluate_tfhe.evaluate(options)
+        illustrated = evaluate_tfhe.illustrate if options.illustration else evaluate_tfhe.evaluate
+        of_scheme(options, {"ckks": evaluate_fidelity.evaluate, "tfhe": illustrated})(options)

@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from cipherlm.evaluation.agreement import next_tokens, top_k_agreement
     from cipherlm.evaluation.perplexity import perplexity
     from cipherlm.evaluation.texts import encode, evaluation_sentences, read_sentences
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.encrypted import EncryptedModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -85,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         label = heads_label(config.heads)
         with progress(f"{label}, {config.n_bits} bits"):
-            model: Any = EncryptedGPT2LMHeadModel.encrypt(copy.deepcopy(clear), config, progress=progress)
+            model: Any = EncryptedModel.encrypt(copy.deepcopy(clear), config, progress=progress)
             model.calibrate(calibration)
             if options.mode == "simulate":
                 compile_circuits(model, max(ids.shape[1] for ids in sentences))
@@ -174,7 +174,7 @@ def illustrate(options: argparse.Namespace) -> None:
     new_tokens = options.max_new_tokens or ILLUSTRATION_TOKENS
 
     from cipherlm.cli.streaming import TokenStream, generate
-    from cipherlm.models.integration import EncryptedGPT2LMHeadModel
+    from cipherlm.models.encrypted import EncryptedModel
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -191,7 +191,7 @@ def illustrate(options: argparse.Namespace) -> None:
     ]
     for config in configs:
         with progress(f"{config.n_bits} bits"):
-            model = EncryptedGPT2LMHeadModel.encrypt(copy.deepcopy(clear), config, progress=progress)
+            model = EncryptedModel.encrypt(copy.deepcopy(clear), config, progress=progress)
             model.calibrate(calibration_ids(options, tokenizer, length))
             if options.mode == "simulate":
                 compile_circuits(model, length)

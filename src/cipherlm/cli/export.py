@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cipherlm.models.config import EncryptionConfig
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.encrypted import EncryptedModel
 
 EXAMPLES = """\
 examples:
@@ -134,28 +134,38 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         )
         return _told(root, description)
     model = _whole_chat_model(options, tokenizer, progress) or load_encrypted(options, progress)
-    ckks = model.encryption_config.scheme == "ckks"
-    tokens = options.tokens or DEFAULT_TOKENS
-    if not model.is_calibrated:
-        with progress("calibrating"):
-            model.calibrate(calibration_ids(options, tokenizer, None if ckks else tokens))
-    if not ckks:
-        compile_circuits(model, tokens)
+    _READY[model.encryption_config.scheme](model, options, tokenizer, progress)
     with progress("writing bundles"):
         description = export(model, root, tokenizer, name=name)
     return _told(root, description)
+
+
+def _ready_ckks(model: Any, options: argparse.Namespace, tokenizer: Any, progress: TerminalProgress) -> None:
+    if not model.is_calibrated:
+        with progress("calibrating"):
+            model.calibrate(calibration_ids(options, tokenizer, None))
+
+
+def _ready_tfhe(model: Any, options: argparse.Namespace, tokenizer: Any, progress: TerminalProgress) -> None:
+    tokens = options.tokens or DEFAULT_TOKENS
+    if not model.is_calibrated:
+        with progress("calibrating"):
+            model.calibrate(calibration_ids(options, tokenizer, tokens))
+    compile_circuits(model, tokens)
+
+
+_READY = {"ckks": _ready_ckks, "tfhe": _ready_tfhe}
+"""What is to be done before a model of a scheme can be written."""
 
 
 def _whole_chat_model(
     options: argparse.Namespace, tokenizer: Any, progress: TerminalProgress
 ) -> "EncryptedModel | None":
     """Return the whole model, calibrated, if it is one for chats and nothing else of it was asked for."""
-    from cipherlm.models.config import ALL
     from cipherlm.models.loading import load_model
 
     config = configured(options)
-    whole = config.target_modules in (ALL, [ALL]) and config.scheme == "ckks" and not is_saved(options)
-    if not whole or not is_chat(tokenizer):
+    if not config.is_whole or is_saved(options) or not is_chat(tokenizer):
         if options.system:
             raise UsageError("--system is for models with a chat template")
         return None
@@ -173,12 +183,12 @@ def _whole_chat_model(
 def _linear_layers(options: argparse.Namespace) -> "tuple[PreTrainedModel, EncryptionConfig] | None":
     """Return the clear model whose linear layers are wanted, and which of them, unless others are."""
     from cipherlm.models.architecture import MODULES
-    from cipherlm.models.config import LINEAR, EncryptionConfig
+    from cipherlm.models.config import LINEAR, LINEAR_SCHEMES, EncryptionConfig
     from cipherlm.models.loading import load_model
     from cipherlm.models.targets import means_linear
 
     config = configured(options)
-    if config.scheme == "ckks":
+    if config.scheme in LINEAR_SCHEMES:
         model = load_model(options.model)
         unsaid = options.target_modules is None and options.block is None
         if unsaid and not is_saved(options) and model.config.model_type not in MODULES:

@@ -19,6 +19,7 @@ from cipherlm.cli.common import (
     human_seconds,
     load_any_encrypted,
     load_encrypted,
+    of_scheme,
     positive_integer,
     prompt_ids,
     quiet_libraries,
@@ -34,6 +35,7 @@ from cipherlm.cli.server_options import (
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from cipherlm.models.ckks import CkksModel
     from cipherlm.serving.remote_linear import RemoteLinearModel
 
 EXAMPLES = """\
@@ -148,12 +150,11 @@ def _generate_at_server(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from cipherlm.cli.ckks import is_ckks
-
     settle_scheme(options, "tokens")
-    if is_ckks(options):
-        return _generate_remotely(options)
+    return of_scheme(options, {"ckks": _generate_remotely, "tfhe": _generate_with_circuits})(options)
 
+
+def _generate_with_circuits(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.models.loading import load_model, load_tokenizer
 
     progress = TerminalProgress()
@@ -184,15 +185,16 @@ def _generate_remotely(options: argparse.Namespace) -> dict[str, Any]:
     if options.tokens is not None:
         raise UsageError("--tokens is the length of a circuit: with --scheme ckks, give --context")
     tokenizer = load_tokenizer(options.model)
-    model = load_any_encrypted(options, TerminalProgress())
+    encrypted = load_any_encrypted(options, TerminalProgress())
     ids = prompt_ids(tokenizer, options.prompt)
     clear = options.mode == "clear"
-    if isinstance(model, EncryptedLinearModel):
+    if isinstance(encrypted, EncryptedLinearModel):
         if options.calibration is not None:
             raise UsageError("--calibration: linear layers need none")
-        model.set_fhe_mode("disable" if clear else options.mode)
-        result = _continued(options, model, tokenizer, ids)
-        return {**result, "layers": len(model.remote_modules), "products": len(model.groups)}
+        encrypted.set_fhe_mode("disable" if clear else options.mode)
+        result = _continued(options, encrypted, tokenizer, ids)
+        return {**result, "layers": len(encrypted.remote_modules), "products": len(encrypted.groups)}
+    model = cast("CkksModel", encrypted)
     check_length(model, ids.shape[1], options.max_new_tokens, in_context=not clear)
     keygen_seconds = None
     if not clear:

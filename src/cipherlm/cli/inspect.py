@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.circuits import KEYS, circuit_figures, compile_circuits, keys_cached, table_ranges
@@ -24,6 +24,7 @@ from cipherlm.cli.common import (
     human_bytes,
     human_seconds,
     load_encrypted,
+    of_scheme,
     positive_integer,
     print_pairs,
     quiet_libraries,
@@ -33,6 +34,7 @@ from cipherlm.cli.common import (
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from cipherlm.models.ckks import CkksModel
     from cipherlm.models.summary import Summary
 
 EXAMPLES = """\
@@ -76,8 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the figures of a model's circuits or of its encryption, or of the cache."""
-    from cipherlm.cli.ckks import is_ckks
-
     if options.keys and (options.cache or options.clear_cache):
         raise UsageError("--keys does not go with --cache or --clear-cache")
     existing_file(options.calibration)
@@ -85,10 +85,8 @@ def run(options: argparse.Namespace) -> None:
     with quiet_libraries():
         if options.cache or options.clear_cache:
             _show_cache(options)
-        elif is_ckks(options):
-            _show_remote(options)
         else:
-            _show_circuits(options)
+            of_scheme(options, {"ckks": _show_remote, "tfhe": _show_circuits})(options)
 
 
 def _show_remote(options: argparse.Namespace) -> None:
@@ -128,7 +126,7 @@ def _summary(options: argparse.Namespace) -> "tuple[Summary, dict[str, Any] | No
     from cipherlm.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
-    model = load_encrypted(options, TerminalProgress())
+    model = cast("CkksModel", load_encrypted(options, TerminalProgress()))
     if with_ranges:
         calibrate(model, options, tokenizer)
     return summary(model, tokenizer), range_figures(model) if with_ranges else None

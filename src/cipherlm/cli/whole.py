@@ -8,7 +8,7 @@ from cipherlm.cli import CommandError
 from cipherlm.progress import Progress
 
 if TYPE_CHECKING:
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.ckks import CkksModel
 
 CONTEXT = 256
 """The most tokens of a conversation, unless something else is asked for."""
@@ -28,7 +28,7 @@ def whole_chat_model(
     context: int | None = None,
     chats: str | None = None,
     post_quantum: bool = False,
-) -> EncryptedModel:
+) -> CkksModel:
     """Return a clear model with all its blocks on ciphertexts, calibrated.
 
     What its template begins with, with the ``system`` prompt, is public. Ranges come from the ``chats`` in a
@@ -59,5 +59,5 @@ def whole_chat_model(
             encrypted.calibrate(texts())
         else:
             calibrate_once(encrypted, texts)
-    whole: EncryptedModel = encrypted
+    whole: CkksModel = encrypted
     return whole

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from cipherlm.models.integration import EncryptedModel
+from cipherlm.models.ckks import CkksModel
 from cipherlm.models.storage import load_ranges, save_ranges
 
 _SHIPPED = ("smollm2",)
 
 
-def calibrate_once(model: EncryptedModel, texts: Callable[[], Sequence[torch.Tensor]]) -> bool:
+def calibrate_once(model: CkksModel, texts: Callable[[], Sequence[torch.Tensor]]) -> bool:
     """Calibrate a model on ``texts()``, unless that was done before; say whether it was done now.
 
     A calibration belongs to weights and public prefix, and serves contexts as long as its own. Those made
@@ -30,16 +30,14 @@ def calibrate_once(model: EncryptedModel, texts: Callable[[], Sequence[torch.Ten
     model.calibrate(list(texts()))
     try:
         cached.mkdir(parents=True, exist_ok=True)
-        assert model.placement is not None
         save_ranges(cached, model.remote_modules, model.placement)
     except OSError:  # a directory that cannot be written makes it slower, and no more
         pass
     return True
 
 
-def _taken(model: EncryptedModel, directory: Path) -> bool:
+def _taken(model: CkksModel, directory: Path) -> bool:
     """Use the ranges in a directory, if they are for this model."""
-    assert model.placement is not None
     try:
         ranges = load_ranges(directory, model.remote_modules, model.placement, context=True)
     except ValueError:  # of another model, prefix or version

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,40 +10,25 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cipherlm.linear.model import empty_model, model_class
-from cipherlm.models.attention import EncryptedAttention, RemoteCircuit
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.integration import EncryptedModel
-from cipherlm.models.modules import Float64
-from cipherlm.models.remote import Exact
+from cipherlm.models.encrypted import EncryptedModel
 from cipherlm.models.targets import match
 from cipherlm.progress import Progress, silent
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What a client has to know of a remote module with CKKS."""
-
-    outputs: Float64
-    """The module's outputs (tokens, width) at the public prefix."""
-    centred: bool
-    """Whether its inputs have to have a mean of zero."""
-    extra: int | None
-    """How many values the clear module returns beside hidden states; None if it returns no tuple."""
 
 
 def client_model(
     config: PretrainedConfig,
     encryption: EncryptionConfig,
     state: Mapping[str, torch.Tensor],
-    constants: Mapping[str, Constants],
-    circuits: Mapping[str, RemoteCircuit],
+    parts: Mapping[str, Any],
     *,
     progress: Progress = silent,
 ) -> EncryptedModel:
     """Return a model from a client's weights, in the mode ``"execute"``, which others compute.
 
-    With CKKS, ``constants`` are of every remote module, and ``connect`` gives the model its backend; with
-    TFHE, ``circuits`` are. Raises ``ValueError`` if weights, constants or circuits are of another model.
+    ``parts`` are what a client has of each encrypted module: :class:`~cipherlm.models.ckks.Constants` with
+    CKKS, whose model still needs ``connect``, and circuits at a server with TFHE. Raises ``ValueError`` if
+    weights or parts are of another model.
     """
     clear = empty_model(model_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.model_type))), config)
     missing, unexpected = clear.load_state_dict(dict(state), strict=False, assign=True)
@@ -56,18 +40,9 @@ def client_model(
     if lacking or unexpected:
         raise ValueError(f"the weights are of another model: {', '.join([*lacking, *unexpected][:3])}")
     model.set_fhe_mode("execute")
-    expected = constants if encryption.scheme == "ckks" else circuits
-    if set(expected) != set(model.encrypted_modules):
-        raise ValueError(f"{', '.join(model.encrypted_modules)} are remote, not {', '.join(expected)}")
-    for name, module in model.remote_modules.items():
-        own = constants[name]
-        prefix, width = len(model.prefix), int(config.hidden_size)
-        if own.outputs.shape != (prefix, width):
-            raise ValueError(f"{name} has outputs of {own.outputs.shape} at a prefix of {(prefix, width)}")
-        module.detach(Exact(None, [], own.outputs, own.centred, own.extra))
-    for name, attention in model.encrypted_modules.items():
-        if isinstance(attention, EncryptedAttention):
-            attention.use(circuits[name])
+    if set(parts) != set(model.encrypted_modules):
+        raise ValueError(f"{', '.join(model.encrypted_modules)} are remote, not {', '.join(parts)}")
+    model.leave_to_server(parts)
     return model
 
 

@@ -21,6 +21,9 @@ ALL = "all"
 LINEAR = "linear"
 """Every linear layer of a model but its output embedding, each on its own."""
 
+LINEAR_SCHEMES: tuple[Scheme, ...] = ("ckks",)
+"""The schemes that have linear layers of any model."""
+
 DEFAULT_BITS = 4
 
 OWN_FIELDS: dict[Scheme, tuple[str, ...]] = {
@@ -110,10 +113,16 @@ class EncryptionConfig:
         """Whether ``target_modules`` stands for every linear layer."""
         return self.target_modules in (LINEAR, [LINEAR])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``target_modules`` stands for every block of a model."""
+        return self.target_modules in (ALL, [ALL])
+
     def _check_scheme(self) -> None:
         """Refuse what the scheme, or a placement, would ignore."""
-        if self.is_linear and self.scheme != "ckks":
-            raise ValueError(f"target_modules={LINEAR!r} is for scheme='ckks', not {self.scheme!r}")
+        if self.is_linear and self.scheme not in LINEAR_SCHEMES:
+            known = " or ".join(f"scheme={name!r}" for name in LINEAR_SCHEMES)
+            raise ValueError(f"target_modules={LINEAR!r} is for {known}, not {self.scheme!r}")
         ignored = [name for name in ("prefix", "tokens", "context") if getattr(self, name) != _default(name)]
         if self.is_linear and ignored:
             raise ValueError(

@@ -15,16 +15,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import GPT2LMHeadModel
+
 from cipherlm.models.config import CONFIG_NAME, EncryptionConfig
-from cipherlm.models.integration import EncryptedGPT2LMHeadModel
 from cipherlm.models.loading import load_model
+from cipherlm.models.tfhe import TfheModel
 from cipherlm.progress import Progress, silent
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _PublishedModel(EncryptedGPT2LMHeadModel):  # type: ignore[no-untyped-call]
+class _PublishedModel(TfheModel, GPT2LMHeadModel):  # type: ignore[no-untyped-call, misc]
     @classmethod
     def _load(
         cls,
@@ -44,7 +46,7 @@ class _PublishedModel(EncryptedGPT2LMHeadModel):  # type: ignore[no-untyped-call
         if saved != config:
             raise ValueError(
                 f"{os.fspath(name)!r} was saved with {saved}, which is not what this call asks for; "
-                "EncryptedGPT2LMHeadModel.from_pretrained loads it as it is"
+                "EncryptedModel.from_pretrained loads it as it is"
             )
         return super().from_pretrained(name, progress=progress)
 

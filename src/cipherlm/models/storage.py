@@ -24,10 +24,16 @@ CALIBRATION_NAME = "calibration.json"
 CALIBRATION_VERSION = 2
 
 
+def delete_frozen(directory: str | os.PathLike[str]) -> None:
+    """Delete the frozen parameters of an earlier model, whatever its scheme."""
+    for name in (QUANTIZATION_NAME, CALIBRATION_NAME):
+        (Path(directory) / name).unlink(missing_ok=True)
+
+
 def save_quantization(directory: str | os.PathLike[str], modules: Mapping[str, EncryptedAttention]) -> None:
     """Write the parameters of all calibrated ``modules``, each array named after its module.
 
-    Where nothing is calibrated there is no file, not even an older one.
+    Where nothing is calibrated there is no file.
     """
     arrays = {
         f"{name}.{key}": array
@@ -35,11 +41,8 @@ def save_quantization(directory: str | os.PathLike[str], modules: Mapping[str, E
         if module.quantized is not None
         for key, array in module.quantized.to_arrays().items()
     }
-    path = Path(directory) / QUANTIZATION_NAME
     if arrays:
-        save_file(arrays, path, metadata={"format": "np"})
-    else:
-        path.unlink(missing_ok=True)
+        save_file(arrays, Path(directory) / QUANTIZATION_NAME, metadata={"format": "np"})
 
 
 def load_quantization(
@@ -91,12 +94,11 @@ def save_ranges(
 ) -> None:
     """Write the ranges of calibrated remote ``modules``, with the prefix and a hash of their weights.
 
-    Where nothing is calibrated there is no file, not even an older one.
+    Where nothing is calibrated there is no file.
     """
-    path = Path(directory) / CALIBRATION_NAME
     if not all(module.is_calibrated for module in modules.values()):
-        path.unlink(missing_ok=True)
         return
+    path = Path(directory) / CALIBRATION_NAME
     values = {
         "version": CALIBRATION_VERSION,
         "fingerprint": fingerprint(modules, placement),

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cipherlm.linear.groups import linear_layers, output_embedding
 from cipherlm.models.architecture import MODULES, architecture_of
-from cipherlm.models.config import ALL, EncryptionConfig
+from cipherlm.models.config import LINEAR_SCHEMES, EncryptionConfig
 
 _LISTED = 12
 _WRAPPERS = ("Lora", "ModulesToSave")
@@ -54,7 +54,7 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
     modules, model_config = dict(model.named_modules()), cast(Any, model.config)
     layer = architecture_of(model_config.model_type).layer
     available = _remote_modules(model)
-    if config.target_modules in (ALL, [ALL]):
+    if config.is_whole:
         names = available[:1]
     else:
         names = match(config.target_modules, available, list(modules), "attention module, MLP or block")
@@ -76,7 +76,7 @@ def find_remote(model: nn.Module, config: EncryptionConfig) -> dict[str, nn.Modu
 
 def means_linear(model: nn.Module, config: EncryptionConfig) -> bool:
     """Say whether ``config`` names linear layers of ``model``, and not modules that hold some."""
-    if config.is_linear or config.scheme == "tfhe" or config.target_modules in (ALL, [ALL]):
+    if config.is_linear or config.is_whole or config.scheme not in LINEAR_SCHEMES:
         return config.is_linear
     if getattr(getattr(model, "config", None), "model_type", None) not in MODULES:
         return True

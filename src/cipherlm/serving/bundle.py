@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from cipherlm.serving.computation import HostedModel, HostedProducts
 from cipherlm.serving.keystore import KeyMaterial, sha256
+from cipherlm.serving.schemes import scheme_of
 
 if TYPE_CHECKING:
     import torch
 
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.encrypted import EncryptedModel
     from cipherlm.progress import Progress
 
 BUNDLE_NAME = "bundle.json"
@@ -110,7 +111,12 @@ class Bundle:
     @property
     def is_linear(self) -> bool:
         """Whether linear layers are at the server, one by one, and not modules that hold some."""
-        return self.about.get("placement") == LINEAR
+        return self.kind == LINEAR
+
+    @property
+    def kind(self) -> str:
+        """The placement that has bundles of its own, or the scheme."""
+        return str(self.about.get("placement") or self.scheme)
 
 
 def export(
@@ -125,16 +131,13 @@ def export(
         raise RuntimeError("the model is not calibrated: call compile(calibration_ids) before exporting")
     root = Path(directory)
     server, client = new_bundles(root)
-    scheme = model.encryption_config.scheme
-    if scheme == "ckks":
-        about, constants = _export_ckks(model, server, client)
-    else:
-        about, constants = _export_tfhe(model, root)
+    scheme = scheme_of(model.encryption_config.scheme)
+    about, constants = scheme.export(model, server, client)
     model.config.save_pretrained(client)
     model.encryption_config.save_pretrained(client)
     tokenizer.save_pretrained(client)
-    _save_state(_client_state(model), client / STATE_NAME)
-    common = {"scheme": scheme, "name": name, **about}
+    _save_state(scheme.client_state(model), client / STATE_NAME)
+    common = {"scheme": model.encryption_config.scheme, "name": name, **about}
     seal(server, {**common, "party": "server"})
     description = load_hosted_model(server).description
     seal(client, {**common, "party": "client", "description": description, **constants})
@@ -157,24 +160,10 @@ def new_bundles(root: Path) -> tuple[Path, Path]:
 def load_hosted_model(directory: str | os.PathLike[str]) -> HostedModel | HostedProducts:
     """Load a server's bundle. Raises :class:`BundleError`, naming the file, if that cannot be."""
     bundle = Bundle.load(directory, "server")
-    about = bundle.about
     try:
-        if bundle.is_linear:
-            from cipherlm.serving.linear import LinearHostedModel
-
-            return LinearHostedModel.load(bundle.directory, about["fingerprint"], about["name"])
-        if bundle.scheme == "ckks":
-            from cipherlm.serving.ckks import CkksHostedModel, geometry_of
-
-            geometry = geometry_of(about)
-            return CkksHostedModel.load(bundle.directory, geometry, about["fingerprint"], about["name"])
-        if bundle.scheme == "tfhe":
-            from cipherlm.serving.tfhe import TfheHostedModel
-
-            return TfheHostedModel.load(bundle.directory, about["name"])
+        return scheme_of(bundle.kind).load(bundle)
     except (ValueError, KeyError) as error:
         raise BundleError(f"{bundle.directory} cannot be served: {error}") from error
-    raise BundleError(f"{bundle.directory} has the scheme {bundle.scheme!r}, which is not known")
 
 
 def client_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -189,72 +178,9 @@ def generate_keys(description: Mapping[str, Any], progress: Progress) -> KeyMate
     Raises ``ValueError`` for a description that makes no sense, and for TFHE's without its bundle: its
     parameters are there.
     """
-    if description.get("placement") == LINEAR:
-        raise ValueError(
-            "keys for linear layers are made for each run and not stored: there is nothing to do"
-        )
-    if description.get("scheme") == "ckks":
-        from cipherlm.serving.ckks import generate, geometry_of
-
-        secret_key, public = generate(geometry_of(description))
-        return KeyMaterial(secret_key.to_bytes(), public)
-    if description.get("scheme") == "tfhe":
-        from cipherlm.serving.tfhe import TfheBackend
-
-        if "bundle" not in description:
-            raise ValueError("keys for TFHE are made from the client's bundle: give it with --bundle")
-        backend = TfheBackend.load(Path(description["bundle"]), progress=progress)
-        backend.keygen()
-        return backend.key_material()
-    raise ValueError(f"the scheme {description.get('scheme')!r} is not known")
-
-
-def _export_ckks(model: EncryptedModel, server: Path, client: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from cipherlm.serving.ckks import RemotePart, modules_fingerprint, parameters_of, save_modules
-
-    placement, remote = model.placement, model.remote_modules
-    assert placement is not None
-    exact, parts = {}, {}
-    for name, module in remote.items():
-        if module.exact is None or module.exact.module is None or module.ranges is None:
-            raise RuntimeError(f"the weights of {name} are not here")
-        exact[name] = module.exact
-        parts[name] = RemotePart(module.exact.module, module.exact.prefixes, module.ranges)
-    save_modules(server, str(model.config.model_type), placement.args, parts)
-    outputs = {name: np.ascontiguousarray(own.outputs, np.float32) for name, own in exact.items()}
-    save_file(outputs, client / CONSTANTS_NAME)
-    about = {
-        "fingerprint": modules_fingerprint(server),
-        "parameters": parameters_of(placement.geometry),
-        "modules": list(remote),
-    }
-    constants = {
-        "remote": {name: {"centred": own.centred, "extra": own.extra} for name, own in exact.items()}
-    }
-    return about, constants
-
-
-def _export_tfhe(model: EncryptedModel, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    from cipherlm.serving.tfhe import export_tfhe
-
-    said = export_tfhe(model, root)
-    return {"fingerprint": said["fingerprint"], "modules": said["modules"]}, {}
-
-
-def _client_state(model: EncryptedModel) -> dict[str, torch.Tensor]:
-    """Return the weights that a client gets: all but those of remote modules."""
-    from cipherlm.models.client import client_state_dict
-
-    if model.encryption_config.scheme == "tfhe":
-        return client_state_dict(model, model.encryption_config)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    inside = tuple(f"{name}." for name in model.encrypted_modules)
-    return {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+    return scheme_of(description.get("placement") or description.get("scheme")).generate_keys(
+        description, progress
+    )
 
 
 def _save_state(state: dict[str, torch.Tensor], path: Path) -> None:

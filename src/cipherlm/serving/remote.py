@@ -6,46 +6,36 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from transformers import AutoConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from cipherlm.engine import EngineError, SecretKey
-from cipherlm.models.attention import EncryptedAttention
-from cipherlm.models.client import Constants, client_model
+from cipherlm.models.client import client_model
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.integration import EncryptedModel
+from cipherlm.models.encrypted import EncryptedModel
 from cipherlm.models.loading import load_tokenizer
-from cipherlm.models.modules import Float64
 from cipherlm.progress import Progress, silent
-from cipherlm.schemes.ckks.session import Client
-from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.bundle import (
-    CONSTANTS_NAME,
     LINEAR,
     STATE_NAME,
     Bundle,
     BundleError,
     client_description,
 )
-from cipherlm.serving.ckks import CkksBackend, bounds_of, geometry_of
 from cipherlm.serving.client import Connection
 from cipherlm.serving.errors import ServerError
 from cipherlm.serving.key_choice import BUNDLE_HINT, KeyChoice
 from cipherlm.serving.key_use import BUDGET, KeyUse, server_identity
-from cipherlm.serving.keystore import KeySet, KeyStoreError
+from cipherlm.serving.keystore import KeySet
 from cipherlm.serving.protocol import UNKNOWN_KEYS
-from cipherlm.serving.tfhe import TfheBackend
+from cipherlm.serving.schemes import scheme_of
 
 
 class RemoteModel:
@@ -133,10 +123,7 @@ class RemoteModel:
     @property
     def context_length(self) -> int:
         """How many tokens a text and what follows may have together, without the prefix."""
-        placement, modules = self.model.placement, self.model.encrypted_modules.values()
-        if placement is not None:
-            return placement.geometry.context - len(placement.prefix)
-        return min(m.circuit_tokens for m in modules if isinstance(m, EncryptedAttention))
+        return self.model.room - len(self.prefix)
 
     @property
     def forward(self) -> Any:
@@ -161,7 +148,7 @@ class RemoteModel:
 
         The server is asked until the token budget (``max_new_tokens``) is reached, whatever ends the text, so
         that it does not learn how long the text is; with ``reveal_length=True`` it is not. See
-        :meth:`~cipherlm.models.integration.EncryptedModel.generate`.
+        :meth:`~cipherlm.models.encrypted.EncryptedModel.generate`.
         """
         if self._keys is not None:
             self._keys.spend(len(input_ids) * (options.get("num_return_sequences") or 1))
@@ -230,19 +217,6 @@ class _Streamer(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-ign
         self._streamer.end()
 
 
-@dataclass(frozen=True)
-class _Circuit:
-    """A TFHE circuit at the server, as an encrypted module of a model sees it."""
-
-    backend: TfheBackend
-    name: str
-    tokens: int
-
-    def execute(self, x: Float64) -> Float64:
-        """Return the outputs (t, outputs) for hidden states (t, width)."""
-        return self.backend.evaluate(self.name, x)
-
-
 class Keys:
     """The keys of a connection, and those that take their place when they are spent."""
 
@@ -292,42 +266,10 @@ def _model(
         raise BundleError(f"{root} is damaged: {error}") from error
     if encryption.scheme != bundle.scheme:
         raise BundleError(f"{root} is damaged: two schemes")
-    constants: Mapping[str, Constants] = {}
-    circuits: Mapping[str, _Circuit] = {}
-    if bundle.scheme == "ckks":
-        geometry = geometry_of(bundle.about)
-        connection.bounds = bounds_of(bundle.about["description"], int(config.num_hidden_layers))
-        constants = _constants(bundle)
-
-        def use_secret(secret: bytes) -> None:
-            try:
-                secret_key = SecretKey.from_bytes(secret, geometry.parameters)
-            except EngineError as error:
-                raise KeyStoreError("the secret key is for another model, or damaged") from error
-            client = Client(secret_key, geometry)
-            model.connect(CkksBackend(client, connection, connection.bounds.message_bytes))
-
-    else:
-        connection.bounds = Bounds(int(bundle.about["description"]["message_bytes"]), rounds=0)
-        tfhe = TfheBackend.load(root, connection, progress)
-        use_secret = tfhe.load_secret
-        circuits = {
-            name: _Circuit(tfhe, name, circuit.description.tokens) for name, circuit in tfhe.circuits.items()
-        }
+    scheme = scheme_of(bundle.kind)
+    parts, use_secret = scheme.client_parts(bundle, int(config.num_hidden_layers), connection, progress)
     try:
-        model = client_model(config, encryption, state, constants, circuits, progress=progress)
+        model = client_model(config, encryption, state, parts, progress=progress)
     except (ValueError, RuntimeError) as error:  # torch raises the latter for weights of another shape
         raise BundleError(f"{root} is damaged: {' '.join(str(error).split())}") from error
-    return model, use_secret
-
-
-def _constants(bundle: Bundle) -> dict[str, Constants]:
-    path = bundle.directory / CONSTANTS_NAME
-    try:
-        outputs = load_file(path)
-        return {
-            name: Constants(np.asarray(outputs[name], np.float64), bool(facts["centred"]), facts["extra"])
-            for name, facts in bundle.about["remote"].items()
-        }
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is damaged: {error}") from error
+    return model, partial(use_secret, model)

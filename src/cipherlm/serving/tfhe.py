@@ -24,7 +24,7 @@ from cipherlm.serving.errors import SessionLost
 from cipherlm.serving.keystore import KeyMaterial
 
 if TYPE_CHECKING:
-    from cipherlm.models.integration import EncryptedModel
+    from cipherlm.models.encrypted import EncryptedModel
 
 FOLDER = "circuits"
 """Where the files of circuits lie in a server's and in a client's directory."""
