@@ -989,3 +989,32 @@ def test_the_command_serves_and_closes(monkeypatch, capsys, model, tokenizer, ar
         assert min(map(len, keys)) == 32
     else:
         assert {*keys} == {key or "unused"}
+
+
+def test_a_conversation_is_read_once(model, tokenizer):
+    """Only what a turn adds is read, and the answers are those of a proxy that reads all of it."""
+    counts: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    question = {"role": "user", "content": "The old man"}
+    try:
+        with served(model, tokenizer) as url, openai_client(url) as client:
+
+            def ask(*messages):
+                counts.clear()
+                reply = client.chat.completions.create(
+                    model="tiny", messages=messages, temperature=0, max_tokens=3
+                )
+                return reply.choices[0].message.content, reply.usage.prompt_tokens
+
+            first, _ = ask(question)
+            turns = (question, {"role": "assistant", "content": first}, {"role": "user", "content": "Then"})
+            second, tokens = ask(*turns)
+            few = max(counts)
+            assert few < tokens - 3
+            ask({"role": "user", "content": "Another text"})
+            assert ask(*turns)[0] == second
+            assert counts[0] > few  # another text took the cache
+    finally:
+        hook.remove()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from cipherlm.linear.prefix import PublicPrefix, cache_name
+from cipherlm.linear.prefix import PublicPrefix
+from cipherlm.models.kept import KeptCache, in_common
 
 Message = dict[str, str]
 
@@ -51,7 +51,7 @@ def public_head(tokenizer: Any, system: str | None = None) -> list[int]:
     """Return the tokens that conversations start with: the system prompt, and the first user's header."""
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     first, second = (template_ids(tokenizer, [*start, {"role": "user", "content": text}]) for text in "ab")
-    return first[: _common(first, second)]
+    return first[: in_common(first, second)]
 
 
 class Chat:
@@ -68,9 +68,7 @@ class Chat:
         self.model, self.tokenizer = model, tokenizer
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         template_ids(tokenizer, [*self.messages, {"role": "user", "content": "a"}])
-        self._cache, self._cached = DynamicCache(config=model.config), list[int]()
-        if prefix is not None:
-            self._cache, self._cached = prefix.cache(model), prefix.ids.tolist()
+        self._kept = KeptCache(model, prefix)
 
     def reply(
         self,
@@ -92,22 +90,11 @@ class Chat:
                 f"{len(ids)} tokens and {max_new_tokens} new ones are beyond the model's context of {limit}: "
                 "start a new conversation"
             )
-        # The last token is always read anew: its logits choose the first token of the answer.
-        kept = min(_common(self._cached, ids), len(ids) - 1)
-        if kept < len(self._cached):
-            self._cache.crop(kept - len(self._cached))
-        self._cached = self._cached[:kept]
+        kept = self._kept.shared(ids)
         stream = _Stream(self.tokenizer, on_text)
-        given = torch.tensor([ids], device=self.model.device)
-        generated = self.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=max_new_tokens,
-            streamer=stream,
-            **{"do_sample": False, **options},
-            **{cache_name(self.model): self._cache},
-        )[0].tolist()
-        self._cached = generated[: self._cache.get_seq_length()]
+        generated = self._kept.generate(
+            ids, max_new_tokens=max_new_tokens, streamer=stream, **{"do_sample": False, **options}
+        )
         answer = self._decoded(generated[len(ids) :])
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return Turn(
@@ -159,8 +146,3 @@ class _Stream(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-ignor
 
     def end(self) -> None:
         """Nothing is held back, so there is nothing left to do."""
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many items two sequences have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from cipherlm.models.kept import KeptCache
 from cipherlm.serving.computation import Cancelled
 
 FinishReason = Literal["stop", "length"]
@@ -165,9 +166,17 @@ class _Listener(StoppingCriteria):
         return torch.tensor([self._text.finished or self._job.cancelled], device=input_ids.device)
 
 
-def complete(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: Settings, job: "Job") -> None:
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    job: "Job",
+    kept: KeptCache | None = None,
+) -> None:
     """Continue every prompt ``settings.choices`` times, one after the other, and put the pieces into ``job``.
 
+    What a prompt has in common with the text before it is not read again where ``kept`` has that.
     Choice k of prompt i has the number ``i * choices + k``. Raises what ``model.generate`` raises, and
     :class:`Cancelled` if ``job`` was cancelled: after a token if the length is revealed, else when the
     generation is over. The job has ended for its listener with the last choice's text.
@@ -180,11 +189,18 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: Se
         with _seeded(settings.seed):
             for choice in range(first, first + settings.choices, together):
                 numbers = range(choice, choice + together)
-                _complete_one(model, tokenizer, prompt, settings, job, numbers, last in numbers)
+                _complete_one(model, tokenizer, prompt, settings, job, kept, numbers, last in numbers)
 
 
 def _complete_one(
-    model: Any, tokenizer: Any, prompt: Prompt, settings: Settings, job: "Job", choices: range, last: bool
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    settings: Settings,
+    job: "Job",
+    kept: KeptCache | None,
+    choices: range,
+    last: bool,
 ) -> None:
     """Continue a prompt once, for one choice or for several that are the same; the job's ``last`` ends it."""
 
@@ -208,19 +224,21 @@ def _complete_one(
     if not settings.max_tokens:
         finish()
         return
-    ids = torch.tensor([prompt.ids])
     listener = _Listener(len(prompt.ids), settings.max_tokens, written, emit, finish, job)
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=settings.max_tokens,
-        stopping_criteria=StoppingCriteriaList([listener]),
+    options = {
+        "max_new_tokens": settings.max_tokens,
+        "stopping_criteria": StoppingCriteriaList([listener]),
         **_sampling(settings),
         **({"reveal_length": True} if settings.reveal_length else {}),
-    )
+    }
+    if kept is not None:
+        generated = torch.tensor(kept.generate(prompt.ids, **options))
+    else:
+        ids = torch.tensor([prompt.ids])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
     if job.cancelled:
         raise Cancelled
-    listener.hear(generated[0])
+    listener.hear(generated)
     if not listener.over:
         finish()
 

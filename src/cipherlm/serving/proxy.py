@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from cipherlm.models.kept import KeptCache
 from cipherlm.serving.auth import Tokens
 from cipherlm.serving.completion import Busy, Job, Piece, Prompt, Settings, Stopped, Worker, complete
 from cipherlm.serving.errors import ConnectionFailed, RemoteError, ServerError, SessionLost
@@ -103,6 +104,8 @@ def create_proxy(
         context_length or _context_length(model),
         reveal_length,
         int(time.time()),
+        # What is no model of transformers has no cache to keep.
+        KeptCache(model, getattr(model, "public_prefix", None)) if hasattr(model, "forward") else None,
     )
 
     @asynccontextmanager
@@ -147,6 +150,7 @@ class _Proxy:
     context_length: int
     reveal_length: bool
     created: int
+    kept: KeptCache | None
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
@@ -178,7 +182,10 @@ class _Proxy:
         settings = self._settings(request, limit)
         if not self.tokenizer.chat_template:
             settings = replace(settings, strip=True, stop=[*settings.stop, *_OTHER_ROLES])
-        return await self._respond(http, request, ChatReply(self.name), prompts, settings)
+        prefix = list(getattr(self.model, "prefix", ()))
+        # A prefix that the model puts before a text would be in the cache, and not in the text.
+        kept = self.kept if list(prompts[0].ids[: len(prefix)]) == prefix else None
+        return await self._respond(http, request, ChatReply(self.name), prompts, settings, kept)
 
     async def _read(self, http: Request, kind: type[RequestT]) -> RequestT:
         body = bytearray()
@@ -226,7 +233,7 @@ class _Proxy:
         self, request: GenerationRequest, default: int | None, prompts: Sequence[Prompt], param: str
     ) -> int:
         """Return how many tokens to generate: what was asked for, or what the context has room for."""
-        longest = max(len(prompt.ids) for prompt in prompts)
+        longest = max(map(getattr(self.model, "context_tokens", len), (prompt.ids for prompt in prompts)))
         room = self.context_length - longest
         tokens = request.max_tokens
         if tokens is None:
@@ -261,11 +268,14 @@ class _Proxy:
         reply: Reply,
         prompts: Sequence[Prompt],
         settings: Settings,
+        kept: KeptCache | None = None,
     ) -> Response:
         """Generate, and answer with a whole reply or with a stream."""
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         try:
-            job = Job(self.worker, lambda job: complete(self.model, self.tokenizer, prompts, settings, job))
+            job = Job(
+                self.worker, lambda job: complete(self.model, self.tokenizer, prompts, settings, job, kept)
+            )
         except Busy:
             raise ApiError(
                 429,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,11 @@ class RemoteModel:
     def context_length(self) -> int:
         """How many tokens a text and what follows may have together, without the prefix."""
         return self.model.room - len(self.prefix)
+
+    def context_tokens(self, ids: Sequence[int]) -> int:
+        """Return how many of them a text takes: those of the prefix, if it starts with it, do not count."""
+        prefix = self.prefix
+        return len(ids) - len(prefix) * (list(ids[: len(prefix)]) == prefix)
 
     @property
     def forward(self) -> Any:
