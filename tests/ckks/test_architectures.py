@@ -207,7 +207,7 @@ def keys() -> Keys:
     return Keys()
 
 
-def evaluated(keys, name, prefix, tokens, count):
+def evaluated(keys, name, prefix, tokens, count, *, rest=False):
     """Return what ciphertexts give for so many tokens behind a prefix, and what transformers does."""
     clear, ids = model(name), text(prefix + count)
     before, after = map(clear.ready, clear.hidden_states(ids))
@@ -226,8 +226,18 @@ def evaluated(keys, name, prefix, tokens, count):
         inner=args.inner,
         rotary=args.rope is not None,
     )
-    session = InProcess(Server({"all": hosted}, geometry), keys.client(geometry))
-    got = session.evaluate("all", before[prefix:], prefix)
+    client = keys.client(geometry)
+    session = InProcess(Server({"all": hosted}, geometry), client)
+    if not rest:
+        got = session.evaluate("all", before[prefix:], prefix)
+    else:
+        first = session.evaluate("all", before[prefix:-1], prefix)
+        session.session.rest()
+        with pytest.raises(RuntimeError, match="wake the session"):
+            session.session.arithmetic.evaluator  # noqa: B018
+        session.session.wake(client.evaluation_keys(), client.public_key())
+        last = session.evaluate("all", before[-1:], prefix + count - 1)
+        got = np.concatenate([first, last])
     session.session.close()
     return got, after[prefix:]
 
@@ -251,6 +261,12 @@ def test_on_ciphertexts(keys, name, prefix, tokens, count, bound):
     got, want = evaluated(keys, name, prefix, tokens, count)
     assert largest(got, want) < bound
     assert np.abs(want).max() > 1
+
+
+def test_keys_come_and_go_between_tokens(keys):
+    """What a session remembers of a text outlasts the evaluation keys."""
+    got, want = evaluated(keys, "llama", 1, 4, 5, rest=True)
+    assert largest(got, want) < 2e-3
 
 
 # Refusals

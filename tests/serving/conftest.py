@@ -42,7 +42,8 @@ class FakeModel:
         self.open_sessions = 0
         self.order = []  # of evaluations, by the first bytes of their input
         self.cancelled = 0
-        self.mistakes = []  # of the server, in how it uses computations
+        self.mistakes = []
+        self.rests = 0
         self.gate = threading.Event()
         self.tickets = threading.Semaphore(0)
         self.lock = threading.Lock()
@@ -113,6 +114,11 @@ class FakeComputation:
 
     def refuse(self, *_):
         raise Refused("inputs of another shape")
+
+    def rest(self):
+        if self.closed or self.running:
+            self.model.mistakes.append("let go of keys when closed or running")
+        self.model.rests += 1
 
     def close(self):
         if self.closed or self.running:

@@ -36,6 +36,7 @@ class EchoModel:
         self.release = threading.Event()
         """Ends what dawdles."""
         self.cancelled = threading.Event()
+        self.rests = 0
 
     def open(self, keys: Mapping[str, Path]) -> "Echo":
         if keys["public"].read_bytes() == b"damaged":
@@ -72,6 +73,9 @@ class Echo:
         except BaseException:
             self._model.cancelled.set()
             raise
+
+    def rest(self) -> None:
+        self._model.rests += 1
 
     def close(self) -> None:
         pass

@@ -6,8 +6,10 @@ Each mistake is an error in words for the client, and the session goes on servin
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -400,3 +402,19 @@ def test_files_are_read_to_their_end_only(model, tmp_path):
     file = io.BytesIO(small.paths()[EVALUATION].read_bytes() + b"more")
     with pytest.raises(ValueError, match="followed by something"):
         opened_with(model, tmp_path, evaluation=file.getvalue())
+
+
+def test_a_rest(model, client):
+    """The keys leave the memory, and are read again for the next evaluation."""
+    computation = model.open(small.paths())
+    serves(computation, client)
+    keys = weakref.ref(computation._session.arithmetic.evaluator.evaluation_keys)
+    computation.rest()
+    gc.collect()
+    assert keys() is None
+    serves(computation, client)
+    computation.rest()
+    computation.close()
+    computation.rest()
+    with pytest.raises(Refused, match="closed"):
+        evaluate(computation, client, hidden(1))

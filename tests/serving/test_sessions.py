@@ -2,6 +2,7 @@
 
 import socket as sockets
 import struct
+import time
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -543,3 +544,24 @@ def test_a_web_page_is_no_client(harness):
     assert refused.value.response.status_code == 403
     with harness.http() as http:
         assert http.get("/v1/model", headers={"Origin": "https://example.com"}).status_code == 403
+
+
+def test_keys_of_an_idle_session_leave_the_memory(start):
+    """After a while without an evaluation, once; the session goes on, and again after the next one."""
+    with start(keys_seconds=0.1) as harness, harness.session() as client:
+        eventually(lambda: harness.model.rests == 1)
+        client.ask("reverse", b"abc")
+        assert client.receive()[1] == [b"cba"]
+        eventually(lambda: harness.model.rests == 2)
+    assert harness.model.mistakes == []
+
+
+def test_keys_stay_while_something_is_evaluated(start):
+    with start(keys_seconds=0.05) as harness, harness.session() as client:
+        client.ask("gate", b"abc")
+        before = harness.model.rests
+        time.sleep(0.2)
+        assert harness.model.rests == before
+        harness.model.gate.set()
+        assert client.receive()[1] == [b"abc"]
+        eventually(lambda: harness.model.rests == before + 1)

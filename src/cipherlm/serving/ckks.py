@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -86,49 +88,58 @@ class CkksHostedModel:
         """Start a session with a client's keys. Raises ``Refused`` for any that are not for this model."""
         if set(keys) != {EVALUATION, PUBLIC}:
             raise Refused(f"a CKKS session needs keys of the kinds {EVALUATION!r} and {PUBLIC!r}")
-        parameters = self.geometry.parameters
-        with keys[EVALUATION].open("rb") as file:
-            evaluation = _parsed(lambda: EvaluationKeys.read_from(file, parameters))
-            if file.read(1):
-                raise Refused("the evaluation keys are followed by something else")
-        public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
-        if evaluation.fingerprint != public.fingerprint:
-            raise Refused("the evaluation keys and the public key belong to different secret keys")
-        _check_complete(evaluation, self.geometry)
-        return CkksComputation(self._server, evaluation, public)
+        return CkksComputation(self._server, partial(_read_keys, dict(keys), self.geometry))
 
 
 class CkksComputation:
-    """One session: a client's keys, and the keys and values of its tokens, encrypted."""
+    """One session: a client's keys, and the keys and values of its tokens, encrypted.
 
-    def __init__(self, server: Server, keys: EvaluationKeys, public_key: PublicKey) -> None:
+    ``read_keys`` reads the keys: now, and again for an evaluation after a rest.
+    """
+
+    def __init__(self, server: Server, read_keys: Callable[[], tuple[EvaluationKeys, PublicKey]]) -> None:
         self._parameters = server.geometry.parameters
+        self._read_keys = read_keys
+        keys, public_key = read_keys()
         self._fingerprint = keys.fingerprint
         self._exchange: Exchange | None = None
         self._session: Session | None = server.open(keys, public_key, self._refresh)
+        self._lock = threading.Lock()  # a rest may begin when an evaluation does
 
     def evaluate(
         self, module: str, start: int, count: int, inputs: Sequence[bytes], exchange: Exchange, report: Report
     ) -> list[bytes]:
         """See ``Computation.evaluate``."""
-        session = self._session
-        if session is None:
+        if self._session is None:
             raise Refused("the session is closed")
         if len(inputs) != 1:
             raise Refused(f"tokens come in one ciphertext, not in {len(inputs)}")
         ciphertext = self._input(inputs[0])
-        self._exchange = exchange
-        try:
-            results = session.evaluate(module, start, [ciphertext], count, report)
-        finally:
-            self._exchange = None
+        with self._lock:
+            session = self._session
+            if session is None:
+                raise Refused("the session is closed")
+            if session.is_resting:
+                session.wake(*self._read_keys())
+            self._exchange = exchange
+            try:
+                results = session.evaluate(module, start, [ciphertext], count, report)
+            finally:
+                self._exchange = None
         return [result.to_bytes() for result in results]
+
+    def rest(self) -> None:
+        """Let go of the keys, hundreds of megabytes, and keep the text's keys and values."""
+        with self._lock:
+            if self._session is not None:
+                self._session.rest()
 
     def close(self) -> None:
         """Let go of the keys and of all ciphertexts."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        with self._lock:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
 
     def _input(self, data: bytes) -> Ciphertext:
         """Return a ciphertext as :meth:`Client.encrypt` makes it. Raises ``Refused`` for any other."""
@@ -341,6 +352,20 @@ def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
             raise Refused("the evaluation keys are for another model: make keys for this one")
     if (keys.relinearization_level or -1) < parameters.max_level:
         raise Refused("the evaluation keys lack the one for products: make keys for this model")
+
+
+def _read_keys(keys: Mapping[str, Path], geometry: Geometry) -> tuple[EvaluationKeys, PublicKey]:
+    """Read a client's keys. Raises ``Refused`` for any that are not for this geometry."""
+    parameters = geometry.parameters
+    with keys[EVALUATION].open("rb") as file:
+        evaluation = _parsed(lambda: EvaluationKeys.read_from(file, parameters))
+        if file.read(1):
+            raise Refused("the evaluation keys are followed by something else")
+    public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
+    if evaluation.fingerprint != public.fingerprint:
+        raise Refused("the evaluation keys and the public key belong to different secret keys")
+    _check_complete(evaluation, geometry)
+    return evaluation, public
 
 
 def _parsed(read: Callable[[], Read]) -> Read:

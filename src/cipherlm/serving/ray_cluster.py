@@ -208,6 +208,9 @@ class RayComputation:
             event = self._call("go_on", reply)
         return list(self._check(event).blobs)
 
+    def rest(self) -> None:
+        """Keep the keys: the worker has no file from which to read them again."""
+
     def close(self) -> None:
         """Let go of the keys and of what is remembered, on the worker."""
         vacate, self._vacate = self._vacate, None

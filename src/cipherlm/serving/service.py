@@ -41,7 +41,7 @@ class Limits:
     queue: int = 32
     """Evaluations that wait."""
     sessions: int = 8
-    """Sessions at once: each holds its keys and what it remembers in memory."""
+    """Sessions at once: each holds what it remembers in memory, and keys while it is not idle."""
     sessions_per_owner: int | None = None
     """Of one owner. Unless given, those that the others can do without: each can count on an equal share."""
     connections: int = 128
@@ -56,6 +56,8 @@ class Limits:
     """From one piece of a chunk to the next: who sends nothing holds no place."""
     idle_seconds: float = 900
     """From one evaluation to the next."""
+    keys_seconds: float = 60
+    """From an evaluation until its session's keys leave the memory; the next reads them again."""
     reply_seconds: float = 120
     """For the answer to a refresh, and for taking a message."""
     evaluation_seconds: float = 3600

@@ -36,6 +36,8 @@ class Session(Conversation):
         self._loading: asyncio.Task[None] | None = None
         self._computation: Computation | None = None
         self._evaluation: Evaluation | None = None
+        self._nap: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._last_id = -1
 
     @property
@@ -135,6 +137,12 @@ class Session(Conversation):
         if request.count < 1 or request.start + request.count > most:
             raise Failure(protocol.BAD_REQUEST, f"a text has 1 to {most} tokens here")
 
+    def _wait_no_more(self) -> None:
+        super()._wait_no_more()
+        if self._nap is not None:
+            self._nap.cancel()
+            self._nap = None
+
     # What evaluations tell.
 
     def moved(self, evaluation: Evaluation, position: int) -> None:
@@ -198,6 +206,11 @@ class Session(Conversation):
 
     def _rest(self) -> None:
         self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
+        self._nap = self._loop.call_later(self._limits.keys_seconds, self._let_go_of_keys)
+
+    def _let_go_of_keys(self) -> None:
+        if self._computation is not None and not self._over.is_set():
+            self._resting = create_task(to_thread(self._computation.rest))
 
     async def _load(self, lease: Lease) -> None:
         try:
@@ -221,6 +234,9 @@ class Session(Conversation):
             await self._loading
         if self._evaluation is not None:
             await self._evaluation.ended.wait()
+        self._wait_no_more()
+        if self._resting is not None:
+            await asyncio.wait({self._resting})
         if self._computation is not None:
             try:
                 await to_thread(self._computation.close)

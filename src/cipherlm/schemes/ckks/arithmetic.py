@@ -89,11 +89,32 @@ class Arithmetic:
     """
 
     def __init__(self, evaluator: Evaluator, encodings: Encodings, refresher: Refresher) -> None:
-        self.evaluator, self.encodings = evaluator, encodings
+        self.encodings = encodings
         self.parameters: Parameters = evaluator.parameters
         self.refreshes = self.round_trips = 0
-        self._refresher = refresher
+        self._evaluator: Evaluator | None = evaluator
+        self._refresher: Refresher | None = refresher
         self._pool = ThreadPoolExecutor(threads())
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What computes, with a client's keys. Raises ``RuntimeError`` while it rests."""
+        if self._evaluator is None:
+            raise RuntimeError("the evaluation keys were let go: wake the session first")
+        return self._evaluator
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether there is nothing to compute with."""
+        return self._evaluator is None
+
+    def rest(self) -> None:
+        """Let go of keys. Tensors that refer to this can be computed with again after :meth:`wake`."""
+        self._evaluator = self._refresher = None
+
+    def wake(self, evaluator: Evaluator, refresher: Refresher) -> None:
+        """Compute with these from now on: keys of the same client."""
+        self._evaluator, self._refresher = evaluator, refresher
 
     @property
     def layout(self) -> Layout:
@@ -156,6 +177,7 @@ class Arithmetic:
     def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
         self.refreshes += len(sent)
         self.round_trips += 1
+        assert self._refresher is not None  # or there were no ciphertexts to refresh
         return self._refresher(sent, level, shift)
 
 

@@ -216,21 +216,41 @@ class Server:
     ) -> None:
         set_gc_percent(GC_PERCENT)
         self.modules, self.geometry = dict(modules), geometry
-        self._encodings = Encodings(geometry.parameters, geometry.layout, storage=storage)
+        self.encodings = Encodings(geometry.parameters, geometry.layout, storage=storage)
 
     def open(self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange) -> Session:
         """Start to compute for a client. ``exchange`` brings it a refresh request and returns its reply."""
-        evaluator = Evaluator(self.geometry.parameters, keys)
-        refresh = MaskedRefresh(evaluator, public_key, exchange)
-        return Session(self, Arithmetic(evaluator, self._encodings, refresh), public_key)
+        return Session(self, keys, public_key, exchange)
 
 
 class Session:
     """One client's evaluations on a server, which remembers the keys and values of its tokens."""
 
-    def __init__(self, server: Server, arithmetic: Arithmetic, public_key: PublicKey) -> None:
-        self.arithmetic, self._server, self._public_key = arithmetic, server, public_key
+    def __init__(
+        self, server: Server, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange
+    ) -> None:
+        self._server, self._exchange = server, exchange
+        self._public_key = public_key
         self._seen: dict[str, tuple[list[Cache], int]] = {}
+        evaluator = Evaluator(server.geometry.parameters, keys)
+        self.arithmetic = Arithmetic(
+            evaluator, server.encodings, MaskedRefresh(evaluator, public_key, exchange)
+        )
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether there are no evaluation keys here."""
+        return self.arithmetic.is_resting
+
+    def rest(self) -> None:
+        """Let go of the evaluation keys. What is remembered stays, and :meth:`wake` is to follow."""
+        self.arithmetic.rest()
+
+    def wake(self, keys: EvaluationKeys, public_key: PublicKey) -> None:
+        """Take the keys that the session was opened with again."""
+        evaluator = Evaluator(self._server.geometry.parameters, keys)
+        self._public_key = public_key
+        self.arithmetic.wake(evaluator, MaskedRefresh(evaluator, public_key, self._exchange))
 
     def evaluate(
         self,
