@@ -19,6 +19,7 @@ from cipherlm.engine import (
     RefreshReply,
     RefreshRequest,
     SecretKey,
+    collect,
     set_gc_percent,
 )
 from cipherlm.engine.linear import Storage
@@ -245,6 +246,7 @@ class Session:
     def rest(self) -> None:
         """Let go of the evaluation keys. What is remembered stays, and :meth:`wake` is to follow."""
         self.arithmetic.rest()
+        collect()
 
     def wake(self, keys: EvaluationKeys, public_key: PublicKey) -> None:
         """Take the keys that the session was opened with again."""
