@@ -65,14 +65,15 @@ def test_an_activation_remembers_its_inputs():
 
 
 def test_a_fitted_activation_goes_on_outside_its_range():
+    """Half as far again: a polynomial of degree 31 would be in the thousands there."""
     x = np.linspace(-12, 12, 1000)
     fitted = Activation("gelu_new").fit({"inputs": (-8, 8)}, 0)
-    assert np.abs(fitted(ClearTensor(x)).values - gelu_new(x)).max() < 1e-3
+    assert np.abs(fitted(ClearTensor(x)).values - gelu_new(x)).max() < 0.2
 
 
 def test_a_kink_takes_the_higher_degree_and_what_no_degree_serves_is_refused():
     relu, x = activation("relu"), np.linspace(-8, 8, 1000)
-    assert fitted_curve((-8, 8), gelu_new).degree == 63
+    assert fitted_curve((-8, 8), gelu_new).degree == 31
     fitted = Activation(relu).fit({"inputs": (-8, 8)}, 0)
     assert fitted.curve.degree == 127
     assert np.abs(fitted(ClearTensor(x)).values - relu(x)).max() < 0.02

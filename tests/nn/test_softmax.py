@@ -44,7 +44,7 @@ def test_centred_scores(queries, more, seed):
     random, keys = np.random.default_rng(seed), min(KEYS, queries + more)
     scores = scores_about(random, 0.0, LOW, HIGH, queries, keys)
     value = random.normal(size=(3, keys, 4))
-    assert largest_error(SOFTMAX, scores, value) < 2e-5
+    assert largest_error(SOFTMAX, scores, value) < 3e-4
     assert largest_error(SOFTMAX, scores, value, Noise.of(1 << 14, 36, seed)) < 1e-3
 
 
@@ -63,7 +63,7 @@ def test_scores_whose_means_are_not_zero(queries, more, least, most, seed):
     means[:, -1] = least
     scores = scores_about(random, means, LOW, HIGH, queries, keys)
     value = random.normal(size=(3, keys, 4))
-    assert largest_error(BELOW, scores, value) < 5e-5
+    assert largest_error(BELOW, scores, value) < 3e-4
     assert largest_error(BELOW, scores, value, Noise.of(1 << 14, 36, seed)) < 2e-3
 
 
@@ -72,7 +72,7 @@ def test_means_below_what_was_said_need_it_said():
     random = np.random.default_rng(6)
     scores = scores_about(random, LEAST_MEAN, LOW, HIGH) * 0.2 + 0.8 * LEAST_MEAN
     value = random.normal(size=(3, KEYS, 4))
-    assert largest_error(BELOW, scores, value) < 5e-5
+    assert largest_error(BELOW, scores, value) < 3e-4
     assert largest_error(SOFTMAX, scores, value) > 1e-2
 
 
@@ -106,7 +106,7 @@ def test_places_that_are_not_seen_weigh_little(places, least, seed):
     scores = scores_about(random, least, LOW, HIGH, queries, places)
     value = random.normal(size=(3, places, 4))
     got, want = (attended(s, scores, value)[:, 0] for s in (softmax, Softmax()))
-    assert np.abs(got - want).max() < 5e-5
+    assert np.abs(got - want).max() < 3e-4
 
 
 def test_beyond_its_range_it_stays_a_mean():
@@ -123,7 +123,7 @@ def test_any_number_of_keys(keys, seed):
     scores = scores_about(random, -1.0, -6, 5, 1, keys)
     value = random.normal(size=(3, keys, 4))
     softmax = FittedSoftmax((-6, 5), (-1.5, 2), 40)
-    assert largest_error(softmax, scores, value) < 2e-5
+    assert largest_error(softmax, scores, value) < 3e-4
     [(fitted, places)] = softmax._fitted
     assert fitted == min(40, max(LEAST_KEYS, 1 << (keys - 1).bit_length())) <= places
     attended(softmax, scores, value)

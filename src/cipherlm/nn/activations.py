@@ -19,8 +19,8 @@ from cipherlm.nn.tensor import T, depth
 GUARD = 0.25
 """How far outside their interval, in its lengths, polynomials stay near the function."""
 
-DEGREES = (63, 127)
-"""Of the polynomials: six levels, or all seven that a refresh gives."""
+DEGREES = (31, 63, 127)
+"""Of the polynomials: five levels, six, or all seven that a refresh gives."""
 
 CLOSE = 1e-3
 """The error, next to the largest value of an activation, with which the lower degree is enough."""

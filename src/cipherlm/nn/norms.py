@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from cipherlm.engine import Chebyshev
-from cipherlm.nn import approximation
+from cipherlm.nn import approximation, cost
 from cipherlm.nn.clear import ClearTensor, values_of
 from cipherlm.nn.module import Module, Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
@@ -64,27 +64,37 @@ class FittedNorm(Module):
         self.start, self.steps, self.epsilon, self.gain = start, steps, epsilon, gain
 
     @classmethod
-    def fit(cls, squares: Interval, epsilon: float, *, tolerance: float = 1e-5) -> FittedNorm:
-        """Return the function for mean squares in an interval, with a relative error below ``tolerance``.
+    def fit(cls, squares: Interval, epsilon: float, *, tolerance: float = 1e-4) -> FittedNorm:
+        """Return the cheapest function for mean squares in an interval, of a relative error of ``tolerance``.
 
-        The start has the least of :data:`DEGREES` that serves. Raises ``ValueError`` for an interval that is
-        too wide for the highest.
+        A start of a higher degree saves steps. Raises ``ValueError`` for an interval that is too wide for
+        the highest of :data:`DEGREES`.
         """
         low, high = squares[0] + epsilon, squares[1] + epsilon
         gain = 2 / (high * (1 + GUARD) - low)
         interval = (gain * low, gain * high)
+        ways = []
         for degree in DEGREES:
             start = approximation.inverse_square_root(interval, degree, guard=GUARD)
             error = approximation.largest_error(start, lambda x: x**-0.5, interval, relative=True)
-            if error <= ROUGHEST:
+            if error > ROUGHEST:
+                continue
+            steps = 0
+            while error > tolerance:
+                error = 1.5 * error**2 + 0.5 * error**3
+                steps += 1
+            scaled = Chebyshev(start.coefficients / math.sqrt(2), start.interval)
+            ways.append(cls(scaled, steps, epsilon, gain))
+            if not steps:
                 break
-        else:
+        if not ways:
             raise ValueError(f"no inverse square root of degree {degree} on {squares}: error {error:.0%}")
-        steps = 0
-        while error > tolerance:
-            error = 1.5 * error**2 + 0.5 * error**3
-            steps += 1
-        return cls(Chebyshev(start.coefficients / math.sqrt(2), start.interval), steps, epsilon, gain)
+        return min(ways, key=lambda way: way.cost)
+
+    @property
+    def cost(self) -> float:
+        """What it costs on one ciphertext, but for what is the same however it is computed."""
+        return cost.of_polynomial(self.start) + self.steps * (3 + 2 * cost.REFRESH)
 
     def __call__(self, x: T) -> T:
         """Return the normalised hidden states."""

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from cipherlm.engine import Chebyshev
-from cipherlm.nn import approximation
+from cipherlm.nn import approximation, cost
 from cipherlm.nn.clear import ClearTensor, values_of, visible
 from cipherlm.nn.module import Module, Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
@@ -27,6 +27,15 @@ HIDDEN = 0.01
 
 PRECISE = 3e-3
 """The relative error of the last inverse before Newton's iteration squares it."""
+
+FLATTEST, STEEPEST = 3.0, 10.0
+"""Within which power of e exponentials are brought by squarings: few of them leave a wide interval."""
+
+LEVELS = 7
+"""How many there are behind a refresh, as a rule."""
+
+TOLERANCE = 1e-3
+"""The relative error that the exponential may leave in the greatest weight of a row."""
 
 
 class Softmax(Nonlinearity):
@@ -112,26 +121,56 @@ class SquaringSoftmax:
         keys: int,
         places: int | None = None,
         *,
-        tolerance: float = 1e-5,
-        steepest: float = 3.0,
-        degree: int = 15,
+        tolerance: float = 1e-4,
     ) -> SquaringSoftmax:
-        """Return the softmax of scores in an interval, over at most ``keys`` keys.
+        """Return the cheapest softmax of scores in an interval, over at most ``keys`` keys.
 
         The mean of what a query sees is ``least_mean`` or more. A first mean of exponentials thus lies
-        between the exponentials of that (Jensen) and of the scores' upper end: there are as many squarings,
-        two at least, as bring these within ``steepest`` of each other. A row has ``places`` for keys, as many
-        as there are keys by default; all that it does not see weigh at most :data:`HIDDEN` of its first sum.
-        ``degree`` is that of the exponential, and ``tolerance`` the relative error of the last division.
+        between the exponentials of that (Jensen) and of the scores' upper end: squarings, two at least, bring
+        these within a power of :data:`FLATTEST` to :data:`STEEPEST` of each other. The more there are, the
+        lower are the degrees of the first polynomials. A row has ``places`` for keys, as many as there are
+        keys by default; all that it does not see weigh at most :data:`HIDDEN` of its first sum.
+        ``tolerance`` is the relative error of the last division.
         """
+        span = max(scores[1], 1.0) - min(least_mean, 0.0)
+        most, fewest = (max(2, math.ceil(math.log2(span / e))) for e in (FLATTEST, STEEPEST))
+        ways = [
+            cls._of(squarings, scores, least_mean, keys, places or keys, tolerance)
+            for squarings in range(fewest, most + 1)
+        ]
+        return min(ways, key=lambda way: way.cost)
+
+    @property
+    def cost(self) -> float:
+        """What it costs on one ciphertext of scores, but for what is the same however it is computed."""
+        polynomials = (self.exponential, *self.inverses, self.reciprocal)
+        apart = depth(self.exponential) + self._first_levels > LEVELS
+        squaring = cost.SUM + 2 + cost.REFRESH
+        newton = 3 + 2 * cost.REFRESH
+        return (
+            sum(map(cost.of_polynomial, polynomials))
+            + self.squarings * squaring
+            + self.steps * newton
+            + apart * cost.REFRESH
+        )
+
+    @property
+    def _first_levels(self) -> int:
+        """The levels of the first normalisation, which may follow the exponential without a refresh."""
+        return depth(self.inverses[0]) + 1
+
+    @classmethod
+    def _of(
+        cls, squarings: int, scores: Interval, least_mean: float, keys: int, places: int, tolerance: float
+    ) -> SquaringSoftmax:
         low, high, least = min(scores[0], 0.0), max(scores[1], 1.0), min(least_mean, 0.0)
-        squarings = max(2, math.ceil(math.log2((high - least) / steepest)))
         factor = 0.5**squarings
-        floor = -math.log(places or keys) - max(-low * factor, -math.log(HIDDEN) - least * factor)
+        floor = -math.log(places) - max(-low * factor, -math.log(HIDDEN) - least * factor)
         ceiling = high * factor
         sums = (math.exp(least * factor), math.exp(ceiling) + HIDDEN)
         gain = _unit_gain(sums)
-        exponential = _times(approximation.exponential((floor, ceiling), degree, guard=0.05), gain)
+        # What is wrong with weights is squared as often as they are.
+        exponential = _times(_exponential((floor, ceiling), TOLERANCE * factor * sums[0] / keys), gain)
         inverses = []
         for _ in range(squarings):
             sums = (gain * sums[0], gain * sums[1])
@@ -149,8 +188,9 @@ class SquaringSoftmax:
     def __call__(self, scores: T, value: T) -> T:
         """Return each query's mean of the values, weighted by the softmax of its scores."""
         weights = scores.exponents(0.5**self.squarings, self.floor)
-        levels = depth(self.exponential) + depth(self.inverses[0]) + 1
-        weights.ready(levels, before=self.exponential)
+        levels = depth(self.exponential) + self._first_levels
+        together = levels <= weights.most_levels
+        weights.ready(levels if together else depth(self.exponential), before=self.exponential)
         weights = weights.polynomial(self.exponential)
         for inverse in self.inverses:
             weights.ready(depth(inverse) + 1)
@@ -164,6 +204,16 @@ class SquaringSoftmax:
             quotient = quotient * (total * quotient * -1 + 2.0)
             mixed.ready(2, total, quotient)
         return (mixed * quotient) * (total * quotient * -1 + 2.0)
+
+
+def _exponential(interval: Interval, tolerance: float) -> Chebyshev:
+    """Return the cheapest exponential, up to degree 31, with an absolute error below ``tolerance``."""
+    x = np.linspace(*interval, 1001)
+    for degree in (7, 15, 31):
+        polynomial = approximation.exponential(interval, degree, guard=0.05)
+        if np.abs(polynomial(x) - np.exp(x)).max() < tolerance:
+            break
+    return polynomial
 
 
 def _inverse(interval: Interval, tolerance: float) -> tuple[Chebyshev, float]:
