@@ -62,7 +62,7 @@ func (a *accumulator) prepare(subring *ring.SubRing, montgomery bool) {
 		}
 		for i := range a.factors {
 			a.factors[i] = factor
-			a.quotients[i], _ = bits.Div64(factor>>12, factor<<52, prime)
+			a.quotients[i] = wideQuotient(factor, prime)
 			factor = ring.BRed(factor, (1<<52)%prime, prime, barrett)
 		}
 	} else {

@@ -22,8 +22,10 @@ type switcher struct {
 	extender     *ring.BasisExtender
 	pool         *rlwe.BufferPool
 	accumulators sync.Pool
-	special      []uint64 // P modulo each prime of Q, in Montgomery form
-	inverse      []uint64 // -1/P, likewise
+	special      []uint64   // P modulo each prime of Q, in Montgomery form
+	inverse      []uint64   // -1/P, likewise
+	digits       []*pairing // of the two primes of each digit, where the vector code converts them
+	remainder    *pairing   // of the two primes of P
 }
 
 func newSwitcher(p *Parameters, evaluator *rlwe.Evaluator) *switcher {
@@ -36,7 +38,23 @@ func newSwitcher(p *Parameters, evaluator *rlwe.Evaluator) *switcher {
 		s.special = append(s.special, ring.MForm(rest.Uint64(), r.Modulus, r.BRedConstant))
 		s.inverse = append(s.inverse, r.Modulus-ring.MForm(inverse.Uint64(), r.Modulus, r.BRedConstant))
 	}
+	if p.PCount() == 2 && p.vectorised() {
+		for first := 0; first+1 < p.QCount(); first += 2 {
+			s.digits = append(s.digits, newPairing(p, first, first+1))
+		}
+		s.remainder = newPairing(p, p.QCount(), p.QCount()+1)
+	}
 	return s
+}
+
+// vectorised tells whether the vector code serves all primes of QP.
+func (p *Parameters) vectorised() bool {
+	for prime := range p.QCount() + p.PCount() {
+		if !vectorised(p.subring(prime)) {
+			return false
+		}
+	}
+	return true
 }
 
 // subring is the ring modulo one prime: those of Q, and from there on those of P.
@@ -99,24 +117,20 @@ func (s *switcher) decompose(poly ring.Poly, level int) ([]ringqp.Poly, error) {
 	digits := pool.GetBuffDecompQP(p.Parameters.Parameters, level, top)
 	coefficients := pool.GetBuffPoly()
 	defer pool.RecycleBuffPoly(coefficients)
-	err := parallel(level+1, func(i int) error {
-		copy(coefficients.Coeffs[i], poly.Coeffs[i])
-		p.backward(i, coefficients.Coeffs[i])
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	limbs := s.limbs(level)
-	err = parallel(len(digits), func(i int) error {
-		if top > 0 {
-			s.decomposer.DecomposeAndSplit(level, top, top+1, i, *coefficients, digits[i].Q, digits[i].P)
-			return nil
+	limbs, paired := s.limbs(level), s.remainder != nil && simd
+	single := func(digit int) bool { return top == 0 || paired && 2*digit == level }
+	err := parallel(len(digits), func(digit int) error {
+		first, last := digit*(top+1), min((digit+1)*(top+1), level+1)
+		for i := first; i < last; i++ {
+			copy(coefficients.Coeffs[i], poly.Coeffs[i])
+			p.backward(i, coefficients.Coeffs[i])
 		}
-		for j := range limbs {
-			if j != i { // its own prime's residues are known
-				p.recenter(coefficients.Coeffs[i], i, p.Q()[i]/2+1, s.prime(j, level), limb(digits[i], j, level))
-			}
+		switch {
+		case single(digit):
+		case paired:
+			simdSplit(coefficients.Coeffs[first], coefficients.Coeffs[first+1], &s.digits[digit].split)
+		default:
+			s.decomposer.DecomposeAndSplit(level, top, top+1, digit, *coefficients, digits[digit].Q, digits[digit].P)
 		}
 		return nil
 	})
@@ -125,12 +139,17 @@ func (s *switcher) decompose(poly ring.Poly, level int) ([]ringqp.Poly, error) {
 	}
 	return digits, parallel(len(digits)*limbs, func(job int) error {
 		digit, i := job/limbs, job%limbs
-		residues := limb(digits[digit], i, level)
-		if i <= level && i/(top+1) == digit {
+		residues, first, prime := limb(digits[digit], i, level), digit*(top+1), s.prime(i, level)
+		switch {
+		case i <= level && i/(top+1) == digit: // its own primes' residues are known
 			copy(residues, poly.Coeffs[i])
-		} else {
-			p.forward(s.prime(i, level), residues)
+			return nil
+		case single(digit):
+			p.recenter(coefficients.Coeffs[first], first, p.Q()[first]/2+1, prime, residues)
+		case paired:
+			s.digits[digit].to(p, prime, coefficients.Coeffs[first], coefficients.Coeffs[first+1], residues)
 		}
+		p.forward(prime, residues)
 		return nil
 	})
 }
@@ -173,26 +192,23 @@ func (s *switcher) product(digits []ringqp.Poly, key *rlwe.GadgetCiphertext, lev
 func (s *switcher) divide(sum pair, level int, take func(component, prime int, quotient []uint64)) error {
 	p, top := s.params, s.params.MaxLevelP()
 	pool := s.pool.AtLevel(level, top)
-	err := parallel(2*(top+1), func(job int) error {
-		component, i := job/(top+1), job%(top+1)
-		p.backward(p.QCount()+i, sum[component].P.Coeffs[i])
-		return nil
-	})
-	if err != nil {
-		return err
-	}
 	var rest [2]*ring.Poly
 	for i := range rest {
 		rest[i] = pool.GetBuffPoly()
 		defer pool.RecycleBuffPoly(rest[i])
 	}
-	err = parallel(2, func(component int) error {
-		if top > 0 {
-			s.extender.ModUpPtoQ(top, level, sum[component].P, *rest[component])
-			return nil
+	paired := s.remainder != nil && simd
+	err := parallel(2, func(component int) error {
+		special := sum[component].P.Coeffs
+		for i := range special {
+			p.backward(p.QCount()+i, special[i])
 		}
-		for prime := range level + 1 {
-			p.recenter(sum[component].P.Coeffs[0], p.QCount(), p.P()[0]/2, prime, rest[component].Coeffs[prime])
+		switch {
+		case top == 0:
+		case paired:
+			simdSplit(special[0], special[1], &s.remainder.split)
+		default:
+			s.extender.ModUpPtoQ(top, level, sum[component].P, *rest[component])
 		}
 		return nil
 	})
@@ -201,7 +217,13 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 	}
 	return parallel(2*(level+1), func(job int) error {
 		component, i := job%2, job/2
-		residues := rest[component].Coeffs[i]
+		special, residues := sum[component].P.Coeffs, rest[component].Coeffs[i]
+		switch {
+		case top == 0:
+			p.recenter(special[0], p.QCount(), p.P()[0]/2, i, residues)
+		case paired:
+			s.remainder.to(p, i, special[0], special[1], residues)
+		}
 		p.forward(i, residues)
 		s.quotient(residues, sum[component].Q.Coeffs[i], i, residues)
 		take(component, i, residues)

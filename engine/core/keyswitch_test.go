@@ -1,6 +1,8 @@
 package core
 
 import (
+	"fmt"
+	"math/big"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -107,6 +109,65 @@ func TestInnerSum(t *testing.T) {
 			if d := distance(want, a.decrypt(x)); d > 1e-4 {
 				t.Errorf("%d terms in place, %d more keys: error %g", count, len(more), d)
 			}
+		}
+	}
+}
+
+// TestConversions holds the vector code's conversions between moduli equal to the
+// library's, also for numbers beside which the library's floating-point sum may round up.
+func TestConversions(t *testing.T) {
+	if !simd {
+		t.Skip("no AVX-512 IFMA here")
+	}
+	p := large(t)
+	s := must(NewEvaluator(p, nil)).switcher
+	level, top := p.MaxLevel(), p.MaxLevelP()
+	// fill writes numbers modulo the product of two primes: random ones, and such near its
+	// multiples and halves.
+	fill := func(first, second []uint64, firstPrime, secondPrime uint64) {
+		one, two := new(big.Int).SetUint64(firstPrime), new(big.Int).SetUint64(secondPrime)
+		product := new(big.Int).Mul(one, two)
+		for i := range first {
+			number := new(big.Int).SetUint64(rand.Uint64N(firstPrime))
+			number.Mul(number, two).Add(number, new(big.Int).SetUint64(rand.Uint64N(secondPrime)))
+			if i%2 == 0 {
+				number.Mul(product, big.NewInt(int64(i/2%3)))
+				number.Rsh(number, 1).Add(number, big.NewInt(rand.Int64N(1<<rand.UintN(20)+1)-int64(i/6%64)))
+			}
+			first[i] = new(big.Int).Mod(number, one).Uint64()
+			second[i] = new(big.Int).Mod(number, two).Uint64()
+		}
+	}
+	same := func(c *pairing, prime int, x, y, want []uint64, what string) {
+		t.Helper()
+		got, r := make([]uint64, p.N()), p.subring(prime)
+		c.to(p, prime, x, y, got)
+		for i := range got {
+			if got[i] >= 4*r.Modulus || got[i]%r.Modulus != want[i]%r.Modulus {
+				t.Fatalf("%s, to prime %d: %d is %d, not %d", what, prime, i, got[i], want[i]%r.Modulus)
+			}
+		}
+	}
+	special, want := p.RingP().NewPoly(), p.RingQ().NewPoly()
+	fill(special.Coeffs[0], special.Coeffs[1], p.P()[0], p.P()[1])
+	s.extender.ModUpPtoQ(top, level, special, want)
+	simdSplit(special.Coeffs[0], special.Coeffs[1], &s.remainder.split)
+	for prime := range level + 1 {
+		same(s.remainder, prime, special.Coeffs[0], special.Coeffs[1], want.Coeffs[prime], "P")
+	}
+	for digit, c := range s.digits {
+		poly, wantP := p.RingQ().NewPoly(), p.RingP().NewPoly()
+		x, y := poly.Coeffs[2*digit], poly.Coeffs[2*digit+1]
+		fill(x, y, p.Q()[2*digit], p.Q()[2*digit+1])
+		s.decomposer.DecomposeAndSplit(level, top, top+1, digit, poly, want, wantP)
+		simdSplit(x, y, &c.split)
+		for prime := range level + 1 {
+			if prime/2 != digit {
+				same(c, prime, x, y, want.Coeffs[prime], fmt.Sprint("digit ", digit))
+			}
+		}
+		for i := range wantP.Coeffs {
+			same(c, p.QCount()+i, x, y, wantP.Coeffs[i], fmt.Sprint("digit ", digit))
 		}
 	}
 }

@@ -220,6 +220,49 @@ VECTOR void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long
     }
 }
 
+// The steps of one coefficient's conversion between moduli are those of the library, its
+// floating-point division too: whether a sum runs over has to come out the same.
+VECTOR void cl_simd_split(uint64_t *x, uint64_t *y, long n, const uint64_t *constants) {
+    __m512i zero = _mm512_setzero_si512(), mask = _mm512_set1_epi64((1LL << 52) - 1), q[2], h[2], w[2], s[2];
+    __m512d divisor[2];
+    for (int j = 0; j < 2; j++, constants += 4) {
+        q[j] = _mm512_set1_epi64((long long)constants[0]), h[j] = _mm512_set1_epi64((long long)constants[1]);
+        w[j] = _mm512_set1_epi64((long long)constants[2]), s[j] = _mm512_set1_epi64((long long)constants[3]);
+        divisor[j] = _mm512_set1_pd((double)constants[0]);
+    }
+    for (long i = 0; i < n; i += 8) {
+        __m512i v[2] = {LOAD(x + i), LOAD(y + i)};
+        __m512d sum = _mm512_setzero_pd();
+        for (int j = 0; j < 2; j++) {
+            __m512i a = _mm512_add_epi64(v[j], h[j]), t = _mm512_madd52hi_epu64(zero, a, s[j]);
+            t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, a, w[j]), _mm512_madd52lo_epu64(zero, t, q[j]));
+            t = _mm512_and_si512(t, mask);
+            v[j] = _mm512_min_epu64(t, _mm512_sub_epi64(t, q[j]));
+            sum = _mm512_add_pd(sum, _mm512_div_pd(_mm512_cvtepu64_pd(v[j]), divisor[j]));
+        }
+        STORE(x + i, v[0]);
+        STORE(y + i, _mm512_or_si512(v[1], _mm512_slli_epi64(_mm512_cvttpd_epu64(sum), 52)));
+    }
+}
+
+VECTOR void cl_simd_extend(const uint64_t *x, const uint64_t *y, long n, const uint64_t *constants, uint64_t prime, uint64_t *out) {
+    modulus m = MODULUS;
+    __m512i zero = _mm512_setzero_si512(), fourfold = _mm512_add_epi64(m.twice, m.twice);
+    __m512i v = _mm512_set1_epi64((long long)constants[0]), v_ = _mm512_set1_epi64((long long)constants[1]);
+    __m512i w = _mm512_set1_epi64((long long)constants[2]), w_ = _mm512_set1_epi64((long long)constants[3]);
+    __m512i over = _mm512_maskz_loadu_epi64(0x07, constants + 4);
+    for (long i = 0; i < n; i += 8) {
+        // The multiplication takes the low 52 bits of its operands.
+        __m512i a = LOAD(x + i), b = LOAD(y + i);
+        __m512i s = _mm512_madd52hi_epu64(zero, a, v_), t = _mm512_madd52hi_epu64(zero, b, w_);
+        s = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, a, v), _mm512_madd52lo_epu64(zero, s, m.q));
+        t = _mm512_sub_epi64(_mm512_madd52lo_epu64(zero, b, w), _mm512_madd52lo_epu64(zero, t, m.q));
+        s = _mm512_add_epi64(_mm512_and_si512(s, m.mask), _mm512_and_si512(t, m.mask)); // each below 2q
+        s = _mm512_add_epi64(s, _mm512_permutexvar_epi64(_mm512_srli_epi64(b, 52), over));
+        STORE(out + i, _mm512_min_epu64(s, _mm512_sub_epi64(s, fourfold)));
+    }
+}
+
 #define ADD(t)                                                                                 \
     do {                                                                                       \
         __m512i p = LOAD((t).plain + i), x = LOAD((t).c0 + i), y = LOAD((t).c1 + i);           \
@@ -298,5 +341,7 @@ void cl_simd_reduce(const uint64_t *s, long n, const uint64_t *w, const uint64_t
                     uint64_t *out1) {}
 void cl_simd_recenter(const uint64_t *v, long n, uint64_t p, uint64_t h, uint64_t q, uint64_t s, uint64_t r, uint64_t *out) {}
 void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}
+void cl_simd_split(uint64_t *x, uint64_t *y, long n, const uint64_t *c) {}
+void cl_simd_extend(const uint64_t *x, const uint64_t *y, long n, const uint64_t *c, uint64_t q, uint64_t *out) {}
 
 #endif

@@ -34,8 +34,7 @@ type wideRoots struct {
 func (w *wideRoots) make(which int, subring *ring.SubRing, source []uint64, first uint64) {
 	wide := func(root uint64) (uint64, uint64) {
 		root = ring.IMForm(root, subring.Modulus, subring.MRedConstant)
-		quotient, _ := bits.Div64(root>>12, root<<52, subring.Modulus)
-		return root, quotient
+		return root, wideQuotient(root, subring.Modulus)
 	}
 	w.roots[which] = make([]uint64, subring.N)
 	w.quotients[which] = make([]uint64, subring.N)
@@ -83,15 +82,22 @@ func simdLift32(values []int32, multiplier int64, prime uint64, out []uint64) {
 }
 
 func simdRecenter(values []uint64, from, half, to, rest uint64, out []uint64) {
-	quotient, _ := bits.Div64(0, 1<<52, to)
 	C.cl_simd_recenter((*C.uint64_t)(&values[0]), C.long(len(values)), C.uint64_t(from), C.uint64_t(half), C.uint64_t(to),
-		C.uint64_t(quotient), C.uint64_t(rest), (*C.uint64_t)(&out[0]))
+		C.uint64_t(wideQuotient(1, to)), C.uint64_t(rest), (*C.uint64_t)(&out[0]))
 }
 
 func simdSubtractMultiply(x, y []uint64, factor, prime uint64, out []uint64) {
-	quotient, _ := bits.Div64(factor>>12, factor<<52, prime)
 	C.cl_simd_subtract_multiply((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), C.uint64_t(factor),
-		C.uint64_t(quotient), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+		C.uint64_t(wideQuotient(factor, prime)), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}
+
+func simdSplit(x, y []uint64, constants *[8]uint64) {
+	C.cl_simd_split((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), (*C.uint64_t)(&constants[0]))
+}
+
+func simdExtend(x, y []uint64, constants *[7]uint64, prime uint64, out []uint64) {
+	C.cl_simd_extend((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), (*C.uint64_t)(&constants[0]), C.uint64_t(prime),
+		(*C.uint64_t)(&out[0]))
 }
 
 // simdTerm points at one block of a term.

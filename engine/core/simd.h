@@ -49,4 +49,15 @@ void cl_simd_recenter(const uint64_t *values, long n, uint64_t from, uint64_t ha
 void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t factor, uint64_t quotient,
                                uint64_t prime, uint64_t *out);
 
+// Numbers modulo two primes p and q, x and y in place, as what they are sums of: a number
+// n + h, below pq, is x q + y p less v pq, and v, 0 to 2, is written above the 52 bits of y.
+// constants are p, h modulo p, 1/q modulo p and floor(2^52 (1/q modulo p) / p), then those
+// of q. Both primes are below 2^51.
+void cl_simd_split(uint64_t *x, uint64_t *y, long n, const uint64_t *constants);
+
+// What was split, modulo another prime, below four times it. constants are q modulo the prime
+// and floor(2^52 (q modulo the prime) / prime), those of p, and -h - v pq modulo the prime for
+// v from 0 to 2.
+void cl_simd_extend(const uint64_t *x, const uint64_t *y, long n, const uint64_t *constants, uint64_t prime, uint64_t *out);
+
 #endif

@@ -24,6 +24,10 @@ func simdRecenter([]uint64, uint64, uint64, uint64, uint64, []uint64) { panic("n
 
 func simdSubtractMultiply([]uint64, []uint64, uint64, uint64, []uint64) { panic("no vector code") }
 
+func simdSplit([]uint64, []uint64, *[8]uint64) { panic("no vector code") }
+
+func simdExtend([]uint64, []uint64, *[7]uint64, uint64, []uint64) { panic("no vector code") }
+
 func (a *accumulator) addVector([]term, int) { panic("no vector code") }
 
 func (a *accumulator) reduceVector(_, _ []uint64) { panic("no vector code") }
