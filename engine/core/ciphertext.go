@@ -125,8 +125,8 @@ func (ct *Ciphertext) DropLevel(level int, out *Ciphertext) (*Ciphertext, error)
 	if out != nil {
 		return nil, failure(Invalid, "a level can be dropped in place or on a copy only")
 	}
-	// The generator writes limb after limb, so a prefix of the limbs is what the
-	// same seed gives at the lower level, and the seed stays valid.
+	// Each limb has a generator of its own, so the limbs that stay are what the same
+	// seed gives at the lower level, and the seed stays valid.
 	result := ct.like(ct.Degree(), level)
 	for i := range result.Value {
 		result.Value[i].CopyLvl(level, ct.Value[i])

@@ -16,7 +16,6 @@ import (
 //	magic "CLHE" | version u16 | type u16 | parameters [16] | key [16] | length u64 | zeros [16]
 const (
 	magic      = "CLHE"
-	version    = 1
 	HeaderSize = 64
 	digestSize = 32
 )
@@ -38,6 +37,14 @@ const (
 	typeEnd
 )
 
+// version is that of the type's format. Seeds of version 2 have a generator for each prime.
+func (t Type) version() uint16 {
+	if t == TypeCiphertext || t == TypeRefreshReply {
+		return 2
+	}
+	return 1
+}
+
 // Header is a frame's header.
 type Header struct {
 	Type   Type
@@ -49,7 +56,7 @@ type Header struct {
 func (h Header) bytes() []byte {
 	out := make([]byte, HeaderSize)
 	copy(out, magic)
-	binary.LittleEndian.PutUint16(out[4:], version)
+	binary.LittleEndian.PutUint16(out[4:], h.Type.version())
 	binary.LittleEndian.PutUint16(out[6:], uint16(h.Type))
 	copy(out[8:], h.Params[:])
 	copy(out[24:], h.Key[:])
@@ -64,10 +71,10 @@ func ParseHeader(data []byte, expected Type, p *Parameters) (Header, error) {
 	if len(data) != HeaderSize || string(data[:4]) != magic {
 		return h, failure(Corrupt, "not an object of this engine")
 	}
-	if found := binary.LittleEndian.Uint16(data[4:]); found != version {
-		return h, failure(Corrupt, "format version %d: this engine reads version %d", found, version)
-	}
 	h.Type = Type(binary.LittleEndian.Uint16(data[6:]))
+	if found := binary.LittleEndian.Uint16(data[4:]); found != h.Type.version() {
+		return h, failure(Corrupt, "format version %d: this engine reads version %d of such objects", found, h.Type.version())
+	}
 	copy(h.Params[:], data[8:])
 	copy(h.Key[:], data[24:])
 	h.Length = binary.LittleEndian.Uint64(data[40:])

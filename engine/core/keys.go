@@ -2,6 +2,8 @@ package core
 
 import (
 	"crypto/rand"
+	"encoding/binary"
+	"slices"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 	"github.com/tuneinsight/lattigo/v6/ring"
@@ -105,30 +107,48 @@ func (sk *SecretKey) encryptZero(level int) (*Ciphertext, error) {
 		return nil, err
 	}
 	ciphertext := newCiphertext(p, sk.ID, 1, level, p.DefaultScale())
-	if err := expandSeed(p, seed, ciphertext.Value[1]); err != nil {
-		return nil, err
-	}
 	errors, err := ring.NewSampler(system, p.RingQ(), p.Xe(), false)
 	if err != nil {
 		return nil, err
 	}
-	ringQ := p.RingQ().AtLevel(level)
-	errors.AtLevel(level).Read(ciphertext.Value[0])
-	if err := p.each(ciphertext.Value[0], p.forward); err != nil {
+	rings, c0, c1 := p.RingQ().SubRings, ciphertext.Value[0].Coeffs, ciphertext.Value[1].Coeffs
+	err = parallel(level+2, func(job int) error {
+		if job > 0 {
+			return expandLimb(rings[job-1], seed, job-1, c1[job-1])
+		}
+		errors.AtLevel(level).Read(ciphertext.Value[0])
+		return nil
+	})
+	if err != nil {
 		return nil, err
 	}
-	ringQ.MulCoeffsMontgomeryThenSub(ciphertext.Value[1], sk.Value.Q, ciphertext.Value[0])
 	ciphertext.Seed = &seed
-	return ciphertext, nil
+	return ciphertext, parallel(level+1, func(i int) error {
+		p.forward(i, c0[i])
+		rings[i].MulCoeffsMontgomeryThenSub(c1[i], sk.Value.Q.Coeffs[i], c0[i])
+		return nil
+	})
 }
 
-// expandSeed writes the uniform polynomial that a seed stands for.
+// expandSeed writes the uniform polynomial that a ciphertext's seed stands for.
 func expandSeed(p *Parameters, seed [32]byte, polynomial ring.Poly) error {
-	generator, err := sampling.NewKeyedPRNG(seed[:])
+	return parallel(len(polynomial.Coeffs), func(limb int) error {
+		return expandLimb(p.RingQ().SubRings[limb], seed, limb, polynomial.Coeffs[limb])
+	})
+}
+
+// expandLimb writes a seed's uniform residues modulo one prime. Each prime has a generator
+// of its own, keyed with the seed and the prime's number, so that threads share the work.
+// No generator serves twice: seeds are random, and evaluation keys, which the library
+// expands, key theirs with 32 bytes and not with 36.
+func expandLimb(r *ring.SubRing, seed [32]byte, limb int, residues []uint64) error {
+	key := binary.LittleEndian.AppendUint32(slices.Clone(seed[:]), uint32(limb))
+	generator, err := sampling.NewKeyedPRNG(key)
 	if err != nil {
 		return err
 	}
-	ring.NewUniformSampler(generator, p.RingQ()).AtLevel(polynomial.Level()).Read(polynomial)
+	one := &ring.Ring{SubRings: []*ring.SubRing{r}} // a ring of one prime, as the sampler needs it
+	ring.NewUniformSampler(generator, one).Read(ring.Poly{Coeffs: [][]uint64{residues}})
 	return nil
 }
 

@@ -83,7 +83,7 @@ def stream(seed: bytes, first: int, count: int) -> bytes:
 
 
 class Expansion:
-    """The uniform polynomials that a seed stands for, as Lattigo samples them.
+    """The uniform polynomials that a key's seed stands for, as Lattigo samples them.
 
     A residue is the next 8 bytes, big-endian, cut to the bits of its prime; one that is not below the
     prime is thrown away. Bytes are taken in blocks of 1,024, and a new polynomial begins a new block.
@@ -114,3 +114,14 @@ class Expansion:
         data = stream(self._seed, self._pieces, count)
         self._pieces += count
         self._words = np.concatenate([self._words, np.frombuffer(data, ">u8").astype(np.uint64)])
+
+
+def limbs(seed: bytes, rings: list[PrimeRing]) -> list[np.ndarray]:
+    """Return the uniform polynomial that a ciphertext's seed stands for: a stream for each prime.
+
+    Its key is the seed and the prime's number, 4 bytes, little-endian.
+    """
+    return [
+        Expansion(seed + number.to_bytes(4, "little")).polynomial([ring])[0]
+        for number, ring in enumerate(rings)
+    ]

@@ -10,13 +10,14 @@ import numpy as np
 from .rings import PrimeRing
 
 HEADER, CHECKSUM, SEED, SCALE = 64, 32, 32, 20
+VERSIONS = {6: 2, 8: 2}  # of the format of types that are not of version 1: ciphertexts, replies to refreshes
 
 
 class Payload:
     """Reads a frame's payload, after its header and checksum were compared with what they must be."""
 
     def __init__(self, data: bytes, kind: int) -> None:
-        assert data[:8] == struct.pack("<4sHH", b"CLHE", 1, kind)
+        assert data[:8] == struct.pack("<4sHH", b"CLHE", VERSIONS.get(kind, 1), kind)
         assert struct.unpack_from("<Q", data, 40) == (len(data) - HEADER,)
         assert data[48:HEADER] == bytes(16)
         assert hashlib.blake2b(data[:-CHECKSUM], digest_size=CHECKSUM).digest() == data[-CHECKSUM:]

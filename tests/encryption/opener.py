@@ -13,7 +13,7 @@ import numpy as np
 
 from cipherlm.engine import Parameters, SecretKey
 
-from .expansion import Expansion
+from .expansion import Expansion, limbs
 from .frames import SCALE, SEED, Payload
 from .rings import Polynomial, PrimeRing, RealRing, minus, small
 
@@ -79,7 +79,7 @@ class Opener:
 
     def _seeded(self, payload: Payload, rings: list[PrimeRing]) -> tuple[bytes, Polynomial, Polynomial]:
         seed = payload.bytes(SEED)
-        return seed, payload.polynomial(rings), Expansion(seed).polynomial(rings)
+        return seed, payload.polynomial(rings), limbs(seed, rings)
 
     def fresh(self, ciphertext: bytes, plaintext: bytes) -> tuple[bytes, np.ndarray]:
         """Return the seed and the error of a seeded ciphertext of a plaintext."""

@@ -24,8 +24,8 @@ from cipherlm.engine import (
     SecretKey,
 )
 
-from .expansion import Expansion, stream
-from .frames import Payload, packed
+from .expansion import Expansion, limbs, stream
+from .frames import VERSIONS, Payload, packed
 from .opener import Opener
 from .rings import PrimeRing, minus
 
@@ -57,7 +57,7 @@ def handmade(parameters: Parameters, kind: int, payload: bytes, key: bytes = KEY
     """Return a frame: magic, version, type, parameters, key, length, zeros; payload; checksum."""
     fingerprint = bytes.fromhex(parameters.fingerprint)
     length = struct.pack("<Q", len(payload) + 32)
-    body = b"CLHE" + struct.pack("<HH", 1, kind) + fingerprint + key + length + bytes(16) + payload
+    body = b"CLHE" + struct.pack("<HH", VERSIONS.get(kind, 1), kind) + fingerprint + key + length + bytes(16) + payload
     return body + hashlib.blake2b(body, digest_size=32).digest()
 
 
@@ -69,7 +69,7 @@ def test_the_stream_of_a_seed():
     )
 
 
-def test_the_polynomial_of_a_seed(parameters: Parameters):
+def test_the_polynomial_of_a_key_s_seed(parameters: Parameters):
     q, p = rings(parameters)
     expansion = Expansion(SEED)
     found = [*expansion.polynomial(q), *expansion.polynomial(p)]
@@ -78,11 +78,20 @@ def test_the_polynomial_of_a_seed(parameters: Parameters):
         [205979117, 92847316, 53475569],
         [269082742749, 197661362619, 113087086832],
     ]
+
+
+def test_the_polynomial_of_a_ciphertext_s_seed(parameters: Parameters):
+    q, _ = rings(parameters)
+    found = limbs(SEED, q)
+    assert [values[:3].tolist() for values in found] == [
+        [7710229979, 207023181578, 79105351234],
+        [187082096, 108408956, 218588148],
+    ]
     # The engine expands it to the same: it doubles a ciphertext and writes both components.
     payload = struct.pack("<II", 0, 1) + SCALE + SEED + written(q, 0)
     ciphertext = Ciphertext.from_bytes(handmade(parameters, 6, payload), parameters)
     doubled = Evaluator(parameters).add(ciphertext, ciphertext).to_bytes()
-    expected = b"".join(packed(ring, 2 * v % ring.prime) for ring, v in zip(q, found, strict=False))
+    expected = b"".join(packed(ring, 2 * v % ring.prime) for ring, v in zip(q, found, strict=True))
     assert doubled[-32 - len(expected) : -32] == expected
 
 
@@ -141,7 +150,7 @@ def test_the_engine_decrypts_what_numpy_encrypts(parameters: Parameters):
     assert opener.secret[:8].tolist() == expected
     message, error = np.zeros(parameters.degree, np.int64), np.arange(parameters.degree) % 7 - 3
     message[0] = 5 << 20
-    a = Expansion(SEED).polynomial(opener.q)
+    a = limbs(SEED, opener.q)
     product = [ring.multiply(v, opener.secret_at(ring)) for ring, v in zip(opener.q, a, strict=True)]
     first = minus([ring.ntt(message + error) for ring in opener.q], product)
     payload = struct.pack("<II", 0, 1) + SCALE + SEED

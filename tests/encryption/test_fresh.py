@@ -12,7 +12,7 @@ from cipherlm.engine import Parameters, SecretKey
 
 from .conftest import Client
 from .distributions import assert_fresh, assert_gaussian, assert_ternary, assert_uniform, assert_unrelated
-from .expansion import Expansion, blake2b
+from .expansion import blake2b, limbs
 from .opener import Opener
 from .rings import PrimeRing, RealRing
 
@@ -74,10 +74,13 @@ def test_fresh_errors_are_independent(any_client: Client):
 
 
 def test_fresh_masks_are_uniform(any_client: Client):
-    ring = any_client.opener.q[0]
-    assert_uniform(
-        np.stack([Expansion(seed).polynomial([ring])[0] for seed in any_client.fresh[0]]), ring.prime
-    )
+    rings = any_client.opener.q[:2]
+    masks = [limbs(seed, rings) for seed in any_client.fresh[0]]
+    for ring, residues in zip(rings, zip(*masks, strict=True), strict=True):
+        assert_uniform(np.stack(residues), ring.prime)
+    # Nor do residues modulo one prime follow from those modulo another.
+    pairs = [(ring, values) for mask in masks[:4] for ring, values in zip(rings, mask, strict=True)]
+    assert_unrelated(np.stack([ring.centred(values) for ring, values in pairs]))
 
 
 def test_no_seed_serves_twice(any_client: Client):

@@ -9,7 +9,7 @@ from cipherlm.engine import Evaluator
 
 from .conftest import Client
 from .distributions import assert_fresh, assert_gaussian, assert_uniform, assert_unrelated
-from .expansion import Expansion
+from .expansion import limbs
 from .rings import small
 from .zeros import result
 
@@ -58,7 +58,7 @@ def test_errors_of_replies_are_independent(client: Client, replies: Opened):
 
 def test_masks_of_replies_are_uniform(client: Client, replies: Opened):
     ring = client.opener.q[0]
-    assert_uniform(np.stack([Expansion(seed).polynomial([ring])[0] for seed in replies[0]]), ring.prime)
+    assert_uniform(np.stack([limbs(seed, [ring])[0] for seed in replies[0]]), ring.prime)
 
 
 def test_no_seed_of_a_reply_serves_twice(client: Client, replies: Opened):
