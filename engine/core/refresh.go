@@ -89,24 +89,41 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	}
 	convert := newCentred(p.RingQ(), level, to, shift)
 	low, high := p.RingQ().AtLevel(level), p.RingQ().AtLevel(to)
-	err = parallel(len(inputs), func(i int) error {
+	drawn := make([]ring.Poly, len(inputs))
+	// A mask and a zero take equally long: two threads make one of each.
+	err = parallel(2*len(inputs), func(job int) error {
+		i := job / 2
+		if job%2 == 1 {
+			masked := newCiphertext(p, pk.ID, 1, level, p.DefaultScale()).Ciphertext
+			masked.IsNTT = false // transformed below, with the mask in it
+			request.Masked[i] = masked
+			return pk.encryptor.EncryptZero(masked)
+		}
 		r := low.NewPoly()
 		ring.NewUniformSampler(system, p.RingQ()).AtLevel(level).Read(r)
 		mask.masks[i] = high.NewPoly()
-		if err := convert.convert(r, mask.masks[i]); err != nil {
-			return err
+		drawn[i] = r
+		return errors.Join(convert.convert(r, mask.masks[i]), p.each(mask.masks[i], p.forward))
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, masked := range request.Masked {
+		masked.IsNTT = true
+	}
+	return request, mask, parallel(len(inputs)*(level+1), func(job int) error {
+		i, limb := job/(level+1), job%(level+1)
+		r := p.RingQ().SubRings[limb]
+		for component, value := range request.Masked[i].Value {
+			residues := value.Coeffs[limb]
+			if component == 0 {
+				r.Add(residues, drawn[i].Coeffs[limb], residues)
+			}
+			p.forward(limb, residues)
+			r.Add(residues, inputs[i].Value[component].Coeffs[limb], residues)
 		}
-		if err := errors.Join(p.each(mask.masks[i], p.forward), p.each(r, p.forward)); err != nil {
-			return err
-		}
-		masked := pk.encryptor.EncryptZeroNew(level)
-		low.Add(masked.Value[0], r, masked.Value[0])
-		low.Add(masked.Value[0], inputs[i].Value[0], masked.Value[0])
-		low.Add(masked.Value[1], inputs[i].Value[1], masked.Value[1])
-		request.Masked[i] = masked
 		return nil
 	})
-	return request, mask, err
 }
 
 // Refresh is the client's half: decrypt to integers, divide, encrypt again.
