@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
-	"github.com/tuneinsight/lattigo/v6/ring"
 	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
 )
 
@@ -245,6 +244,10 @@ func (e *Evaluator) tensor(a, b, out *rlwe.Ciphertext) error {
 		r := e.Params.RingQ().SubRings[i]
 		a0, a1, b0, b1 := a.Value[0].Coeffs[i], a.Value[1].Coeffs[i], b.Value[0].Coeffs[i], b.Value[1].Coeffs[i]
 		c0, c1, c2 := out.Value[0].Coeffs[i], out.Value[1].Coeffs[i], out.Value[2].Coeffs[i]
+		if vectorised(r) {
+			simdTensor(r, a0, a1, b0, b1, c0, c1, c2)
+			return nil
+		}
 		var scratch [3]*[]uint64
 		for i := range scratch {
 			scratch[i] = pool.GetBuffUintArray()
@@ -301,13 +304,13 @@ func (e *Evaluator) Relinearize(a, out *Ciphertext) (*Ciphertext, error) {
 // relinearize switches the last component of a product to the key of the others; out
 // may be the product itself.
 func (e *Evaluator) relinearize(a, out *rlwe.Ciphertext) error {
-	level, rings := min(a.Level(), out.Level()), e.Params.RingQ().SubRings
+	level := min(a.Level(), out.Level())
 	if out != a {
 		out.Resize(1, level)
 	}
 	*out.MetaData = *a.MetaData
 	err := e.switcher.switchKey(a.Value[2], &e.keys.relin.GadgetCiphertext, level, func(component, prime int, switched []uint64) {
-		rings[prime].Add(a.Value[component].Coeffs[prime], switched, out.Value[component].Coeffs[prime])
+		e.Params.add(prime, a.Value[component].Coeffs[prime], switched, out.Value[component].Coeffs[prime])
 	})
 	out.Resize(1, level)
 	return err
@@ -331,13 +334,11 @@ func (e *Evaluator) Rescale(a, out *Ciphertext) (*Ciphertext, error) {
 // rescale divides by the last prime, prime by prime; out may be the ciphertext itself.
 func (e *Evaluator) rescale(a, out *rlwe.Ciphertext) error {
 	p, level := e.Params, a.Level()
-	rings, constants := p.RingQ().SubRings, p.RingQ().RescaleConstants[level-1]
-	half := (rings[level].Modulus - 1) >> 1
+	constants, half := p.RingQ().RescaleConstants[level-1], p.Q()[level]/2
 	last := make([][]uint64, len(a.Value))
 	err := parallel(len(last), func(component int) error {
 		last[component] = slices.Clone(a.Value[component].Coeffs[level])
 		p.backward(level, last[component])
-		rings[level].AddScalar(last[component], half, last[component])
 		return nil
 	})
 	if err != nil {
@@ -350,12 +351,9 @@ func (e *Evaluator) rescale(a, out *rlwe.Ciphertext) error {
 		component, i := job/level, job%level
 		buffer := e.switcher.pool.GetBuffUintArray()
 		defer e.switcher.pool.RecycleBuffUintArray(buffer)
-		r, residues := rings[i], *buffer
-		// The last prime may be greater than this one: reduced, for the transform.
-		r.Reduce(last[component], residues)
-		r.SubScalar(residues, ring.BRedAdd(half, r.Modulus, r.BRedConstant), residues)
-		p.forward(i, residues)
-		r.SubThenMulScalarMontgomeryTwoModulus(residues, a.Value[component].Coeffs[i], constants[i], out.Value[component].Coeffs[i])
+		p.recenter(last[component], level, half, i, *buffer)
+		p.forward(i, *buffer)
+		p.subtractMultiply(i, *buffer, a.Value[component].Coeffs[i], constants[i], out.Value[component].Coeffs[i])
 		return nil
 	})
 	scale := a.Scale.Div(primeScale(p, level))

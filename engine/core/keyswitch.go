@@ -225,35 +225,10 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 			s.remainder.to(p, i, special[0], special[1], residues)
 		}
 		p.forward(i, residues)
-		s.quotient(residues, sum[component].Q.Coeffs[i], i, residues)
+		p.subtractMultiply(i, residues, sum[component].Q.Coeffs[i], s.inverse[i], residues)
 		take(component, i, residues)
 		return nil
 	})
-}
-
-// quotient writes (x - y) times -1/P modulo a prime of Q.
-func (s *switcher) quotient(x, y []uint64, prime int, out []uint64) {
-	r := s.params.RingQ().SubRings[prime]
-	if vectorised(r) {
-		simdSubtractMultiply(x, y, ring.IMForm(s.inverse[prime], r.Modulus, r.MRedConstant), r.Modulus, out)
-		return
-	}
-	r.SubThenMulScalarMontgomeryTwoModulus(x, y, s.inverse[prime], out)
-}
-
-// recenter takes residues modulo one prime to their least absolute residues modulo
-// another. half is half the first prime, rounded down or up: the numbers from -half on.
-func (p *Parameters) recenter(values []uint64, from int, half uint64, to int, out []uint64) {
-	source, target := p.subring(from), p.subring(to)
-	rest := half % target.Modulus
-	if vectorised(source) && vectorised(target) {
-		simdRecenter(values, source.Modulus, half, target.Modulus, rest, out)
-		return
-	}
-	for i, value := range values {
-		shifted := ring.BRedAdd(ring.CRed(value+half, source.Modulus), target.Modulus, target.BRedConstant)
-		out[i] = ring.CRed(shifted+target.Modulus-rest, target.Modulus)
-	}
 }
 
 // switchKey switches a polynomial in NTT form.

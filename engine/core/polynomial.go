@@ -150,7 +150,7 @@ func (a arithmetic) MulThenAdd(x *rlwe.Ciphertext, y rlwe.Operand, out *rlwe.Cip
 		residue := new(big.Int).Mod(factor, new(big.Int).SetUint64(r.Modulus)).Uint64()
 		scalar := ring.MForm(residue, r.Modulus, r.BRedConstant)
 		for component := range out.Value {
-			r.MulScalarMontgomeryThenAdd(x.Value[component].Coeffs[i], scalar, out.Value[component].Coeffs[i])
+			a.e.Params.multiplyAdd(i, x.Value[component].Coeffs[i], scalar, out.Value[component].Coeffs[i])
 		}
 		return nil
 	})

@@ -67,11 +67,11 @@ func (e *Evaluator) rotateDigits(a *Ciphertext, digits []ringqp.Poly, element ui
 	if err != nil {
 		return err
 	}
-	index, rings := e.ckks.AutomorphismIndex(element), e.Params.RingQ().SubRings
+	index := e.ckks.AutomorphismIndex(element)
 	*result.MetaData = *a.MetaData
 	return e.switcher.switchDigits(digits, &key.GadgetCiphertext, result.Level(), func(component, prime int, switched []uint64) {
 		if component == 0 {
-			rings[prime].Add(switched, a.Value[0].Coeffs[prime], switched)
+			e.Params.add(prime, switched, a.Value[0].Coeffs[prime], switched)
 		}
 		permute(switched, index, result.Value[component].Coeffs[prime])
 	})
@@ -170,7 +170,7 @@ func (e *Evaluator) InnerSum(a *Ciphertext, step, count int, out *Ciphertext) (*
 // addRotations adds to a ciphertext several rotations of it, which are divided by P
 // together. It returns what the ciphertext was, rotated by apart, unless that is 0.
 func (e *Evaluator) addRotations(ct *Ciphertext, rotations []int, apart int) (rotated *Ciphertext, err error) {
-	level, rings := ct.Level(), e.Params.RingQ().SubRings
+	level := ct.Level()
 	keys := make([]*rlwe.GaloisKey, len(rotations))
 	for i, rotation := range rotations {
 		if keys[i], err = e.ckks.CheckAndGetGaloisKey(e.Params.RotationElement(rotation)); err != nil {
@@ -194,7 +194,7 @@ func (e *Evaluator) addRotations(ct *Ciphertext, rotations []int, apart int) (ro
 	}
 	defer e.switcher.releasePair(sum, level)
 	return rotated, e.switcher.divide(sum, level, func(component, prime int, quotient []uint64) {
-		rings[prime].Add(ct.Value[component].Coeffs[prime], quotient, ct.Value[component].Coeffs[prime])
+		e.Params.add(prime, ct.Value[component].Coeffs[prime], quotient, ct.Value[component].Coeffs[prime])
 	})
 }
 
@@ -213,7 +213,7 @@ func (e *Evaluator) sumRotations(ct *Ciphertext, digits []ringqp.Poly, keys []*r
 		for j, key := range keys {
 			s.product(digits, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
 			if i <= level { // times P, it is 0 modulo the primes of P
-				r.MulScalarMontgomeryThenAdd(ct.Value[0].Coeffs[i], s.special[i], *switched[0])
+				e.Params.multiplyAdd(i, ct.Value[0].Coeffs[i], s.special[i], *switched[0])
 			}
 			index := e.ckks.AutomorphismIndex(key.GaloisElement)
 			for component := range switched {

@@ -91,6 +91,23 @@ func simdSubtractMultiply(x, y []uint64, factor, prime uint64, out []uint64) {
 		C.uint64_t(wideQuotient(factor, prime)), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
 }
 
+func simdMultiplyAdd(x []uint64, factor, prime uint64, out []uint64) {
+	C.cl_simd_multiply_add((*C.uint64_t)(&x[0]), C.long(len(x)), C.uint64_t(factor), C.uint64_t(wideQuotient(factor, prime)),
+		C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}
+
+func simdAdd(x, y []uint64, prime uint64, out []uint64) {
+	C.cl_simd_add((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}
+
+func simdTensor(subring *ring.SubRing, a0, a1, b0, b1, c0, c1, c2 []uint64) {
+	prime := subring.Modulus
+	power := (1 << 52) % prime
+	C.cl_simd_tensor((*C.uint64_t)(&a0[0]), (*C.uint64_t)(&a1[0]), (*C.uint64_t)(&b0[0]), (*C.uint64_t)(&b1[0]), C.long(len(a0)),
+		C.uint64_t(power), C.uint64_t(wideQuotient(power, prime)), C.uint64_t(subring.MRedConstant), C.uint64_t(prime),
+		(*C.uint64_t)(&c0[0]), (*C.uint64_t)(&c1[0]), (*C.uint64_t)(&c2[0]))
+}
+
 func simdSplit(x, y []uint64, constants *[8]uint64) {
 	C.cl_simd_split((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), (*C.uint64_t)(&constants[0]))
 }

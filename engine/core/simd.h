@@ -49,6 +49,18 @@ void cl_simd_recenter(const uint64_t *values, long n, uint64_t from, uint64_t ha
 void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t factor, uint64_t quotient,
                                uint64_t prime, uint64_t *out);
 
+// x * factor, added to what is in out; all below the prime.
+void cl_simd_multiply_add(const uint64_t *x, long n, uint64_t factor, uint64_t quotient, uint64_t prime, uint64_t *out);
+
+// x + y modulo the prime, for x and y below it.
+void cl_simd_add(const uint64_t *x, const uint64_t *y, long n, uint64_t prime, uint64_t *out);
+
+// a0 b0, a0 b1 + a1 b0 and a1 b1 modulo the prime, which may take the place of factors. power
+// is 2^52 modulo the prime, quotient is floor(power * 2^52 / prime), inverse is 1/prime modulo
+// 2^52, with any bits above.
+void cl_simd_tensor(const uint64_t *a0, const uint64_t *a1, const uint64_t *b0, const uint64_t *b1, long n, uint64_t power,
+                    uint64_t quotient, uint64_t inverse, uint64_t prime, uint64_t *c0, uint64_t *c1, uint64_t *c2);
+
 // Numbers modulo two primes p and q, x and y in place, as what they are sums of: a number
 // n + h, below pq, is x q + y p less v pq, and v, 0 to 2, is written above the 52 bits of y.
 // constants are p, h modulo p, 1/q modulo p and floor(2^52 (1/q modulo p) / p), then those

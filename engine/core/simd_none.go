@@ -24,6 +24,12 @@ func simdRecenter([]uint64, uint64, uint64, uint64, uint64, []uint64) { panic("n
 
 func simdSubtractMultiply([]uint64, []uint64, uint64, uint64, []uint64) { panic("no vector code") }
 
+func simdMultiplyAdd([]uint64, uint64, uint64, []uint64) { panic("no vector code") }
+
+func simdAdd([]uint64, []uint64, uint64, []uint64) { panic("no vector code") }
+
+func simdTensor(_ *ring.SubRing, _, _, _, _, _, _, _ []uint64) { panic("no vector code") }
+
 func simdSplit([]uint64, []uint64, *[8]uint64) { panic("no vector code") }
 
 func simdExtend([]uint64, []uint64, *[7]uint64, uint64, []uint64) { panic("no vector code") }

@@ -66,3 +66,41 @@ func testVectorCode(t *testing.T, p *Parameters) {
 		}
 	}
 }
+
+// TestPointwise holds arithmetic number by number equal to the library's.
+func TestPointwise(t *testing.T) {
+	if !simd {
+		t.Skip("no AVX-512 IFMA here")
+	}
+	defer func() { simd = true }()
+	for _, p := range []*Parameters{large(t), product(t)} {
+		for prime, r := range slices.Concat(p.RingQ().SubRings, p.RingP().SubRings) {
+			var values [5][]uint64
+			for i := range values {
+				values[i] = make([]uint64, p.N())
+				for j := range values[i] {
+					values[i][j] = rand.Uint64N(r.Modulus)
+					if j%3 > 0 { // the greatest, or nearly
+						values[i][j] = r.Modulus - 1 - uint64(j%3-1)*rand.Uint64N(1<<rand.Uint64N(20))
+					}
+				}
+			}
+			factor := r.Modulus - 1 - rand.Uint64N(3)
+			for name, operation := range map[string]func(out []uint64){
+				"sum":             func(out []uint64) { p.add(prime, values[0], values[1], out) },
+				"sum of products": func(out []uint64) { copy(out, values[0]); p.multiplyAdd(prime, values[1], factor, out) },
+				"difference":      func(out []uint64) { p.subtractMultiply(prime, values[0], values[1], factor, out) },
+			} {
+				var outputs [2][]uint64
+				for i := range outputs {
+					simd = i == 0
+					outputs[i] = make([]uint64, p.N())
+					operation(outputs[i])
+				}
+				if !slices.Equal(outputs[0], outputs[1]) {
+					t.Errorf("prime %d: a %s differs", prime, name)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,48 @@
+package core
+
+import "github.com/tuneinsight/lattigo/v6/ring"
+
+// What is done number by number modulo one prime of QP, in the vector code where it serves
+// the prime. Factors are in Montgomery form.
+
+// add writes x + y.
+func (p *Parameters) add(prime int, x, y, out []uint64) {
+	if r := p.subring(prime); vectorised(r) {
+		simdAdd(x, y, r.Modulus, out)
+	} else {
+		r.Add(x, y, out)
+	}
+}
+
+// multiplyAdd adds x times a factor to out.
+func (p *Parameters) multiplyAdd(prime int, x []uint64, factor uint64, out []uint64) {
+	if r := p.subring(prime); vectorised(r) {
+		simdMultiplyAdd(x, ring.IMForm(factor, r.Modulus, r.MRedConstant), r.Modulus, out)
+	} else {
+		r.MulScalarMontgomeryThenAdd(x, factor, out)
+	}
+}
+
+// subtractMultiply writes (x - y) times a factor.
+func (p *Parameters) subtractMultiply(prime int, x, y []uint64, factor uint64, out []uint64) {
+	if r := p.subring(prime); vectorised(r) {
+		simdSubtractMultiply(x, y, ring.IMForm(factor, r.Modulus, r.MRedConstant), r.Modulus, out)
+	} else {
+		r.SubThenMulScalarMontgomeryTwoModulus(x, y, factor, out)
+	}
+}
+
+// recenter takes residues modulo one prime to their least absolute residues modulo
+// another. half is half the first prime, rounded down or up: the numbers from -half on.
+func (p *Parameters) recenter(values []uint64, from int, half uint64, to int, out []uint64) {
+	source, target := p.subring(from), p.subring(to)
+	rest := half % target.Modulus
+	if vectorised(source) && vectorised(target) {
+		simdRecenter(values, source.Modulus, half, target.Modulus, rest, out)
+		return
+	}
+	for i, value := range values {
+		shifted := ring.BRedAdd(ring.CRed(value+half, source.Modulus), target.Modulus, target.BRedConstant)
+		out[i] = ring.CRed(shifted+target.Modulus-rest, target.Modulus)
+	}
+}
