@@ -47,6 +47,10 @@ class Args(Protocol):
         """How many tokens a text may have."""
 
     @property
+    def epsilon(self) -> float:
+        """What normalisations add to mean squares."""
+
+    @property
     def rope(self) -> Rotary | None:
         """The rotation of queries and keys, if there is one."""
 
@@ -62,10 +66,16 @@ class Architecture:
     """The parts of a block that can be remote, by their names there."""
     block: Any
     model: Any
+    embedding: str
+    """The name of the token embedding in the model of transformers."""
+    norm: str
+    """The name of the normalisation behind the blocks there."""
+    positions: str | None = None
+    """The name of the embedding of positions there, if there is one."""
     layer: str = "Linear"
     """The class of its linear layers in the model of transformers."""
     centred: bool = False
-    """Whether blocks need hidden states whose mean is zero."""
+    """Whether normalisations take the mean off first: blocks then need hidden states whose mean is zero."""
 
     def make(self, name: str, args: Args) -> Module:
         """Return the module that stands at ``name`` in the model of transformers, without its weights.

@@ -154,6 +154,9 @@ ARCHITECTURE = Architecture(
     parts={"attn": Attention, "mlp": MLP},
     block=Block,
     model=GPT2,
+    embedding="transformer.wte",
+    norm="transformer.ln_f",
+    positions="transformer.wpe",
     layer="Conv1D",
     centred=True,
 )

@@ -170,4 +170,6 @@ ARCHITECTURE = Architecture(
     parts={"self_attn": Attention, "mlp": MLP},
     block=Block,
     model=Llama,
+    embedding="model.embed_tokens",
+    norm="model.norm",
 )

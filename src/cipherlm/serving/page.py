@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+from cipherlm.models.architecture import architecture_of
 from cipherlm.models.config import ALL, EncryptionConfig
 from cipherlm.models.geometry import public_prefix
 from cipherlm.models.length import BUCKET
@@ -61,41 +62,6 @@ _TYPES = {".wasm": "application/wasm", ".js": "text/javascript; charset=utf-8", 
 
 class PageError(ValueError):
     """A page that cannot be written, and why."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a client of a model computes itself, by the names in its weights and its configuration."""
-
-    embedding: str
-    positions: str | None
-    norm: str
-    kind: str
-    epsilon: str
-    blocks: str
-
-
-ARCHITECTURES = {
-    "gpt2": Architecture(
-        embedding="transformer.wte.weight",
-        positions="transformer.wpe.weight",
-        norm="transformer.ln_f",
-        kind="layer",
-        epsilon="layer_norm_epsilon",
-        blocks="n_layer",
-    ),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2"),
-        Architecture(
-            embedding="model.embed_tokens.weight",
-            positions=None,
-            norm="model.norm",
-            kind="rms",
-            epsilon="rms_norm_eps",
-            blocks="num_hidden_layers",
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -182,12 +148,14 @@ def plan_of(bundle: Bundle) -> dict[str, Any]:
     encryption = EncryptionConfig.from_pretrained(root)
     if encryption.target_modules != ALL or len(about["modules"]) != 1:
         raise PageError(f"{root}: a page is for whole models, and of this one only modules are at the server")
-    architecture = ARCHITECTURES.get(config.get("model_type", ""))
-    if architecture is None:
-        raise PageError(f"{root}: a page is for {', '.join(ARCHITECTURES)}, not {config.get('model_type')!r}")
+    try:
+        architecture = architecture_of(config.get("model_type"))
+        args = architecture.args.of(config)
+    except (ValueError, KeyError) as error:
+        raise PageError(f"{root}: there is no page for this model: {error}") from error
     (module,) = about["modules"]
     geometry = geometry_of(about)
-    bounds = bounds_of(about["description"], int(config[architecture.blocks]))
+    bounds = bounds_of(about["description"], args.layers)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -212,13 +180,13 @@ def plan_of(bundle: Bundle) -> dict[str, Any]:
         "rounds": bounds.rounds,
         "message_bytes": bounds.message_bytes,
         "model": {
-            "embedding": architecture.embedding,
-            "positions": architecture.positions,
+            "embedding": f"{architecture.embedding}.weight",
+            "positions": f"{architecture.positions}.weight" if architecture.positions else None,
             "norm": {
-                "kind": architecture.kind,
+                "kind": "layer" if architecture.centred else "rms",
                 "weight": f"{architecture.norm}.weight",
-                "bias": f"{architecture.norm}.bias" if architecture.kind == "layer" else None,
-                "epsilon": float(config[architecture.epsilon]),
+                "bias": f"{architecture.norm}.bias" if architecture.centred else None,
+                "epsilon": args.epsilon,
             },
             "head": None if config.get("tie_word_embeddings", True) else "lm_head.weight",
             "centred": bool(about["remote"][module]["centred"]),
