@@ -1,6 +1,7 @@
 """Models in llama.cpp's format load as the models that they were written from."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,14 @@ def test_a_gguf_model_is_the_model(tmp_path, clear, where):
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert torch.equal(ids, load_tokenizer("tiny")(TEXT, return_tensors="pt").input_ids)
     assert torch.allclose(logits(model, ids), logits(clear, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_bar_is_for_terminals(tmp_path, clear, capsys, monkeypatch, terminal):
+    write(tmp_path / "small.gguf", clear)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    load_model(tmp_path)
+    assert ("GGUF tensors" in capsys.readouterr().err) == terminal
 
 
 def test_a_quantized_gguf_model_is_encrypted(tmp_path, clear):

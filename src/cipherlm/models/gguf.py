@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,24 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         if theirs in config:
             config[ours] = config.pop(theirs)
     return config
+
+
+@contextmanager
+def bar_on_terminals_only() -> Iterator[None]:
+    """Keep the bar that transformers draws while it reads a GGUF file out of pipes and logs.
+
+    transformers draws it with tqdm itself, so that its own switch for bars does not reach it.
+    """
+    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    original = getattr(reader, "tqdm", None)
+    if original is None:
+        yield
+        return
+    reader.tqdm = partial(original, disable=None)  # None: disabled where stderr is no terminal
+    try:
+        yield
+    finally:
+        reader.tqdm = original
 
 
 def _in_directory(path: Path) -> Path | None:

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from cipherlm.models.gguf import completed, gguf_file
+from cipherlm.models.gguf import bar_on_terminals_only, completed, gguf_file
 
 EMBEDDED_MODEL = "tiny"
 CHAT_MODEL = "smollm2"
@@ -68,7 +68,7 @@ def load_model(name: ModelName) -> PreTrainedModel:
     if source.gguf and architecture == "gpt2":
         options["config"] = GPT2Config(**completed(config))
     try:
-        with _no_progress_bar_over(source.path):
+        with _no_progress_bar_over(source.path), bar_on_terminals_only():
             # Its annotations do not know that output_loading_info makes the result a pair.
             loaded = cast("Any", AutoModelForCausalLM).from_pretrained(
                 source.path, dtype=torch.float32, output_loading_info=True, **options
