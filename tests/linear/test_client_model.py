@@ -17,6 +17,15 @@ from .test_integration import BOUND, IDS, call, padded
 PREFIX = torch.tensor([1, 20, 30, 40])
 
 
+def rounded(model: nn.Module) -> nn.Module:
+    """Return a model with the embeddings that a client gets: in half precision."""
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, get)()
+        if isinstance(layer, nn.Embedding | nn.Linear):
+            layer.weight.data = layer.weight.data.half().float()
+    return model
+
+
 def export(model: nn.Module, directory, names=None) -> ClearProducts:
     layers = linear_layers(model)
     names = names or [name for name in layers if name != output_embedding(model)]
@@ -28,7 +37,7 @@ def export(model: nn.Module, directory, names=None) -> ClearProducts:
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_client_has_what_is_not_remote(architecture, tmp_path):
-    clear = tiny(architecture)
+    clear = rounded(tiny(architecture))
     clear.config.name_or_path = ""
     model = load_client_model(tmp_path, export(clear, tmp_path))
     assert type(model) is type(clear)
@@ -53,6 +62,32 @@ def test_a_client_s_model_generates(tmp_path):
     model = load_client_model(tmp_path, export(clear, tmp_path), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model.generate(**padded()), clear.generate(**padded()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_embeddings_take_half_the_bytes(architecture, tmp_path):
+    clear = tiny(architecture)
+    model = load_client_model(tmp_path, export(clear, tmp_path))
+    name = next(n for n, p in clear.named_parameters() if p is clear.get_input_embeddings().weight)
+    halved = {n for n, tensor in load_file(tmp_path / WEIGHTS_NAME).items() if tensor.dtype == torch.float16}
+    # Both matrices where they are two, and one where it serves as both.
+    assert halved == ({name} if clear.config.tie_word_embeddings else {name, "lm_head.weight"})
+    weight, own = clear.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert own.dtype == torch.float32
+    assert 0 < (own - weight).abs().max() <= 2**-11 * weight.abs().max()
+    if clear.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is own
+    with torch.no_grad():
+        expected, found = clear(IDS).logits, model(IDS).logits
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_embeddings_that_half_precision_cannot_hold_stay(tmp_path):
+    clear = tiny("llama")
+    clear.get_input_embeddings().weight.data[3, 3] = 1e5
+    model = load_client_model(tmp_path, export(clear, tmp_path))
+    assert torch.equal(model.get_input_embeddings().weight, clear.get_input_embeddings().weight)
 
 
 def test_types_and_tied_output_embeddings(tmp_path):

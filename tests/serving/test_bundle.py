@@ -155,6 +155,13 @@ def test_both_parties_say_the_same(copy):
     assert small.hosted("hybrid").description["fingerprint"] != description["fingerprint"]
 
 
+def test_a_client_s_embedding_is_in_half_precision():
+    state = load_file(small.exported("all") / "client" / "model.safetensors")
+    weight = small.clear_model().transformer.wte.weight.detach().numpy()
+    assert np.array_equal(state.pop("transformer.wte.weight"), weight.astype(np.float16))
+    assert {array.dtype for array in state.values()} == {np.dtype(np.float32)}
+
+
 def test_an_export_is_repeatable_and_never_overwrites(tmp_path):
     model = small.encrypted_model("hybrid")
     said = export(model, tmp_path / "again", small.tokenizer(), name="small hybrid")

@@ -55,6 +55,29 @@ def client_state_dict(
     return state, shared
 
 
+def with_half_embeddings(state: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Return the state of a client with its token embedding and its output layer in half precision.
+
+    They are most of what a client downloads. A weight is rounded by at most 2^-11 of itself, or 2^-25 where
+    it is below 2^-14. Only weights in single precision are rounded, and a matrix that would overflow is not.
+    :func:`in_single_precision` is the way back.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(getattr(layer, "weight", None)) for layer in layers}
+    names = {
+        name
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if id(weight) in weights and weight.dtype == torch.float32
+    }
+    halved = {name: tensor.half() for name, tensor in state.items() if name in names}
+    return {**state, **{name: tensor for name, tensor in halved.items() if tensor.isfinite().all()}}
+
+
+def in_single_precision(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state with all that is in half precision in single precision, which clients compute in."""
+    return {name: t.float() if t.dtype == torch.float16 else t for name, t in state.items()}
+
+
 def save_client_model(
     model: PreTrainedModel, groups: Sequence[LinearGroup], directory: str | os.PathLike[str]
 ) -> None:
@@ -65,6 +88,7 @@ def save_client_model(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     state, shared = client_state_dict(model, groups)
+    state = with_half_embeddings(state, model)
     first = model.get_submodule(groups[0].name)
     assert isinstance(first.weight, torch.Tensor)
     description = {
@@ -108,7 +132,7 @@ def load_client_model(
     # transformers raises whatever a wrong configuration leads to.
     except Exception as error:
         raise ValueError(f"the model in {path} is damaged: {error}") from error
-    _load(model, path / WEIGHTS_NAME, description.get("shared"))
+    _load(model, path / WEIGHTS_NAME, description.get("shared"), single=dtype == torch.float32)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.train(False)  # eval(), which transformers leaves without annotations
@@ -160,12 +184,13 @@ def _described(path: Path) -> tuple[tuple[LinearGroup, ...], dict[str, Any]]:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def _load(model: nn.Module, file: Path, shared: Any) -> None:
+def _load(model: nn.Module, file: Path, shared: Any, *, single: bool) -> None:
     """Give ``model`` the tensors in ``file``, and those in ``shared`` under their other names."""
     if not isinstance(shared, Mapping):
         raise ValueError(f"{file.parent / LAYERS_NAME} is damaged: no shared names")
     try:
-        found = model.load_state_dict(load_file(file), strict=False, assign=True)
+        state = in_single_precision(load_file(file)) if single else load_file(file)
+        found = model.load_state_dict(state, strict=False, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

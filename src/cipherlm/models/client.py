@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cipherlm.linear.model import empty_model, model_class
+from cipherlm.linear.model import empty_model, in_single_precision, model_class
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.encrypted import EncryptedModel
 from cipherlm.models.targets import match
@@ -31,7 +31,7 @@ def client_model(
     weights or parts are of another model.
     """
     clear = empty_model(model_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.model_type))), config)
-    missing, unexpected = clear.load_state_dict(dict(state), strict=False, assign=True)
+    missing, unexpected = clear.load_state_dict(in_single_precision(state), strict=False, assign=True)
     clear.tie_weights()
     clear.train(False)
     model = EncryptedModel.encrypt(clear, encryption, progress=progress)

@@ -61,12 +61,15 @@ class Ckks:
         return about, constants
 
     def client_state(self, model: CkksModel) -> dict[str, torch.Tensor]:
-        """Return all weights but those of remote modules."""
+        """Return all weights but those of remote modules, embeddings in half precision."""
+        from cipherlm.linear.model import with_half_embeddings
+
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         inside = tuple(f"{name}." for name in model.encrypted_modules)
-        return {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        return with_half_embeddings(own, model)
 
     def load(self, bundle: Bundle) -> CkksHostedModel:
         """Load a server's bundle."""
