@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cipherlm.cli import UsageError
-from cipherlm.cli.bench_tally import Figures, MeasuredEvaluator, Tally
+from cipherlm.cli.bench_tally import Figures, MeasuredEvaluator, TalliedEncodings, Tally
 from cipherlm.engine import (
     Ciphertext,
     EvaluationKeys,
@@ -59,9 +59,10 @@ class MeasuredSession:
         public_key, _ = _sent(self._client.public_key(), PublicKey, geometry.parameters)
         self._evaluator = MeasuredEvaluator(geometry.parameters, self._keys)
         refresh = MaskedRefresh(self._evaluator, public_key, self._refresh)
-        # What Server.open makes, but for the evaluator.
+        # What Server.open makes, but for what counts.
         self._session = Server({"all": module}, geometry).open(self._keys, public_key, self._refresh)
-        encodings = self._session.arithmetic.encodings
+        storage = self._session.arithmetic.encodings.storage
+        encodings = TalliedEncodings(self._evaluator, geometry.layout, storage=storage)
         self._session.arithmetic = Arithmetic(self._evaluator, encodings, refresh)
 
     @property

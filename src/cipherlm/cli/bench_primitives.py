@@ -32,14 +32,16 @@ NAMES = (
     "further_product",
     "plaintext_product",
     "diagonal",
+    "further_diagonal",
     "rescaling",
     "addition",
+    "encoding",
     "mask",
     "rerandomization",
 )
 """All but polynomials, which are ``polynomial_`` and the degree."""
 
-DEGREES = (3, 7, 15, 31, 63)
+DEGREES = (3, 7, 15, 31, 63, 127)
 BABY_STEPS = 8
 
 
@@ -97,8 +99,8 @@ class Primitives:
 
     def _measured(self, name: str, level: int) -> float:
         evaluator, ct = self._evaluator, self._ciphertext(level)
-        if name == "diagonal":
-            return self._diagonal(level, ct)
+        if name in ("diagonal", "further_diagonal"):
+            return self._diagonal(level, ct, further=name == "further_diagonal")
         if name == "further_product":
             many = [ct] * BABY_STEPS
             difference = self._fastest(lambda: evaluator.dot(many, many))
@@ -110,25 +112,33 @@ class Primitives:
         if name.startswith("polynomial_"):
             curve = Chebyshev(np.full(int(name.split("_")[1]) + 1, 0.01), (-1.0, 1.0))
             return self._fastest(lambda: evaluator.polynomial(ct, curve))
-        plain = Plaintext.encode(self.parameters, self._vector(), level, float(self.parameters.q[level]))
-        low = evaluator.drop_level(ct, 1)
         simple: dict[str, Callable[[], Any]] = {
             "rotation": lambda: evaluator.rotate(ct, 1),
             "product": lambda: evaluator.multiply(ct, ct),
-            "plaintext_product": lambda: evaluator.multiply(ct, plain, rescale=False),
             "addition": lambda: evaluator.add(ct, ct),
-            "mask": lambda: evaluator.mask([low], self._public_key, level=1, to_level=level),
+            "encoding": partial(self._plaintext, self._vector(), level),
             "rerandomization": lambda: evaluator.rerandomize(ct, self._public_key),
         }
-        if name == "rescaling":
+        if name in ("plaintext_product", "rescaling"):
+            plain = self._plaintext(self._vector(), level)
             product = evaluator.multiply(ct, plain, rescale=False)
-            simple[name] = lambda: evaluator.rescale(product)
+            simple["plaintext_product"] = lambda: evaluator.multiply(ct, plain, rescale=False)
+            simple["rescaling"] = lambda: evaluator.rescale(product)
+        if name == "mask":
+            low = evaluator.drop_level(ct, 1)
+            simple[name] = lambda: evaluator.mask([low], self._public_key, level=1, to_level=level)
         if name not in simple:
             raise ValueError(f"{name!r} is no primitive operation")
         return self._fastest(simple[name])
 
-    def _diagonal(self, level: int, ct: Ciphertext) -> float:
-        """Return what one more diagonal takes in a matrix that has the same rotations anyway."""
+    def _plaintext(self, values: Any, level: int) -> Plaintext:
+        return Plaintext.encode(self.parameters, values, level, float(self.parameters.q[level]))
+
+    def _diagonal(self, level: int, ct: Ciphertext, *, further: bool) -> float:
+        """Return what one more diagonal takes in a matrix that has the same rotations anyway.
+
+        ``further``: what it takes for one more input.
+        """
         rotations = range(BABY_STEPS * BABY_STEPS)
         few = [k for k in rotations if k < BABY_STEPS or k % BABY_STEPS == 0]
         taken = []
@@ -138,8 +148,14 @@ class Primitives:
                 ((k, self._vector()) for k in chosen),
                 level=level,
                 giant_step=BABY_STEPS,
+                storage="int16",
+                scale=None if level else 2.0**16,
             )
-            taken.append(self._fastest(partial(self._evaluator.transform, ct, matrix)))
+            times = [
+                self._fastest(partial(self._evaluator.transform_many, [ct] * inputs, [matrix]))
+                for inputs in range(1, 3 if further else 2)
+            ]
+            taken.append(times[-1] - times[0] if further else times[0])
         return max(0.0, taken[0] - taken[1]) / (len(rotations) - len(few))
 
     def _fastest(self, operation: Callable[[], Any]) -> float:

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cipherlm.cli.bench_primitives import Primitive, Primitives
 from cipherlm.engine import (
@@ -22,6 +23,9 @@ from cipherlm.engine import (
     inner_sum_rotations,
     threads,
 )
+from cipherlm.engine.linear import Storage
+from cipherlm.schemes.ckks.arithmetic import Encodings
+from cipherlm.schemes.ckks.layout import Layout
 
 Figures = dict[str, Any]
 Part = tuple[str, int, float]
@@ -143,16 +147,20 @@ def _add(own: dict[Any, Any], theirs: Mapping[Any, Any]) -> None:
         own[key] = own.get(key, 0) + value
 
 
-class MeasuredEvaluator(Evaluator):
-    """An evaluator that takes every call from outside it into its ``tally``."""
+class TalliedEvaluator(Evaluator):
+    """An evaluator that takes every call from outside it into its ``tally``.
 
-    def __init__(self, parameters: Parameters, keys: EvaluationKeys) -> None:
+    It stands before another one: what computes is the class behind it.
+    """
+
+    def __init__(self, parameters: Parameters, keys: EvaluationKeys | None = None) -> None:
         super().__init__(parameters, keys)
         self.tally = Tally()
         self._lock = threading.Lock()
         self._inside = threading.local()
 
-    def _measure(self, name: str, parts: Iterable[Part], call: Callable[[], Any]) -> Any:
+    def measure(self, name: str, parts: Iterable[Part], call: Callable[[], Any]) -> Any:
+        """Return the result of a call, which consists of these parts, and take it into the tally."""
         self._inside.a_call = True
         primitives: dict[Primitive, float] = {}
         for what, level, count in parts:
@@ -165,6 +173,25 @@ class MeasuredEvaluator(Evaluator):
             self._inside.a_call = False
             with self._lock:
                 self.tally.count(name, taken, primitives)
+
+
+class MeasuredEvaluator(TalliedEvaluator):
+    """An evaluator whose calls are counted and timed."""
+
+
+class TalliedEncodings(Encodings):
+    """Encodings that go into an evaluator's tally. Those that are kept are counted when they are made."""
+
+    def __init__(self, evaluator: TalliedEvaluator, layout: Layout, *, storage: Storage) -> None:
+        super().__init__(evaluator.parameters, layout, storage=storage)
+        self._evaluator = evaluator
+
+    def encode(self, slots: NDArray[Any], level: int, scale: float) -> Plaintext:
+        """See :class:`Encodings`."""
+        encode = super().encode
+        parts = [("encoding", level, 1)]
+        plaintext: Plaintext = self._evaluator.measure("encode", parts, lambda: encode(slots, level, scale))
+        return plaintext
 
 
 def _product(a: Ciphertext, b: Any, **_: Any) -> Iterable[Part]:
@@ -197,10 +224,11 @@ def _matrices(inputs: Sequence[Ciphertext], matrices: Sequence[LinearTransformat
     babies = {step for m in matrices for step in m.rotations if step < m.giant_step}
     yield "hoisted_rotation", level, count * len(babies)
     yield "rotation", level, count * sum(step >= m.giant_step for m in matrices for step in m.rotations)
-    # A diagonal that repeats takes so much less memory and work.
+    # A diagonal that repeats takes so much less memory and work. Further inputs share the work on it.
     whole = sum(m.nbytes / _COEFFICIENT_BYTES[m.storage] for m in matrices) / matrices[0].parameters.degree
-    yield "diagonal", level, count * whole
-    yield "rescaling", level, count * len(matrices)
+    yield "diagonal", level, whole
+    yield "further_diagonal", level, (count - 1) * whole
+    yield "rescaling", level, count * sum(m.scale is None for m in matrices)
 
 
 _PARTS: dict[str, Callable[..., Iterable[Part]]] = {
@@ -227,18 +255,17 @@ _PARTS: dict[str, Callable[..., Iterable[Part]]] = {
 }
 
 
-def _measured(name: str) -> Callable[..., Any]:
-    original: Callable[..., Any] = getattr(Evaluator, name)
-
-    @wraps(original)
-    def method(self: MeasuredEvaluator, *arguments: Any, **options: Any) -> Any:
+def _tallied(name: str) -> Callable[..., Any]:
+    @wraps(getattr(Evaluator, name))
+    def method(self: TalliedEvaluator, *arguments: Any, **options: Any) -> Any:
+        original = getattr(super(TalliedEvaluator, self), name)
         if getattr(self._inside, "a_call", False):
-            return original(self, *arguments, **options)
+            return original(*arguments, **options)
         parts = _PARTS[name](*arguments, **options)
-        return self._measure(name, parts, lambda: original(self, *arguments, **options))
+        return self.measure(name, parts, lambda: original(*arguments, **options))
 
     return method
 
 
 for _name in _PARTS:
-    setattr(MeasuredEvaluator, _name, _measured(_name))
+    setattr(TalliedEvaluator, _name, _tallied(_name))

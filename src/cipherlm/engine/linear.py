@@ -40,7 +40,7 @@ class LinearTransformation(_native.Handle):
     scales. That suits the last step of a computation, at level 0 even.
     """
 
-    __slots__ = ("_memory", "giant_step", "level", "parameters", "rotations", "storage")
+    __slots__ = ("_memory", "giant_step", "level", "parameters", "rotations", "scale", "storage")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class LinearTransformation(_native.Handle):
         super().__init__(handle)
         self._memory: NDArray[Any] | None = None  # what the library reads coefficients from
         self.parameters, self.level, self.giant_step, self.storage = parameters, level, giant_step, storage
+        self.scale = scale
         used: set[int] = set()
         items = iter(diagonals.items() if isinstance(diagonals, Mapping) else diagonals)
         while chunk := list(itertools.islice(items, _CHUNK)):

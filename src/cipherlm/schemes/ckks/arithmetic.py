@@ -11,7 +11,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.engine import Chebyshev, Ciphertext, Evaluator, Parameters, Plaintext, threads
+from cipherlm.engine import (
+    Chebyshev,
+    Ciphertext,
+    Evaluator,
+    LinearTransformation,
+    Parameters,
+    Plaintext,
+    threads,
+)
 from cipherlm.engine.linear import Storage
 from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
@@ -59,6 +67,11 @@ class Encodings:
             kept: A = self._kept[key]
             return kept
 
+    def kept(self) -> list[Any]:
+        """Return all masks and other encodings that :meth:`keep` has made."""
+        with self._lock:
+            return list(self._kept.values())
+
     def encode(self, slots: Float64 | NDArray[np.complex128], level: int, scale: float) -> Plaintext:
         """Encode what is to be added to ciphertexts of a level and a scale."""
         return Plaintext.encode(self.parameters, slots, level, scale)
@@ -66,6 +79,24 @@ class Encodings:
     def mask(self, slots: Float64, level: int) -> Plaintext:
         """Encode what ciphertexts of a level are to be multiplied with: their scale stays."""
         return self.encode(slots, level, float(self.parameters.q[level]))
+
+    def transformation(
+        self,
+        diagonals: Iterable[tuple[int, NDArray[Any]]],
+        *,
+        level: int,
+        giant_step: int,
+        scale: float | None = None,
+    ) -> LinearTransformation:
+        """Encode a matrix by its diagonals; see :class:`~cipherlm.engine.LinearTransformation`."""
+        return LinearTransformation(
+            self.parameters,
+            diagonals,
+            level=level,
+            giant_step=giant_step,
+            storage=self.storage,
+            scale=scale,
+        )
 
     def key_masks(self, rotary: Rotary | None, position: int) -> list[list[Plaintext]]:
         """Return the encoded masks of keys; see :meth:`Layout.key_masks`."""
@@ -196,6 +227,11 @@ class _Layer:
                 self._kept[key] = make(self._encodings)
             matrix: A = self._kept[key]
             return matrix
+
+    def kept(self) -> list[Any]:
+        """Return the matrices and biases that were made."""
+        with self._lock:
+            return list(self._kept.values())
 
     def bias(self, key: tuple[Any, ...], like: Ciphertext, slots: Callable[[], NDArray[Any]]) -> Plaintext:
         """Return an encoded bias to be added to a ciphertext, made on the first call."""

@@ -59,7 +59,7 @@ class EncryptedToken(CiphertextTensor):
 
         def make(encodings: Encodings) -> DecodingMatrix:
             weight = self._placed(self._placed(linear.weight, 0, order), 1)
-            return _matrix(encodings, weight, LINEAR_LEVEL)
+            return DecodingMatrix(encodings, weight.T, level=LINEAR_LEVEL)
 
         result = encoded.matrix(("decoding", self.heads), make).apply(self._evaluator, self._one())
         bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
@@ -92,7 +92,7 @@ class EncryptedToken(CiphertextTensor):
 
         def make(which: str, encodings: Encodings) -> DecodingMatrix:
             weight = self._placed(joined(which, linear.weight), 0)
-            return _matrix(encodings, weight, layout.attention_level)
+            return DecodingMatrix(encodings, weight.T, level=layout.attention_level)
 
         query, pair = (encoded.matrix((name,), partial(make, name)) for name in ("query", "key and value"))
         shifted = query.start(evaluator, self._one())
@@ -221,13 +221,8 @@ class EncryptedToken(CiphertextTensor):
 
         def make(encodings: Encodings) -> list[LinearTransformation]:
             return [
-                LinearTransformation(
-                    encodings.parameters,
-                    diagonals(part),
-                    level=level,
-                    giant_step=layout.prefix_step,
-                    storage=encodings.storage,
-                    scale=scale,
+                encodings.transformation(
+                    diagonals(part), level=level, giant_step=layout.prefix_step, scale=scale
                 )
                 for part in range(layout.prefix_parts)
             ]
@@ -320,10 +315,6 @@ class EncryptedToken(CiphertextTensor):
         )
 
 
-def _matrix(encodings: Encodings, weight: NDArray[Any], level: int) -> DecodingMatrix:
-    return DecodingMatrix(encodings.parameters, weight.T, level=level, storage=encodings.storage)
-
-
 def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
     """Return the keys and values of a prompt as the first group of a context."""
     arithmetic = key.arithmetic
@@ -334,12 +325,8 @@ def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
     level = min(pair.level, CONTEXT_LEVEL)
     transposition = encodings.keep(
         ("transposition", key.tokens, level),
-        lambda: LinearTransformation(
-            encodings.parameters,
-            layout.transposition(key.tokens),
-            level=level,
-            giant_step=layout.prompt.slots,
-            storage=encodings.storage,
+        lambda: encodings.transformation(
+            layout.transposition(key.tokens), level=level, giant_step=layout.prompt.slots
         ),
     )
     fresh = arithmetic.refresh_complex(evaluator.transform(pair, transposition), CONTEXT_LEVEL + 1)

@@ -209,14 +209,7 @@ class EncryptedTensor(CiphertextTensor):
         """Return the encoded matrix of clear weights, from its blocks of outputs."""
         return self.arithmetic.encodings.layer(linear).matrix(
             (kind, self.start),
-            lambda encodings: Matrix(
-                encodings.parameters,
-                encodings.layout,
-                rows(linear),
-                start=self.start,
-                level=level,
-                storage=encodings.storage,
-            ),
+            lambda encodings: Matrix(encodings, rows(linear), start=self.start, level=level),
         )
 
     def _rows(self, linear: Linear) -> list[Float64]:
@@ -353,12 +346,10 @@ class EncryptedTensor(CiphertextTensor):
 
         def make(encodings: Encodings) -> list[LinearTransformation]:
             return [
-                LinearTransformation(
-                    encodings.parameters,
+                encodings.transformation(
                     diagonals(part),
                     level=ATTENTION_LEVEL - 2,
                     giant_step=layout.distance_step * layout.tokens,
-                    storage=encodings.storage,
                     scale=scale,
                 )
                 for part in range(layout.prefix_parts)

@@ -12,15 +12,12 @@ from cipherlm.engine import (
     Ciphertext,
     Evaluator,
     LinearTransformation,
-    Parameters,
-    Plaintext,
     folded,
     matrix_diagonals,
     paired,
 )
-from cipherlm.engine.linear import Storage
+from cipherlm.schemes.ckks.arithmetic import Encodings
 from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DecodingShape
-from cipherlm.schemes.ckks.layout import Layout
 
 Float64 = NDArray[np.float64]
 
@@ -34,21 +31,13 @@ class Matrix:
     for the tokens before ``start``.
     """
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        layout: Layout,
-        rows: Sequence[Float64],
-        *,
-        start: int = 0,
-        level: int,
-        storage: Storage = "int32",
-    ) -> None:
+    def __init__(self, encodings: Encodings, rows: Sequence[Float64], *, start: int = 0, level: int) -> None:
+        layout = encodings.layout
         self._kept = np.tile(np.arange(layout.tokens) >= start, layout.period)
         self.layout, self.outputs, self.inputs = layout, len(rows), rows[0].shape[1] // layout.period
         self._transformations = [
             [
-                self._transformation(parameters, self._joined(rows[first : first + 2], part), level, storage)
+                self._transformation(encodings, self._joined(rows[first : first + 2], part), level)
                 for first in range(0, len(rows), 2)
             ]
             for part in range(self.inputs)
@@ -59,11 +48,10 @@ class Matrix:
         return paired(*blocks) if len(blocks) == 2 else folded(blocks[0])
 
     def _transformation(
-        self, parameters: Parameters, matrix: NDArray[np.complex128], level: int, storage: Storage
+        self, encodings: Encodings, matrix: NDArray[np.complex128], level: int
     ) -> LinearTransformation:
         tokens = self.layout.tokens
-        return LinearTransformation(
-            parameters,
+        return encodings.transformation(
             (
                 (d * tokens, np.repeat(diagonal, tokens) * self._kept)
                 for d, diagonal in matrix_diagonals(matrix)
@@ -71,7 +59,6 @@ class Matrix:
             ),
             level=level,
             giant_step=self.layout.baby_steps * tokens,
-            storage=storage,
         )
 
     @property
@@ -106,29 +93,18 @@ class DecodingMatrix:
     ``matrix`` (outputs, inputs) has the two periods as its shape. A real one is folded to half its diagonals.
     """
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        matrix: NDArray[Any],
-        *,
-        level: int,
-        storage: Storage = "int32",
-    ) -> None:
+    def __init__(self, encodings: Encodings, matrix: NDArray[Any], *, level: int) -> None:
         outputs, inputs = matrix.shape
-        self.shape = DecodingShape(parameters.slots, inputs, outputs)
+        self.shape = DecodingShape(encodings.parameters.slots, inputs, outputs)
         self.real = not np.iscomplexobj(matrix)
         self.level = level
-        self._transformation = LinearTransformation(
-            parameters,
+        self._transformation = encodings.transformation(
             self._folded(matrix) if self.real else self._diagonals(matrix, 0, self.shape.diagonals),
             level=level,
             giant_step=DECODING_BABY_STEPS,
-            storage=storage,
         )
-        scale = float(parameters.q[level + 1])
         self._masks = [
-            Plaintext.encode(parameters, (self.shape.copy == copy) * 1.0, level + 1, scale)
-            for copy in range(self.shape.copies)
+            encodings.mask((self.shape.copy == copy) * 1.0, level + 1) for copy in range(self.shape.copies)
         ]
 
     def _diagonals(self, matrix: NDArray[Any], first: int, last: int) -> Iterator[tuple[int, NDArray[Any]]]:

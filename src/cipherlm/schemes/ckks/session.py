@@ -217,6 +217,7 @@ class Server:
     ) -> None:
         set_gc_percent(GC_PERCENT)
         self.modules, self.geometry = dict(modules), geometry
+        self.storage = storage
         self.encodings = Encodings(geometry.parameters, geometry.layout, storage=storage)
 
     def open(self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange) -> Session:
