@@ -40,6 +40,7 @@ examples:
 Float64 = NDArray[np.float64]
 
 BLOCKS = 12
+SIDE_BY_SIDE = 8
 SIZES = {
     "width": 768,
     "heads": 12,
@@ -76,7 +77,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side-by-side",
         type=positive_integer,
-        default=8,
+        default=SIDE_BY_SIDE,
         metavar="T",
         help="tokens in a ciphertext, a power of two; a longer prompt goes on token by token (default: 8)",
     )
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> Figures:
     """Measure, and return the figures."""
     prompt, new = options.prompt_tokens, options.new_tokens
     subject = (
-        _random_model(options.blocks or BLOCKS, prompt + new, np.random.default_rng(options.seed))
+        random_model(options.blocks or BLOCKS, prompt + new, np.random.default_rng(options.seed))
         if options.geometry == "gpt2"
         else _embedded_model(options.geometry, options.blocks, prompt + new)
     )
@@ -223,7 +224,7 @@ class _Subject:
         return Hosted(self.model.fitted(ranges, context), self.prefixes)
 
 
-def _random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Subject:
+def random_model(blocks: int, tokens: int, random: np.random.Generator) -> _Subject:
     """Return a model of GPT-2's size with random weights."""
     architecture = architecture_of("gpt2")
     args = architecture.args(**SIZES, layers=blocks)

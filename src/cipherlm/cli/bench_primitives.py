@@ -17,6 +17,7 @@ from cipherlm.engine import (
     LinearTransformation,
     Parameters,
     Plaintext,
+    RefreshRequest,
     SecretKey,
     set_threads,
     threads,
@@ -78,23 +79,29 @@ class Primitives:
         }
 
     @cached_property
-    def _secret_key(self) -> SecretKey:
+    def secret_key(self) -> SecretKey:
+        """The key that everything is encrypted under."""
         return SecretKey.generate(self.parameters)
 
     @cached_property
     def _public_key(self) -> Any:
-        return self._secret_key.public_key()
+        return self.secret_key.public_key()
 
     @cached_property
     def _evaluator(self) -> Evaluator:
         steps = {*range(1, BABY_STEPS + 1), *(BABY_STEPS * k for k in range(1, BABY_STEPS))}
-        return Evaluator(self.parameters, self._secret_key.evaluation_keys(sorted(steps)))
+        return Evaluator(self.parameters, self.secret_key.evaluation_keys(sorted(steps)))
+
+    def request(self, level: int, to_level: int) -> RefreshRequest:
+        """Return what a server sends to have a ciphertext refreshed."""
+        inputs = [self._ciphertext(level)]
+        return self._evaluator.mask(inputs, self._public_key, level=level, to_level=to_level)[0]
 
     def _vector(self) -> Any:
         return self._random.uniform(-1, 1, self.parameters.slots)
 
     def _ciphertext(self, level: int) -> Ciphertext:
-        fresh = self._secret_key.encrypt(self._vector(), level)
+        fresh = self.secret_key.encrypt(self._vector(), level)
         return self._evaluator.add(fresh, fresh)  # no longer compressed
 
     def _measured(self, name: str, level: int) -> float:

@@ -7,6 +7,7 @@ run; neither keys nor weights are needed, only shapes and ranges.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,14 @@ class HollowCiphertext(Ciphertext):
     def scale(self) -> float:
         """See :class:`Ciphertext`."""
         return self._scale
+
+    @property
+    def degree(self) -> int:
+        """See :class:`Ciphertext`."""
+        return 1
+
+    def round(self, first: int, second: int = 0) -> None:
+        """See :class:`Ciphertext`."""
 
     def become(self, level: int, scale: float) -> None:
         """Take a result in place."""
@@ -357,6 +366,12 @@ class CountingSession:
         self._evaluator.tally.refresh_up_bytes += up
         return cast(RefreshReply, None)  # which the evaluator does not look at
 
+    def cached_bytes(self) -> int:
+        """Return the memory of the keys and values of the text that was read."""
+        tensors = {id(x): x for cache in self._session.caches("all") for x in cache.past}
+        limbs: int = sum(2 * (part.level + 1) for x in tensors.values() for part in x.parts)
+        return limbs * self.geometry.parameters.degree * COEFFICIENT_BYTES
+
     def close(self) -> None:
         """End the threads."""
         self._arithmetic.close()
@@ -385,18 +400,20 @@ def outline(
 
 
 def kept_bytes(session: CountingSession, module: Hosted) -> int:
-    """Return the memory of a server's encoded weights and masks, as far as a session has needed them."""
+    """Return the memory of a server's encoded weights and masks, as far as a session has needed them.
+
+    Blocks share the weights of an :func:`outline`: each counts with matrices of its own. What is added to
+    ciphertexts depends on their scales, which are of a block, and is all there.
+    """
     encodings = session.encodings
+    owners: list[Linear | Prefix] = [layer for _, layer in cast(Blocks, module.module).named(Linear)]
+    owners += [prefix for prefix in module.prefixes if prefix is not None]
     total = sum(map(_bytes, encodings.kept()))
-    for _, layer in cast(Blocks, module.module).named(Linear):
-        total += sum(map(_bytes, encodings.layer(layer).kept()))
-    for prefix in module.prefixes:
-        if prefix is not None:
-            total += sum(map(_bytes, encodings.layer(prefix).kept()))
+    for owner, blocks in Counter(owners).items():
+        for kept in encodings.layer(owner).kept():
+            total += _bytes(kept) * (1 if isinstance(kept, Plaintext) else blocks)
     return total
 
 
 def _bytes(kept: Any) -> int:
-    if isinstance(kept, list | tuple):
-        return sum(map(_bytes, kept))
-    return int(kept.nbytes)
+    return sum(map(_bytes, kept)) if isinstance(kept, list | tuple) else int(kept.nbytes)

@@ -1,7 +1,8 @@
 """Show what the encrypted modules of a model cost: parameters, keys, ciphertexts, and circuits.
 
 With CKKS: what is remote, the parameters of the encryption, and what each party learns. With TFHE: the
-circuits, which are compiled or read from the cache. With --cache, lists the cache instead.
+circuits, which are compiled or read from the cache. With --cache, lists the cache instead. With --placement:
+seconds, memory, keys and traffic of a model at a server, calculated.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cipherlm.cli import UsageError
+from cipherlm.cli import UsageError, inspect_costs
 from cipherlm.cli.circuits import KEYS, circuit_figures, compile_circuits, keys_cached, table_ranges
 from cipherlm.cli.common import (
     add_calibration_option,
@@ -42,6 +43,8 @@ examples:
   cipherlm inspect
   cipherlm inspect --model gpt2 --keys --json
   cipherlm inspect --scheme tfhe --block 0 --heads 0 --n-bits 4 --tokens 8
+  cipherlm inspect smollm2 --placement linear --server-cores 8 --rtt 50ms --mbit 100
+  cipherlm inspect --geometry gpt2 --placement whole --json
   cipherlm inspect --cache
   cipherlm inspect --clear-cache
 """
@@ -51,6 +54,9 @@ DEFAULT_TOKENS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    parser.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the model, as --model names it"
+    )
     add_model_option(parser)
     add_encryption_options(parser)
     parser.add_argument(
@@ -73,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--cache", action="store_true", help="list the cached circuits and keys")
     group.add_argument("--clear-cache", action="store_true", help="delete them")
+    inspect_costs.add_arguments(parser)
     add_json_option(parser)
 
 
@@ -80,13 +87,21 @@ def run(options: argparse.Namespace) -> None:
     """Print the figures of a model's circuits or of its encryption, or of the cache."""
     if options.keys and (options.cache or options.clear_cache):
         raise UsageError("--keys does not go with --cache or --clear-cache")
+    inspect_costs.check(options)
     existing_file(options.calibration)
     settle_scheme(options, "tokens")
     with quiet_libraries():
+        if options.placement is not None:
+            of_scheme(options, {"ckks": inspect_costs.show, "tfhe": _no_estimate})(options)
+            return
         if options.cache or options.clear_cache:
             _show_cache(options)
         else:
             of_scheme(options, {"ckks": _show_remote, "tfhe": _show_circuits})(options)
+
+
+def _no_estimate(options: argparse.Namespace) -> None:
+    raise UsageError("--placement is for --scheme ckks")
 
 
 def _show_remote(options: argparse.Namespace) -> None:

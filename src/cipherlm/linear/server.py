@@ -58,8 +58,8 @@ class LinearServer:
     @classmethod
     def build(cls, plan: Plan, weights: Mapping[str, NDArray[np.floating[Any]]]) -> "LinearServer":
         """Encode the weights, (rows, in_features) for each group."""
-        forward = {name: _encode(plan, plan.forward[name], weights[name]) for name in plan.forward}
-        backward = {name: _encode(plan, plan.backward[name], weights[name].T) for name in plan.backward}
+        forward = {name: encode(plan, plan.forward[name], weights[name]) for name in plan.forward}
+        backward = {name: encode(plan, plan.backward[name], weights[name].T) for name in plan.backward}
         return cls(plan, forward, backward)
 
     @property
@@ -159,7 +159,7 @@ def encode_to(
             yield (
                 name,
                 transposed,
-                _encode(plan, plan.of(name, transposed), matrix),
+                encode(plan, plan.of(name, transposed), matrix),
             )
 
     _write(Path(directory), plan, encoded())
@@ -196,11 +196,17 @@ def load_plan(directory: Path) -> Plan:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def _encode(plan: Plan, group: GroupPlan, matrix: NDArray[np.floating[Any]]) -> Matrices:
+def encode(
+    plan: Plan,
+    group: GroupPlan,
+    matrix: NDArray[np.floating[Any]],
+    kind: type[LinearTransformation] = LinearTransformation,
+) -> Matrices:
+    """Return the diagonals of a matrix (rows, columns), of a ``kind`` of linear transformations."""
     packing = group.packing
     blocks = [
         [
-            LinearTransformation(
+            kind(
                 plan.parameters,
                 packing.diagonals_of(matrix, source, target),
                 level=0,

@@ -36,6 +36,11 @@ def calibrate_once(model: CkksModel, texts: Callable[[], Sequence[torch.Tensor]]
     return True
 
 
+def shipped(name: str) -> Path | None:
+    """Return the directory of the calibration that comes with the package for a model of that name."""
+    return Path(str(files("cipherlm.models").joinpath(name))) if name in _SHIPPED else None
+
+
 def _taken(model: CkksModel, directory: Path) -> bool:
     """Use the ranges in a directory, if they are for this model."""
     try:

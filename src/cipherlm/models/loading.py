@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -84,6 +85,24 @@ def load_model(name: ModelName) -> PreTrainedModel:
         raise ValueError(f"cannot load the weights of {os.fspath(name)!r}: {', '.join(missing[:3])} missing")
     model.train(False)  # eval(), which transformers leaves without annotations
     return model
+
+
+def load_config(name: ModelName) -> PretrainedConfig:
+    """Return the configuration of the model ``name``, named as for ``load_model`` and with the same errors.
+
+    Nothing of its weights is read.
+    """
+    source = _source(name)
+    values = _read_config(name, source)
+    if source.gguf and values.get("model_type") == "gpt2":
+        values = completed(values)
+    model_type = values.pop("model_type", None)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        where = os.fspath(name)
+        raise ValueError(f"cannot read the configuration of {where!r}: {_first_line(error)}") from error
+    return config
 
 
 def load_tokenizer(name: ModelName) -> PreTrainedTokenizerBase:

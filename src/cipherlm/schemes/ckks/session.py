@@ -293,6 +293,10 @@ class Session:
             for part in result.parts
         ]
 
+    def caches(self, name: str) -> list[Cache]:
+        """Return the keys and values of the text that a module has read."""
+        return self._seen[name][0]
+
     def close(self) -> None:
         """Let go of everything of this client."""
         self._seen.clear()

@@ -1,0 +1,301 @@
+"""What this machine takes for the operations that evaluations consist of: measured once, and kept.
+
+A figure is measured when it is first asked for. All of one model take less than a minute on two cores. They
+are kept in the user's cache directory, for this processor, number of cores and version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from cipherlm import __version__
+from cipherlm.cli.bench_ckks import MeasuredSession
+from cipherlm.cli.bench_primitives import Primitive, Primitives
+from cipherlm.cli.bench_tally import MeasuredEvaluator, Tally
+from cipherlm.engine import Ciphertext, Parameters, RefreshRequest, SecretKey, threads
+from cipherlm.linear.client import LinearClient
+from cipherlm.linear.plan import make_plan
+from cipherlm.linear.products import LinearGroup
+from cipherlm.linear.server import LinearServer
+from cipherlm.progress import Progress, silent
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
+from cipherlm.schemes.ckks.refresh import MASK_LEVEL
+from cipherlm.schemes.ckks.session import Geometry
+
+VERSION = 1
+BUDGET = 0.04
+"""Seconds for each primitive operation: it is run three times at least."""
+RUNS = 3
+USUAL = {"chunk": (1.05, 1.35), "token": (1.15, 1.7)}
+"""Work and wall, as :meth:`Machine.server_seconds` has them, on two quiet cores: for busy machines."""
+SERIAL = 0.25
+"""The share of work that further cores do not make faster, where a single one cannot tell: assumed."""
+BUSY = 0.85
+"""The share of its cores that a process gets on a quiet machine, at least."""
+
+_GROUP = LinearGroup("sample", ("sample",), 768, (1536,))
+ROWS = 8
+
+
+class Machine:
+    """Seconds of single operations, by name, and what evaluations take beside them."""
+
+    def __init__(self, path: Path | None = None, progress: Progress = silent) -> None:
+        self._path, self._progress = path, progress
+        self.measured = time.strftime("%Y-%m-%d")
+        self.overheads = "measured"
+        """Whether what evaluations take beside their operations was measured, or is what is usual."""
+        self._values: dict[str, Any] = {}
+        self._primitives: dict[str, Primitives] = {}
+
+    @classmethod
+    def here(cls, progress: Progress = silent, *, again: bool = False) -> Machine:
+        """Return what is known of this machine; ``again`` forgets it."""
+        machine = cls(user_cache_path("cipherlm") / "machine.json", progress)
+        if not again:
+            machine._read()
+        return machine
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What figures are valid for."""
+        return {
+            "version": VERSION,
+            "cipherlm": __version__,
+            "processor": _processor(),
+            "threads": threads(),
+        }
+
+    def _read(self) -> None:
+        assert self._path is not None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            if known["about"] == self.about and isinstance(known["values"], dict):
+                self._values, self.measured = known["values"], str(known["measured"])
+
+    def save(self) -> None:
+        """Keep what was measured. A directory that cannot be written makes the next time slower."""
+        if self._path is None:
+            return
+        whole = {"about": self.about, "measured": self.measured, "values": self._values}
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+    def _value(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self._values:
+            self._values[name] = measure()
+        return self._values[name]
+
+    def core_seconds(self, parameters: Parameters, primitives: Mapping[Primitive, float]) -> float:
+        """Return what primitive operations take on one core, by themselves."""
+        ring = f"2^{parameters.log_degree} {parameters.ring}"
+        source = self._primitives.setdefault(ring, Primitives(parameters, BUDGET))
+
+        def one(name: str, level: int) -> float:
+            key = f"{ring}/{name}/{level}"
+            return float(self._value(key, lambda: source.seconds(name, level)))
+
+        return sum(count * one(*primitive) for primitive, count in primitives.items() if count)
+
+    def server_seconds(self, kind: str, core_seconds: float, cores: int) -> float:
+        """Return what a server with so many cores takes for operations of so many core seconds.
+
+        ``kind`` is ``"whole/chunk"`` or ``"whole/token"``, or ``"linear/..."``. Measured on a sample, work
+        is processor time over that of the operations, and wall the time on the clock over that of the
+        operations on all cores. From these follow a part that one core does alone and one that all share.
+        """
+        work, wall = self._overheads(kind)
+        here = threads()
+        alone = max(0.0, (wall - work) / (here - 1)) if here > 1 else SERIAL * work
+        per_core = wall / here if cores == here else alone + max(0.0, work - alone) / cores
+        return core_seconds * per_core
+
+    def _overheads(self, kind: str) -> tuple[float, float]:
+        placement, _, size = kind.partition("/")
+        sample = {"whole": self._sample_block, "linear": self._sample_product}[placement]
+        if f"overheads/{placement}" not in self._values and self.busy:
+            self.overheads = "usual"
+            return USUAL[size]
+        work, wall = self._value(f"overheads/{placement}", sample)[size]
+        return work, wall
+
+    @cached_property
+    def busy(self) -> bool:
+        """Whether other work shares the machine, so that clocks tell nothing."""
+        count = threads()
+
+        def spin(_: int) -> None:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000)  # without the interpreter's lock
+
+        began, processor = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(spin, range(count)))
+        wall = time.perf_counter() - began
+        return (time.process_time() - processor) / wall < BUSY * count
+
+    def _sample_block(self) -> dict[str, tuple[float, float]]:
+        """Run a block of GPT-2's size for real: a prompt, and further tokens."""
+        from cipherlm.cli.bench_model import SIDE_BY_SIDE, random_model
+
+        tokens = SIDE_BY_SIDE + 2
+        with self._progress("measuring a block"):
+            subject = random_model(1, tokens, np.random.default_rng(0))
+            args = subject.args
+            geometry = Geometry(
+                args.heads, args.head_dim, SIDE_BY_SIDE, 0, 64, width=args.width, inner=args.inner
+            )
+            session = MeasuredSession(geometry, subject.hosted(64))
+
+            def text() -> list[Tally]:
+                starts = [(0, SIDE_BY_SIDE), *((i, i + 1) for i in range(SIDE_BY_SIDE, tokens))]
+                return [session.evaluate(subject.hidden[a:b], a)[1] for a, b in starts]
+
+            text()
+            runs = [text() for _ in range(RUNS)]
+        parts = {"chunk": [run[0] for run in runs], "token": [tally for run in runs for tally in run[2:]]}
+        return {name: self._overhead(geometry.parameters, tallies) for name, tallies in parts.items()}
+
+    def _overhead(self, parameters: Parameters, tallies: list[Tally]) -> tuple[float, float]:
+        core = self.core_seconds(parameters, tallies[0].primitives)
+        wall = min(tally.seconds - tally.client_seconds for tally in tallies)
+        work = min(tally.cpu_seconds - tally.client_seconds for tally in tallies)
+        return work / core, max(wall * threads() / core, work / core)
+
+    def _sample_product(self) -> dict[str, tuple[float, float]]:
+        """Run one product for real, of one vector and of several."""
+        found: dict[str, tuple[float, float]] = {}
+        with self._progress("measuring a product"):
+            weights = np.random.default_rng(0).normal(0, 0.02, (_GROUP.rows, _GROUP.in_features))
+            plan = make_plan([_GROUP], {_GROUP.name: weights})
+            server, client = LinearServer.build(plan, {_GROUP.name: weights}), LinearClient(plan)
+            evaluator = MeasuredEvaluator(plan.parameters, client.evaluation_keys())
+            for name, count in (("token", 1), ("chunk", ROWS)):
+                rows, _ = client.encrypt(_GROUP.name, np.ones((count, _GROUP.in_features)))
+                sent = [[part.to_bytes() for part in row] for row in rows]
+                tallies = []
+                for _ in range(4 * RUNS):
+                    tally = evaluator.tally = Tally()
+                    began, processor = time.perf_counter(), time.process_time()
+                    inputs = [[Ciphertext.from_bytes(part, plan.parameters) for part in row] for row in sent]
+                    for row in server.multiply(evaluator, _GROUP.name, inputs):
+                        for part in row:
+                            part.to_bytes()
+                    tally.seconds = time.perf_counter() - began
+                    tally.cpu_seconds = time.process_time() - processor
+                    tallies.append(tally)
+                found[name] = self._overhead(plan.parameters, tallies)
+        return found
+
+    def encrypt_seconds(self, geometry: Geometry) -> float:
+        """Return what a client takes for the ciphertext of hidden states, as bytes."""
+        key = self._key(geometry.parameters)
+        zeros = np.zeros(geometry.parameters.slots)
+        return self._clock("client/encrypt", lambda: key.encrypt(zeros, ATTENTION_LEVEL).to_bytes())
+
+    def decrypt_seconds(self, geometry: Geometry, level: int) -> float:
+        """Return what a client takes for the bytes of a result."""
+        parameters = geometry.parameters
+        key = self._key(parameters)
+        data = key.encrypt(np.zeros(parameters.slots), level).to_bytes()
+        return self._clock(
+            f"client/decrypt/{level}", lambda: key.decrypt(Ciphertext.from_bytes(data, parameters))
+        )
+
+    def refresh_seconds(self, geometry: Geometry, level: int) -> float:
+        """Return what a client takes to refresh a ciphertext to a level, from bytes to bytes."""
+        name = f"client/refresh/{level}"
+        if name not in self._values:
+            primitives = Primitives(geometry.parameters)
+            request = primitives.request(MASK_LEVEL, level).to_bytes()
+            self._clock(
+                name,
+                lambda: primitives.secret_key.refresh(
+                    RefreshRequest.from_bytes(request, geometry.parameters)
+                ).to_bytes(),
+            )
+        return float(self._values[name])
+
+    def key_figures(self, geometry: Geometry, level: int) -> dict[str, float]:
+        """Return seconds and bytes of one key that serves up to a level: sent, as made, and expanded."""
+
+        def measure() -> dict[str, float]:
+            key = self._key(geometry.parameters)
+            began = time.perf_counter()
+            made = [
+                key.evaluation_keys({step: level}, relinearization=False, conjugation=False)
+                for step in range(1, 4)
+            ]
+            seconds, one = (time.perf_counter() - began) / len(made), made[0]
+            figures = {"seconds": seconds, "sent": len(one.to_bytes()), "made": one.nbytes}
+            one.expand()
+            return {**figures, "expanded": one.nbytes}
+
+        figures: dict[str, float] = self._value(f"key/{level}", measure)
+        return figures
+
+    def linear_client_seconds(self) -> dict[str, float]:
+        """Return what a client of linear layers takes for a ciphertext in, and for one out."""
+
+        def measure() -> dict[str, float]:
+            weights = np.random.default_rng(0).normal(0, 0.02, (_GROUP.rows, _GROUP.in_features))
+            plan = make_plan([_GROUP], {_GROUP.name: weights})
+            client, server = LinearClient(plan), LinearServer.build(plan, {_GROUP.name: weights})
+            x = np.ones((ROWS, _GROUP.in_features))
+            (rows, norms) = client.encrypt(_GROUP.name, x)
+            evaluator = MeasuredEvaluator(plan.parameters, client.evaluation_keys())
+            outputs = server.multiply(evaluator, _GROUP.name, rows)
+            answer = [[part.to_bytes() for part in row] for row in outputs]
+
+            def send() -> Any:
+                return [[part.to_bytes() for part in row] for row in client.encrypt(_GROUP.name, x)[0]]
+
+            def receive() -> Any:
+                read = [[Ciphertext.from_bytes(part, plan.parameters) for part in row] for row in answer]
+                return client.decrypt(_GROUP.name, read, norms)
+
+            return {
+                "in": _fastest(send) / sum(map(len, rows)),
+                "out": _fastest(receive) / sum(map(len, outputs)),
+            }
+
+        figures: dict[str, float] = self._value("client/linear", measure)
+        return figures
+
+    def _key(self, parameters: Parameters) -> SecretKey:
+        ring = f"2^{parameters.log_degree} {parameters.ring}"
+        return self._primitives.setdefault(ring, Primitives(parameters, BUDGET)).secret_key
+
+    def _clock(self, name: str, call: Callable[[], Any]) -> float:
+        return float(self._value(name, lambda: _fastest(call)))
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    """Return the seconds on the clock of the fastest of some calls."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _processor() -> str:
+    """Return the name of the processor."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
