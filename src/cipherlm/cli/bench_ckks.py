@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.bench_tally import Figures, MeasuredEvaluator, TalliedEncodings, Tally
+from cipherlm.cli.line import Line
 from cipherlm.engine import (
     Ciphertext,
     EvaluationKeys,
@@ -27,7 +28,7 @@ from cipherlm.engine import (
 from cipherlm.models.gpt2 import Args, Attention
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.progress import TerminalProgress
-from cipherlm.schemes.ckks.arithmetic import Arithmetic
+from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server
 
@@ -40,11 +41,13 @@ Float64 = NDArray[np.float64]
 class MeasuredSession:
     """A session of one module, with everything counted; all that goes between the parties does so as bytes.
 
-    ``prompts_only`` leaves out the keys that only decoding needs.
+    ``prompts_only`` leaves out the keys that only decoding needs. All bytes take as long as on a ``line``.
     """
 
-    def __init__(self, geometry: Geometry, module: Hosted, *, prompts_only: bool = False) -> None:
-        self.geometry = geometry
+    def __init__(
+        self, geometry: Geometry, module: Hosted, *, prompts_only: bool = False, line: Line | None = None
+    ) -> None:
+        self.geometry, self._line = geometry, line
         began = time.perf_counter()
         secret_key = SecretKey.generate(geometry.parameters)
         self._client = Client(secret_key, geometry)
@@ -64,6 +67,11 @@ class MeasuredSession:
         storage = self._session.arithmetic.encodings.storage
         encodings = TalliedEncodings(self._evaluator, geometry.layout, storage=storage)
         self._session.arithmetic = Arithmetic(self._evaluator, encodings, refresh)
+
+    @property
+    def encodings(self) -> Encodings:
+        """What of the server's clear weights is encoded."""
+        return self._session.arithmetic.encodings
 
     @property
     def _tally(self) -> Tally:
@@ -90,9 +98,11 @@ class MeasuredSession:
         parameters = self.geometry.parameters
         with self._clock("encrypt_seconds"):
             up = [part.to_bytes() for part in self._client.encrypt(hidden, start)]
+        self._carry(up)
         inputs = [Ciphertext.from_bytes(part, parameters) for part in up]
         outputs = self._session.evaluate("all", start, inputs, len(hidden))
         down = [part.to_bytes() for part in outputs]
+        self._carry(down)
         with self._clock("decrypt_seconds"):
             results = [Ciphertext.from_bytes(part, parameters) for part in down]
             got = self._client.decrypt(results, len(hidden), start)
@@ -104,11 +114,17 @@ class MeasuredSession:
         """Answer a request over the wire."""
         parameters = self.geometry.parameters
         down = request.to_bytes()
+        self._carry([down])
         with self._clock("refresh_seconds"):
             up = self._client.refresh(RefreshRequest.from_bytes(down, parameters)).to_bytes()
+        self._carry([up])
         self._tally.refresh_up_bytes += len(up)
         self._tally.refresh_down_bytes += len(down)
         return RefreshReply.from_bytes(up, parameters)
+
+    def _carry(self, sent: Sequence[bytes]) -> None:
+        if self._line is not None:
+            self._tally.line_seconds += self._line.carry(sum(map(len, sent)))
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

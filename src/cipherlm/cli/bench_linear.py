@@ -1,10 +1,10 @@
 """Measure the linear layers of a model on ciphertexts: one token, and several at once.
 
-Client and server meet in one process, and what they exchange is written to bytes and read back: what a
-network and HTTP add is not in the figures. Weights and inputs are random, of the geometry's shapes. Passes go
-through all layers of all blocks, client and server one after the other, as a token does. The fastest pass is
-reported: as a whole, and for each layer the mean over the blocks. The peer is Concrete ML's encrypted linear
-layer, as published.
+Client and server meet in one process, and what they exchange is written to bytes and read back. With --rtt
+and --mbit these bytes really take as long as on such a line; what HTTP adds is not in the figures. Weights
+and inputs are random, of the geometry's shapes. Passes go through all layers of all blocks, client and server
+one after the other, as a token does. The fastest pass is reported: as a whole, and for each layer the mean
+over the blocks. The peer is Concrete ML's encrypted linear layer, as published.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cipherlm.cli.bench_ckks import memory_figures
 from cipherlm.cli.bench_tally import Figures
 from cipherlm.cli.common import positive_integer
+from cipherlm.cli.line import Line, add_line_options, line_figures, line_of
 from cipherlm.engine import Ciphertext, Evaluator
 from cipherlm.linear.client import LinearClient
 from cipherlm.linear.plan import Plan, make_plan
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=positive_integer, default=8, metavar="N", help="tokens at once (default: 8)"
     )
+    add_line_options(parser)
     parser.add_argument("--repeat", type=positive_integer, default=3, metavar="R", help="passes (default: 3)")
 
 
@@ -90,7 +92,7 @@ def run(options: argparse.Namespace) -> Figures:
         client = LinearClient(plan)
         keys = client.evaluation_keys()
         keys_seconds = time.perf_counter() - start
-    parties = _Parties(client, Evaluator(plan.parameters, keys))
+    parties = _Parties(client, Evaluator(plan.parameters, keys), line_of(options))
     counts = sorted({1, options.tokens})
     layers: Figures = {
         name: {"shape": list(shape), "diagonals": plan.of(name).packing.diagonals}
@@ -120,6 +122,7 @@ def run(options: argparse.Namespace) -> Figures:
     figures: Figures = {
         "geometry": options.geometry,
         "blocks": blocks,
+        "line": line_figures(options),
         "parameters": repr(plan.parameters),
         "layers": layers,
         **totals,
@@ -139,8 +142,8 @@ def run(options: argparse.Namespace) -> Figures:
 class _Parties:
     """A client and what the server has of it."""
 
-    def __init__(self, client: LinearClient, evaluator: Evaluator) -> None:
-        self.client, self.evaluator = client, evaluator
+    def __init__(self, client: LinearClient, evaluator: Evaluator, line: Line | None) -> None:
+        self.client, self.evaluator, self._line = client, evaluator, line
         self.plan: Plan = client.plan
 
     def measure(self, server: LinearServer, name: str, x: Float64) -> Figures:
@@ -148,17 +151,23 @@ class _Parties:
         clock = _Clock()
         (rows, norms), encrypt = clock(lambda: self.client.encrypt(name, x))
         sent, write = clock(lambda: _written(rows))
+        carried = self._carry(sent)
         received, read = clock(lambda: self._read(sent))
         outputs, multiply = clock(lambda: server.multiply(self.evaluator, name, received))
         answer, write_back = clock(lambda: _written(outputs))
+        carried += self._carry(answer)
         results, read_back = clock(lambda: self._read(answer))
         _, decrypt = clock(lambda: self.client.decrypt(name, results, norms))
         return {
             "client_seconds": encrypt + write + read_back + decrypt,
             "server_seconds": read + multiply + write_back,
+            "line_seconds": carried,
             "sent_bytes": sum(len(data) for row in sent for data in row),
             "received_bytes": sum(len(data) for row in answer for data in row),
         }
+
+    def _carry(self, rows: list[list[bytes]]) -> float:
+        return 0.0 if self._line is None else self._line.carry(sum(len(data) for row in rows for data in row))
 
     def _read(self, rows: list[list[bytes]]) -> list[Row]:
         return [[Ciphertext.from_bytes(data, self.plan.parameters) for data in row] for row in rows]
@@ -188,8 +197,8 @@ def _sum(runs: Iterable[Figures]) -> Figures:
 
 
 def _seconds(run: Figures) -> float:
-    """Return what both parties took, one after the other."""
-    return float(run["client_seconds"] + run["server_seconds"])
+    """Return what both parties took, one after the other, and the line between them."""
+    return float(run["client_seconds"] + run["server_seconds"] + run["line_seconds"])
 
 
 def _error(
@@ -208,6 +217,6 @@ def _peer(layers: Figures, shapes: dict[str, tuple[int, int]]) -> Figures:
     figures: Figures = {"layer": name}
     for tokens, seconds in PEER_SECONDS.items():
         if tokens in layers[name]:
-            own = _seconds(layers[name][tokens])
+            own = layers[name][tokens]["client_seconds"] + layers[name][tokens]["server_seconds"]
             figures[tokens] = {"published_seconds": seconds, "times_faster": seconds / own}
     return figures

@@ -6,6 +6,7 @@ timed, and the fastest is reported. The first further token is apart from those 
 the prompt's keys and values to where further tokens need them. Errors are against the same blocks in
 floating point. The geometry ``gpt2`` has random weights and no public prefix, ``tiny`` is the embedded model
 behind its public first token, and ``smollm2`` SmolLM2-135M-Instruct behind the head of its chat template.
+With --rtt and --mbit, all that goes between the parties really takes as long as on such a line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cipherlm.cli.bench_ckks import MeasuredSession, errors, memory_figures
 from cipherlm.cli.bench_primitives import Primitives
 from cipherlm.cli.bench_tally import Figures, Tally
 from cipherlm.cli.common import add_json_option, positive_integer
+from cipherlm.cli.line import add_line_options, line_figures, line_of
 from cipherlm.cli.whole import is_chat
 from cipherlm.models.architecture import Args, architecture_of
 from cipherlm.nn.blocks import Blocks, calibrated, evaluate, prefixes
@@ -97,6 +99,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--roofline", action="store_true", help="compare with the primitive operations, measured one by one"
     )
+    add_line_options(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of random weights and inputs")
     add_json_option(parser)
 
@@ -135,6 +138,7 @@ def run(options: argparse.Namespace) -> Figures:
         "prefix_tokens": start,
         "prompt_tokens": prompt,
         "new_tokens": new,
+        "line": line_figures(options),
         **measured,
     }
 
@@ -144,7 +148,7 @@ def _measure(
 ) -> Figures:
     progress, start, prompt = TerminalProgress(), geometry.prefix, options.prompt_tokens
     with progress("generating keys"):
-        session = MeasuredSession(geometry, module)
+        session = MeasuredSession(geometry, module, line=line_of(options))
     with progress("encoding weights and executing"):
         prepare = [tally.seconds for _, tally in _text(session, hidden[: prompt + 1], start, prompt)]
     runs = []

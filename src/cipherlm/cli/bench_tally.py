@@ -38,6 +38,7 @@ class Tally:
     """What an evaluation took: seconds, bytes, calls of the engine and what they consist of.
 
     ``seconds`` go from the client's hidden states to its results, ``cpu_seconds`` are those of all cores.
+    ``line_seconds`` of them bytes were on their way, where a line is between the parties.
     """
 
     seconds: float = 0.0
@@ -45,6 +46,7 @@ class Tally:
     encrypt_seconds: float = 0.0
     refresh_seconds: float = 0.0
     decrypt_seconds: float = 0.0
+    line_seconds: float = 0.0
     refreshes: int = 0
     round_trips: int = 0
     input_bytes: int = 0
@@ -74,6 +76,11 @@ class Tally:
     def client_seconds(self) -> float:
         """The client's part, bytes read and written included."""
         return self.encrypt_seconds + self.refresh_seconds + self.decrypt_seconds
+
+    @property
+    def server_seconds(self) -> float:
+        """The server's part, bytes read and written included."""
+        return self.seconds - self.client_seconds - self.line_seconds
 
     @property
     def up_bytes(self) -> int:
@@ -108,6 +115,7 @@ class Tally:
             "seconds": self.seconds * share,
             "cpu_seconds": self.cpu_seconds * share,
             "client_seconds": self.client_seconds * share,
+            "line_seconds": self.line_seconds * share,
             "refreshes": count(self.refreshes),
             "round_trips": count(self.round_trips),
             "up_bytes": round(count(self.up_bytes)),
@@ -134,7 +142,7 @@ class Tally:
         return {
             "core_seconds": core_seconds / tokens,
             "seconds": seconds / tokens,
-            "ratio": (self.seconds - self.client_seconds) / seconds,
+            "ratio": self.server_seconds / seconds,
             "cpu_ratio": self.cpu_seconds / core_seconds,
             "primitives": {
                 name: parts[name] / tokens for name in sorted(parts, key=parts.__getitem__, reverse=True)

@@ -399,13 +399,12 @@ def outline(
     return Hosted(fitted, [before] * len(blocks.blocks))
 
 
-def kept_bytes(session: CountingSession, module: Hosted) -> int:
-    """Return the memory of a server's encoded weights and masks, as far as a session has needed them.
+def kept_bytes(encodings: Encodings, module: Hosted) -> int:
+    """Return the memory of a server's encoded weights and masks, as far as evaluations have needed them.
 
     Blocks share the weights of an :func:`outline`: each counts with matrices of its own. What is added to
     ciphertexts depends on their scales, which are of a block, and is all there.
     """
-    encodings = session.encodings
     owners: list[Linear | Prefix] = [layer for _, layer in cast(Blocks, module.module).named(Linear)]
     owners += [prefix for prefix in module.prefixes if prefix is not None]
     total = sum(map(_bytes, encodings.kept()))

@@ -179,7 +179,7 @@ def estimate_whole(
 
     keys = _keys(len(levels), total("sent"), total("seconds"), line)
     weights = sum(layer.weight.size + layer.bias.size for _, layer in module.module.named(Linear))
-    held = kept_bytes(session, module) + session.cached_bytes() + total("expanded")
+    held = kept_bytes(session.encodings, module) + session.cached_bytes() + total("expanded")
     session.close()
     return Estimate(
         prompt,

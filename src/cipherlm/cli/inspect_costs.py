@@ -153,6 +153,9 @@ def _whole(options: argparse.Namespace, progress: TerminalProgress) -> tuple[Who
     from cipherlm.models.architecture import architecture_of
     from cipherlm.models.geometry import geometry_of, public_prefix
 
+    config = configured(options)
+    if not config.is_whole:
+        raise UsageError("--placement whole is for all blocks: leave --target-modules and --block out")
     if options.geometry is not None:
         return _whole_geometry(options)
 
@@ -163,9 +166,6 @@ def _whole(options: argparse.Namespace, progress: TerminalProgress) -> tuple[Who
         model = load_config(options.model)
     architecture = architecture_of(model.model_type)
     args = architecture.args.of(model.to_dict())
-    config = configured(options)
-    if not config.is_whole:
-        raise UsageError("--placement whole is for all blocks: leave --target-modules and --block out")
     if not is_saved(options):
         from cipherlm.cli.whole import CONTEXT, is_chat
         from cipherlm.models.chat import public_head

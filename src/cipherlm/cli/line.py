@@ -54,6 +54,12 @@ def line_of(options: argparse.Namespace) -> Line | None:
     return Line(options.rtt or 0.0, options.mbit or math.inf)
 
 
+def line_figures(options: argparse.Namespace) -> dict[str, float | None] | None:
+    """Return the line that the options describe, for JSON."""
+    line = line_of(options)
+    return None if line is None else {"rtt_seconds": line.rtt, "mbit": options.mbit}
+
+
 def duration(text: str) -> float:
     """Return seconds for ``50ms`` or ``0.05s``."""
     found = _DURATION.fullmatch(text.strip().lower())
