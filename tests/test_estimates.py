@@ -48,8 +48,8 @@ class Clockwork(Machine):
     def key_figures(self, geometry, level):
         return {"seconds": 1.0, "sent": 1e6, "made": 2e6, "expanded": 4e6}
 
-    def linear_client_seconds(self):
-        return {"in": 1.0, "out": 10.0}
+    def linear_seconds(self):
+        return {"in": 1.0, "out": 10.0, "read": 100.0, "write": 1000.0}
 
 
 def whole(blocks: int = 2, prompt: int = 2, line: Line = NO_LINE, cores: int = 1) -> Estimate:
@@ -146,6 +146,7 @@ def test_linear_layers_grow_with_products_and_tokens():
     one, many = linear(products=1), linear(products=30)
     assert (one.next_token.round_trips, many.next_token.round_trips) == (1, 30)
     assert many.next_token.client_seconds == pytest.approx(30 * 11.0)
+    assert 30 * 1100.0 < many.next_token.server_seconds < 30 * 1101.0
     assert many.prompt.up_bytes == 30 * one.prompt.up_bytes == 60 * one.next_token.up_bytes
     assert many.keys == one.keys or many.keys.sent_bytes == one.keys.sent_bytes
     # Sixteen vectors in an exchange, and four exchanges on their way at a time.

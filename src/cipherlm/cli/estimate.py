@@ -289,7 +289,7 @@ def _linear_pass(
     products: Sequence[tuple[int, _Product]], tokens: int, machine: Machine, cores: int, line: Line
 ) -> Pass:
     server = client = 0.0
-    trips, together, per = 0, Tally(), machine.linear_client_seconds()
+    trips, together, per = 0, Tally(), machine.linear_seconds()
     exchanges = [min(MAX_ROWS, tokens - first) for first in range(0, tokens, MAX_ROWS)]
     for number, product in products:
         packing = product.plan.of(_PRODUCT).packing
@@ -297,7 +297,9 @@ def _linear_pass(
             tally = product.count(rows)
             core = number * machine.core_seconds(product.plan.parameters, tally.primitives)
             server += machine.server_seconds(f"linear/{'token' if rows == 1 else 'chunk'}", core, cores)
-            client += number * rows * (packing.inputs * per["in"] + packing.outputs * per["out"])
+            inputs, outputs = number * rows * packing.inputs, number * rows * packing.outputs
+            server += inputs * per["read"] + outputs * per["write"]
+            client += inputs * per["in"] + outputs * per["out"]
             together.input_bytes += number * tally.input_bytes
             together.output_bytes += number * tally.output_bytes
         # Several exchanges of a product are on their way at a time.
