@@ -27,7 +27,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 # The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
 BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 
-.PHONY: help setup lock demo test test-ray test-page test-newest test-oldest test-all mutants lint bench clean
+.PHONY: help setup lock demo test test-ray test-page test-newest test-oldest test-all mutants lint bench docs recording clean
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
@@ -37,6 +37,8 @@ help:
 	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
 	@echo "make mutants   see that the tests notice an engine whose encryption is broken"
 	@echo "make bench     measure what the README's table says"
+	@echo "make docs      write the API reference into docs/api, and the pages that scripts write"
+	@echo "make recording record the demo of the README anew"
 	@echo "make setup     make $(VENV) and nothing else (PYTHON=python3.12 chooses the Python)"
 	@echo "make lock      write $(LOCK) anew: the newest versions that pyproject.toml allows"
 	@echo "make clean     remove what was made here"
@@ -118,7 +120,26 @@ $(OLDEST)/.ready: $(SOURCES)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
+# What users call, and what research builds on.
+API := cipherlm cipherlm.models.integration cipherlm.models.chat cipherlm.models.architecture cipherlm.linear \
+	cipherlm.nn cipherlm.engine cipherlm.schemes.ckks.session cipherlm.evaluation.texts cipherlm.evaluation.chats \
+	cipherlm.evaluation.fidelity cipherlm.serving.client
+
+# The extra `docs` is no part of the lock.
+DOCUMENT = $(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra docs
+
+docs: $(READY)
+	@$(DOCUMENT)
+	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/pictures.py
+	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api $(API)
+	@echo "Open docs/api/index.html"
+
+recording: $(READY)
+	@$(DOCUMENT)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/recording.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src engine -name '*.so' -delete
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

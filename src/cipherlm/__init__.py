@@ -1,4 +1,4 @@
-"""Run GPT-class language models on encrypted text.
+"""Run language models of ``transformers`` on encrypted text.
 
 The names below are imported when they are first used, so that ``import cipherlm`` and the layers without
 models load neither torch nor transformers.

@@ -14,16 +14,16 @@ from cipherlm import __version__
 
 VERBS = {
     "demo": "generate text with the embedded model, all its blocks on real ciphertexts",
-    "chat": "talk to a chat model, its linear layers on encrypted text",
-    "generate": "continue a prompt, chosen modules on encrypted data",
+    "chat": "talk to a chat model that computes on encrypted text",
+    "generate": "continue a prompt on encrypted text",
     "evaluate": "measure what encryption costs: agreement with the clear model, perplexity",
-    "inspect": "show circuits, parameters, key and ciphertext sizes, and the cache",
+    "inspect": "show parameters, sizes of keys and ciphertexts, and who learns what",
     "serve": "evaluate a model on ciphertexts, for clients that keep their secret keys",
     "proxy": "let OpenAI programs on this machine use an encrypted model on a server",
     "page": "write a web page where people use an encrypted model on a server, keys in the browser",
     "export": "write a model as a bundle for a server and one for its clients",
     "keygen": "make the keys that a model on a server needs, and keep them on this machine",
-    "bench": "measure one encrypted step for real, as JSON",
+    "bench": "measure encrypted steps: seconds, bytes, errors",
 }
 
 INTERRUPTED = 130
@@ -50,20 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def verb_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a verb's own arguments."""
+    verb = import_module(f"cipherlm.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"cipherlm {name}",
+        description=verb.__doc__,
+        epilog=verb.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def _run(arguments: list[str]) -> int:
     parser = _parser()
     try:
         chosen = parser.parse_args(arguments)
         verb = import_module(f"cipherlm.cli.{chosen.verb}")
-        verb_parser = argparse.ArgumentParser(
-            prog=f"cipherlm {chosen.verb}",
-            description=verb.__doc__,
-            epilog=verb.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        verb.add_arguments(verb_parser)
-        verb_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        options = verb_parser.parse_args(chosen.arguments)
+        options = verb_parser(chosen.verb).parse_args(chosen.arguments)
     except SystemExit as stop:  # argparse has said why
         return stop.code if isinstance(stop.code, int) else 2
 
@@ -87,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="cipherlm",
-        description="Run GPT-class language models on encrypted text.",
+        description="Run language models on encrypted text.",
         epilog=f"verbs:\n{verbs}\n\nexample:\n  cipherlm demo\n\n"
         "`cipherlm VERB --help` explains a verb. An error is one line; --debug after the verb, or\n"
         "CIPHERLM_DEBUG=1, shows its traceback.",

@@ -57,8 +57,8 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="tiny",
         metavar="NAME",
-        help='"tiny" (embedded, the default), a directory, a GGUF file, or a GPT-2 on the Hugging Face hub '
-        'such as "gpt2"',
+        help='"tiny" (embedded, the default), "smollm2", a directory, a GGUF file, or an id on the Hugging '
+        'Face hub such as "gpt2"',
     )
 
 
