@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+import cipherlm
 from cipherlm.cli import VERBS, verb_parser
 
 ROOT = Path(__file__).parent.parent
@@ -187,3 +188,11 @@ def test_pictures_are_svg_without_anything_from_elsewhere(picture):
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.find("{http://www.w3.org/2000/svg}title") is not None
     assert "href" not in picture.read_text("utf-8")
+
+
+def test_all_places_have_the_same_version():
+    version = cipherlm.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)[0] == version
