@@ -36,7 +36,7 @@ help:
 	@echo "make test-page the tests of the web page, in Chromium"
 	@echo "make test-all  the long encrypted tests too, with the newest and the oldest versions"
 	@echo "make mutants   see that the tests notice an engine whose encryption is broken"
-	@echo "make bench     measure what the README's table says"
+	@echo "make bench     measure what the README's tables say"
 	@echo "make docs      write the API reference into docs/api, and the pages that scripts write"
 	@echo "make recording record the demo of the README anew"
 	@echo "make setup     make $(VENV) and nothing else (PYTHON=python3.12 chooses the Python)"

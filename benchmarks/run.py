@@ -1,4 +1,4 @@
-"""Measure what the README's table says, each row in a process of its own, and print that table.
+"""Measure what the README's tables say, each row in a process of its own, and print the results.
 
     python benchmarks/run.py                  all rows
     python benchmarks/run.py --only head-6    one row
@@ -28,6 +28,8 @@ ROWS = {
     "ckks-block": "bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3",
     "ckks-tiny": "bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --runs 1",
     "ckks-gpt2": "bench model --geometry gpt2 --prompt-tokens 8 --new-tokens 2 --runs 1",
+    "ckks-smollm2": "bench model --geometry smollm2 --blocks 3 --prompt-tokens 8 --new-tokens 2 --runs 1 "
+    "--context 256",
     "linear-gpt2": "bench linear --geometry gpt2",
     "linear-smollm2": "bench linear --geometry smollm2",
     "agreement-head": "evaluate --scheme tfhe --heads 0 --n-bits 4",

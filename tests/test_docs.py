@@ -46,9 +46,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
 
 
-def script(name: str) -> ModuleType:
-    """Return a program of the documentation as a module."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+def script(path: Path) -> ModuleType:
+    """Return a program outside of the package as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -144,6 +144,13 @@ def test_the_example_of_the_readme_runs_on_ciphertexts(capsys):
     assert "The old man was a man of" in capsys.readouterr().out
 
 
+def test_make_bench_measures_the_tables_of_the_readme():
+    rows = set(script(ROOT / "benchmarks" / "run.py").ROWS.values())
+    measured = set(re.findall(r"`cipherlm (bench [^`]+)` \|$", prose(ROOT / "README.md"), re.MULTILINE))
+    assert measured
+    assert measured <= rows
+
+
 def test_tests_that_are_named_exist():
     """The claims of docs/security.md and others name the tests that back them."""
     sources = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "tests").rglob("*.go")]
@@ -172,11 +179,13 @@ def test_files_that_are_named_exist():
 
 
 def test_the_reference_of_the_command_line_is_up_to_date():
-    assert (DOCS / "cli.md").read_text("utf-8") == script("reference").page(), "run: python docs/reference.py"
+    assert (DOCS / "cli.md").read_text("utf-8") == script(DOCS / "reference.py").page(), (
+        "run: python docs/reference.py"
+    )
 
 
 def test_pictures_are_those_that_the_script_draws():
-    for name, drawing in script("pictures").pictures():
+    for name, drawing in script(DOCS / "pictures.py").pictures():
         assert (DOCS / "images" / f"{name}.svg").read_text("utf-8") == str(drawing), (
             "run: python docs/pictures.py"
         )
