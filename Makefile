@@ -121,7 +121,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 # What users call, and what research builds on.
-API := cipherlm cipherlm.models.integration cipherlm.models.chat cipherlm.models.architecture cipherlm.linear \
+API := cipherlm cipherlm.models.chat cipherlm.models.architecture cipherlm.linear \
 	cipherlm.nn cipherlm.engine cipherlm.schemes.ckks.session cipherlm.evaluation.texts cipherlm.evaluation.chats \
 	cipherlm.evaluation.fidelity cipherlm.serving.client
 

@@ -171,10 +171,10 @@ def test_tests_that_are_named_exist():
 
 def test_files_that_are_named_exist():
     inside = [ROOT, ROOT / "src" / "cipherlm", DOCS]
+    roots = "src|tests|engine|page|docs|examples|benchmarks|nn|schemes|models|serving|cli"
     for page in PAGES:
-        for path in re.findall(
-            r"`((?:src|tests|engine|page|docs|examples|benchmarks|nn|schemes|models)/[\w./]+)`", prose(page)
-        ):
+        named = re.findall(rf"`((?:{roots})/[\w./]+)`", prose(page))
+        for path in (path for path in named if "NAME" not in path):
             assert any((root / path).exists() for root in inside), f"{page.name}: {path}"
 
 

@@ -124,7 +124,7 @@ def described(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("on the server", _remote_words(figures["modules"])),
         ("public prefix", f"{figures['prefix_text']!r}, not encrypted"),
-        ("context", f"up to {figures['context']} tokens, {figures['tokens']} of a prompt side by side"),
+        ("context", f"up to {figures['context']} tokens, {figures['tokens']} of a prompt packed together"),
         ("ring degree", f"{figures['ring_degree']}, {figures['levels']} levels"),
         (
             "security",
@@ -144,12 +144,12 @@ def described(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def who_learns_what(modules: list[str]) -> list[tuple[str, str]]:
     """Return what each party learns, in words."""
     client = (
-        "the last hidden states, and no weight of the blocks but through them"
+        "the last hidden states, as from any API with logits, and no weights"
         if is_whole(modules)
-        else "what each remote module takes and gives; with patience it could fit that module"
+        else "input and output of each remote module: a patient client can fit that module"
     )
     return [
-        ("the server learns", "the prefix, sizes and times, and how many tokens come after a prompt"),
+        ("the server learns", "sizes, times, and how many tokens are evaluated, but no text"),
         ("the client learns", client),
     ]
 

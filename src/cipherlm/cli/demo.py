@@ -41,7 +41,7 @@ PROMPT = "The old man"
 
 WHO_SEES_WHAT = (
     "Both parties ran in this process. The server's part saw ciphertexts, sizes and times, never the text; "
-    "the client sees what the encrypted head takes and gives, so with patience it could fit that head."
+    "the client sees input and output of the encrypted head, so a patient client can fit that head."
 )
 
 
@@ -110,9 +110,9 @@ def _demo_remote(options: argparse.Namespace, config: "EncryptionConfig") -> dic
     about = remote_figures(summary(model, tokenizer))
     say(f"The embedded model, whole, on encrypted text: {model.config.n_layer} blocks, CKKS")
     say(f"  The client keeps the text and the secret key (ring degree {about['ring_degree']}, 128 bits).")
-    say("  The server has the weights. It gets keys to compute with, ciphertexts, and one public token,")
-    say(f"  {about['prefix_text']}. When a ciphertext runs out of levels, the client encrypts it anew; the")
-    say("  server has hidden it behind random numbers before.")
+    say("  The server has the weights. It gets evaluation keys, ciphertexts, and one public token,")
+    say(f"  {about['prefix_text']}. When a ciphertext runs out of levels, the server masks it with random")
+    say("  numbers, and the client encrypts it again.")
     with model.in_clear():
         clear = generate(model, ids, options.max_new_tokens, stream=TokenStream(tokenizer))
     calibrate(model, options, tokenizer)
