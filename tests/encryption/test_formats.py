@@ -57,7 +57,8 @@ def handmade(parameters: Parameters, kind: int, payload: bytes, key: bytes = KEY
     """Return a frame: magic, version, type, parameters, key, length, zeros; payload; checksum."""
     fingerprint = bytes.fromhex(parameters.fingerprint)
     length = struct.pack("<Q", len(payload) + 32)
-    body = b"CLHE" + struct.pack("<HH", VERSIONS.get(kind, 1), kind) + fingerprint + key + length + bytes(16) + payload
+    about = struct.pack("<HH", VERSIONS.get(kind, 1), kind)
+    body = b"CLHE" + about + fingerprint + key + length + bytes(16) + payload
     return body + hashlib.blake2b(body, digest_size=32).digest()
 
 

@@ -341,7 +341,7 @@ class CountingSession:
         self.encodings = CountingEncodings(self._evaluator, geometry.layout, storage=server.storage)
         refresh = MaskedRefresh(self._evaluator, cast(Any, None), self._exchange)
         self._arithmetic = Arithmetic(self._evaluator, self.encodings, refresh)
-        self._session = Session(server, self._arithmetic, cast(Any, None))
+        self._session = Session(server, self._arithmetic, cast(Any, None), self._exchange)
 
     def evaluate(self, count: int, start: int) -> Tally:
         """Return what so many tokens take, the first of them at position ``start``."""

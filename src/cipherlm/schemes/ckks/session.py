@@ -222,22 +222,20 @@ class Server:
 
     def open(self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange) -> Session:
         """Start to compute for a client. ``exchange`` brings it a refresh request and returns its reply."""
-        return Session(self, keys, public_key, exchange)
+        evaluator = Evaluator(self.geometry.parameters, keys)
+        arithmetic = Arithmetic(evaluator, self.encodings, MaskedRefresh(evaluator, public_key, exchange))
+        return Session(self, arithmetic, public_key, exchange)
 
 
 class Session:
     """One client's evaluations on a server, which remembers the keys and values of its tokens."""
 
     def __init__(
-        self, server: Server, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange
+        self, server: Server, arithmetic: Arithmetic, public_key: PublicKey, exchange: Exchange
     ) -> None:
-        self._server, self._exchange = server, exchange
-        self._public_key = public_key
+        self.arithmetic, self._server = arithmetic, server
+        self._public_key, self._exchange = public_key, exchange
         self._seen: dict[str, tuple[list[Cache], int]] = {}
-        evaluator = Evaluator(server.geometry.parameters, keys)
-        self.arithmetic = Arithmetic(
-            evaluator, server.encodings, MaskedRefresh(evaluator, public_key, exchange)
-        )
 
     @property
     def is_resting(self) -> bool:
