@@ -9,6 +9,7 @@ import pytest
 
 from cipherlm.engine import Evaluator, Parameters, PublicKey, SecretKey
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
+from cipherlm.schemes.ckks.chunk import EncryptedChunk
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import (
     EncryptedTensor,
@@ -61,10 +62,23 @@ class Parties:
         ciphertext = self.secret_key.encrypt(self.layout.pack_heads(values), level)
         return EncryptedTensor(self.arithmetic, (ciphertext,), values.shape[1], heads=True, position=position)
 
-    def encrypt_token_heads(self, values, position) -> EncryptedToken:
-        """Encrypt one token's queries, or keys and ``1j`` times values, all (heads, head_dim)."""
+    def encrypt_chunk(self, hidden, position, level=8) -> EncryptedChunk:
+        ciphertexts = encrypt(self.secret_key, self.layout, hidden, level=level)
+        return EncryptedChunk(self.arithmetic, tuple(ciphertexts), len(hidden), position=position)
+
+    def encrypt_chunk_heads(self, values, position) -> EncryptedChunk:
+        """Encrypt queries, keys or values (heads, tokens, head_dim) of a chunk behind others."""
+        missing = self.layout.tokens - values.shape[1]
+        padded = np.concatenate([values, np.repeat(values[:, -1:], missing, axis=1)], axis=1)
+        ciphertext = self.secret_key.encrypt(self.layout.pack_heads(padded), 3)
+        return EncryptedChunk(self.arithmetic, (ciphertext,), values.shape[1], heads=True, position=position)
+
+    def encrypt_token_heads(self, values, position, *, past=False) -> EncryptedToken:
+        """Encrypt one token's queries, or with ``past`` keys and ``1j`` times values: (heads, head_dim)."""
         decoding = self.layout.decoding
-        ciphertext = self.secret_key.encrypt(decoding.pack_heads(values), decoding.attention_level)
+        order = decoding.repeated_order if past else decoding.head_order
+        slots = decoding.pack_heads(values, order)
+        ciphertext = self.secret_key.encrypt(slots, decoding.attention_level)
         return EncryptedToken(self.arithmetic, (ciphertext,), position, heads=True)
 
     def decrypt_token(self, tensor, features=None) -> np.ndarray:

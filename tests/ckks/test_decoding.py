@@ -77,7 +77,7 @@ def test_block_after_block_of_tokens(small, prefix_tokens):
         token = small.encrypt_token(hidden[index], prefix_tokens + index)
         got.append(small.decrypt_token(fitted(token, cache)))
     assert np.abs(np.array(got) - want).max() < 2e-3
-    with pytest.raises(ValueError, match="token 11 behind"):
+    with pytest.raises(ValueError, match="11 tokens are to stay"):
         fitted(small.encrypt_token(hidden[0], 11), cache)
 
 
@@ -97,7 +97,7 @@ def test_rotary_of_one_token(turning, rotary, position, token, seed):
 
     got = turning.decrypt_token_heads(turning.encrypt_token_heads(query, position).rotary(rotary)._rotated)
     assert np.abs(got.real - turned(query)).max() < 2e-6
-    pair = turning.encrypt_token_heads(key + 1j * value, position)
+    pair = turning.encrypt_token_heads(key + 1j * value, position, past=True)
     want = np.zeros((4, 3, 10), complex)
     for real, tensor in ((turned(key), pair.rotary(rotary)), (key, pair)):
         want[token] = real + 1j * value
@@ -141,7 +141,8 @@ def test_scores_and_sums_of_one_token(turning, rotary, prefix_tokens, more, seed
     prompt = [parties.encrypt_heads(x[:, :3], prefix_tokens) for x in (key, value)]
     past = turned(prompt[0]).with_past(prompt[1], None, prefix)
     for index in range(3, tokens):
-        pair = parties.encrypt_token_heads((key + 1j * value)[:, index], prefix_tokens + index)
+        pair = (key + 1j * value)[:, index]
+        pair = parties.encrypt_token_heads(pair, prefix_tokens + index, past=True)
         pair = turned(pair)
         past = pair.with_past(pair, past, prefix)
     keys, values = past

@@ -153,7 +153,7 @@ def score_slots(layout, scores):
             own[a :: layout.tokens, : layout.heads, t] = scores[:, t, layout.prefix + t - a]
     places = parts.reshape(-1, *own.shape[1:])
     places[: layout.prefix, : layout.heads] = scores[:, :, : layout.prefix].transpose(2, 0, 1)
-    return [layout._repeated(part) for part in (own, *parts)]
+    return [layout.repeated(part) for part in (own, *parts)]
 
 
 @settings(max_examples=6, deadline=None)

@@ -46,7 +46,7 @@ def test_offsets_in_a_refresh_read_rows_of_a_layer(parties):  # noqa: F811
             nonlocal rounds
             rounds += 1
             if rounds == tampered:
-                request = offset(parties.decryption, request, layout._repeated(added).astype(complex))
+                request = offset(parties.decryption, request, layout.repeated(added).astype(complex))
             return client.secret_key.refresh(request)
 
         session.arithmetic._refresher._exchange = exchange

@@ -70,7 +70,7 @@ class CheatingServer:
         size = SLOTS / (layout.period * layout.tokens) * (embedding @ embedding)
 
         def encrypted(sent: Ciphertext) -> Ciphertext:
-            total = self._total(self.evaluator.multiply(sent, layout._repeated(test)))
+            total = self._total(self.evaluator.multiply(sent, layout.repeated(test)))
             return self.evaluator.set_scale(total, total.scale * size)
 
         return encrypted

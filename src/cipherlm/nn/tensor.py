@@ -67,11 +67,12 @@ class Tensor(ABC):
         """Return queries or keys, rotated by the angles of their tokens' positions."""
 
     @abstractmethod
-    def with_past(self: T, value: T, past: Any, prefix: Prefix | None) -> tuple[T, T]:
+    def with_past(self: T, value: T, past: Any, prefix: Prefix | None) -> tuple[Any, Any]:
         """Return these keys and the values of the same tokens, with those of earlier tokens before them.
 
         ``past`` is what an earlier call returned, or None at the start of a text. ``prefix`` comes before all
-        of them; its centre is taken off the keys.
+        of them; its centre is taken off the keys. What comes back is for :meth:`scores`, for :meth:`mix` and
+        for the next call.
         """
 
     @property
@@ -85,7 +86,7 @@ class Tensor(ABC):
         """For how many keys each query has a place in scores, whether it sees them or not."""
 
     @abstractmethod
-    def scores(self: T, key: T) -> T:
+    def scores(self: T, key: Any) -> T:
         """Return every head's ``q.k / sqrt(head_dim)``."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class Tensor(ABC):
         """Return each query's sum over its keys, as one column."""
 
     @abstractmethod
-    def mix(self: T, value: T) -> tuple[T, T]:
+    def mix(self: T, value: Any) -> tuple[T, T]:
         """Return each query's sum of the values (heads, keys, head_dim), weighted by these scores.
 
         With it comes the sum of its weights, as one column.
@@ -150,10 +151,10 @@ class Cache:
     prefix: Prefix | None = None
     past: Any = None
 
-    def extend(self, key: T, value: T) -> tuple[T, T]:
+    def extend(self, key: T, value: T) -> tuple[Any, Any]:
         """Return all keys and values, with these behind them, and keep them for the next tokens."""
-        self.past = key.with_past(value, self.past, self.prefix)
-        extended: tuple[T, T] = self.past
+        extended: tuple[Any, Any] = key.with_past(value, self.past, self.prefix)
+        self.past = extended
         return extended
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ polynomials, whose intervals scales may map. They are fixed, so that a request t
 A ciphertext is given its scale by a product with an integer, 2^shift times the ratio of the scales.
 """
 
+RECENT = 16
+"""How many encodings are kept that depend on positions: those of a few texts that are computed at a time."""
+
 LEAST_FACTOR = 2
 """The least of them. Below 8 it may miss a scale by so much that a polynomial takes one more level."""
 
@@ -52,12 +56,22 @@ class Encodings:
         self.parameters, self.layout, self.storage = parameters, layout, storage
         self._layers: WeakKeyDictionary[Linear | Prefix, _Layer] = WeakKeyDictionary()
         self._kept: dict[Any, Any] = {}
+        self._recent: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.RLock()
 
     def layer(self, owner: Linear | Prefix) -> _Layer:
         """Return what is kept with clear weights, or with the keys and values of a prefix."""
         with self._lock:
             return self._layers.setdefault(owner, _Layer(self))
+
+    def recent(self, key: Any, make: Callable[[], A]) -> A:
+        """Return what belongs to a key, made anew where more than :data:`RECENT` others came in between."""
+        with self._lock:
+            value: A = self._recent.pop(key) if key in self._recent else make()
+            self._recent[key] = value
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
+            return value
 
     def keep(self, key: Any, make: Callable[[], A]) -> A:
         """Return what belongs to a key, made on the first call."""
@@ -104,10 +118,9 @@ class Encodings:
             ("keys", rotary, position), lambda: self._masks(self.layout.key_masks(rotary, position))
         )
 
-    @property
-    def value_masks(self) -> list[list[Plaintext]]:
-        """The encoded masks of values."""
-        return self.keep("values", lambda: self._masks(self.layout.value_masks()))
+    def value_masks(self, start: int) -> list[list[Plaintext]]:
+        """Return the encoded masks of values; see :meth:`Layout.value_masks`."""
+        return self.keep(("values", start), lambda: self._masks(self.layout.value_masks(start)))
 
     def _masks(self, masks: Iterable[list[Float64]]) -> list[list[Plaintext]]:
         return [[self.mask(mask, ATTENTION_LEVEL - 1) for mask in row] for row in masks]
@@ -199,11 +212,17 @@ class Arithmetic:
             for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
         ]
 
-    def refresh_complex(self, ciphertext: Ciphertext, level: int) -> Ciphertext:
-        """Return a ciphertext of complex numbers at a level, with its scale."""
-        factor = self.evaluator.multiply(self.evaluator.drop_level(ciphertext, MASK_LEVEL), 2**PLAIN_SHIFT)
-        (fresh,) = self._exchange([factor], level, PLAIN_SHIFT)
-        return self.evaluator.set_scale(fresh, ciphertext.scale)
+    def refresh_complex(self, ciphertexts: Sequence[Ciphertext], level: int) -> list[Ciphertext]:
+        """Return ciphertexts of complex numbers at a level, each with its scale."""
+        evaluator = self.evaluator
+        sent = [
+            evaluator.multiply(evaluator.drop_level(ciphertext, MASK_LEVEL), 2**PLAIN_SHIFT)
+            for ciphertext in ciphertexts
+        ]
+        fresh = self._exchange(sent, level, PLAIN_SHIFT)
+        return [
+            evaluator.set_scale(part, before.scale) for part, before in zip(fresh, ciphertexts, strict=True)
+        ]
 
     def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
         self.refreshes += len(sent)

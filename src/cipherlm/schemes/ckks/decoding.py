@@ -16,31 +16,28 @@ from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Encodings
+from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context
 from cipherlm.schemes.ckks.decoding_layout import DecodingLayout
-from cipherlm.schemes.ckks.encrypted import CiphertextTensor, EncryptedTensor
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL
+from cipherlm.schemes.ckks.encrypted import CiphertextTensor
+from cipherlm.schemes.ckks.layout import LINEAR_LEVEL
 from cipherlm.schemes.ckks.matrices import DecodingMatrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
 
-CONTEXT_LEVEL = ATTENTION_LEVEL - 1
-"""Where keys and values are kept: at 3 they meet a query, at 2 scores are put in their places."""
-
 
 @dataclass(eq=False)
 class EncryptedToken(CiphertextTensor):
-    """Hidden states, heads or scores of the token at ``position``, or keys and values up to it.
+    """Hidden states, heads or scores of the token at ``position``.
 
-    Scores are in one ciphertext for each of the layout's parts, keys and values in one for each group of
-    tokens, everything else is in one. Keys are the real part and values the imaginary one, and so both are
-    the same tensor. The packing is :class:`~cipherlm.schemes.ckks.decoding_layout.DecodingLayout`. The keys
-    and values of a clear ``prefix`` stand beside the ciphertexts, and keys are to be rotated by ``rotation``.
+    Scores are in one ciphertext for each of the layout's parts, everything else is in one. Keys are the real
+    part and values the imaginary one, and so both are the same tensor; those of the tokens before are a
+    :class:`~cipherlm.schemes.ckks.context.Context`. The packing is
+    :class:`~cipherlm.schemes.ckks.decoding_layout.DecodingLayout`. Keys are to be rotated by ``rotation``.
     """
 
     position: int
     heads: bool = False
-    prefix: Prefix | None = None
     rotation: Rotary | None = None
 
     @property
@@ -85,7 +82,9 @@ class EncryptedToken(CiphertextTensor):
 
         def joined(which: str, values: Float64) -> NDArray[Any]:
             query, key, value = np.split(values, 3, axis=-1)
-            return self._placed(query if which == "query" else key + 1j * value, -1, layout.head_order)
+            if which == "query":
+                return self._placed(query, -1, layout.head_order)
+            return self._placed(key + 1j * value, -1, layout.repeated_order)
 
         def shift(which: str) -> NDArray[Any]:
             return np.tile(joined(which, linear.bias), layout.prompt.tokens)
@@ -107,30 +106,21 @@ class EncryptedToken(CiphertextTensor):
         """See :class:`Tensor`: it is done where these are used."""
         return self._with(self.parts, rotation=rotary)
 
-    def with_past(
-        self, value: EncryptedToken, past: Any, prefix: Prefix | None
-    ) -> tuple[EncryptedToken, EncryptedToken]:
-        """See :class:`Tensor`; ``past`` is a prompt's keys and values, or those that this returned before."""
-        key = past[0]
-        if isinstance(key, EncryptedTensor):
-            groups, count = [_group(key, past[1])], key.position + key.tokens
-        else:
-            groups, count = list(key.parts), key.position + 1
-        if count != self.position:
-            raise ValueError(f"token {self.position} behind {count} tokens")
-        evaluator, encodings = self._evaluator, self.arithmetic.encodings
-        group, token = divmod(self.position - self.layout.prompt.prefix, self.layout.prompt.tokens)
+    def with_past(self, value: EncryptedToken, past: Any, prefix: Prefix | None) -> tuple[Context, Context]:
+        """See :class:`Tensor`; ``past`` is what this or :meth:`EncryptedTensor.with_past` returned before."""
+        context = Context.of(past, self.position)
+        encodings = self.arithmetic.encodings
+        token = context.tokens % self.layout.prompt.tokens
         placed = self._of_token(token)
         if prefix is not None:
             centre = -prefix.centre[:, 0]
-            slots = self.layout.pack_heads(centre) * self.layout.token_mask(token)
+            packed = self.layout.pack_heads(centre, self.layout.repeated_order)
+            slots = packed * self.layout.token_mask(token)
             shift = encodings.layer(prefix).bias(("decoding", token), placed, lambda: slots)
-            placed = evaluator.add(placed, shift)
-        added = self.arithmetic.refresh_complex(placed, CONTEXT_LEVEL)
-        groups[group:] = [evaluator.add(kept, added) for kept in groups[group:]] or [added]
-        apart = prefix if self.layout.prompt.prefix else None
-        joined = self._with(groups, heads=True, prefix=apart, rotation=None)
-        return joined, joined
+            placed = self._evaluator.add(placed, shift)
+        context.add(placed)
+        context.prefix = prefix if self.layout.prompt.prefix else None
+        return context, context
 
     def _of_token(self, token: int) -> Ciphertext:
         """Return keys, after their rotation, and values where those of a token of a group are."""
@@ -175,7 +165,7 @@ class EncryptedToken(CiphertextTensor):
         """How many of the keys are not of a clear prefix."""
         return self.keys - self.layout.prompt.prefix
 
-    def scores(self, key: EncryptedToken) -> EncryptedToken:
+    def scores(self, key: Context) -> EncryptedToken:
         """See :class:`Tensor`: the real parts of the products of a query with keys and values."""
         evaluator, layout = self._evaluator, self.layout
         query = self._rotated
@@ -188,18 +178,18 @@ class EncryptedToken(CiphertextTensor):
             seen = min(layout.prompt.tokens, self._own_keys - index * layout.prompt.tokens)
             return evaluator.multiply(product, self._score_mask(seen))
 
-        masked = self.arithmetic.each(of_group, enumerate(key.parts))
+        masked = self.arithmetic.each(of_group, enumerate(key.apart))
         parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
         factor = math.sqrt(layout.prompt.head_dim)
         own = [self._real(self._gathered(part), factor) for part in parts]
-        return self._with([*self._prefix_scores(query, key), *own], heads=False, rotation=None)
+        return self._with([*self._prefix_scores(query, key.prefix), *own], heads=False, rotation=None)
 
-    def _prefix_scores(self, query: Ciphertext, key: EncryptedToken) -> list[Ciphertext]:
-        if key.prefix is None:
+    def _prefix_scores(self, query: Ciphertext, prefix: Prefix | None) -> list[Ciphertext]:
+        if prefix is None:
             return []
         evaluator, layout = self._evaluator, self.layout
         results = []
-        for (product,) in evaluator.transform_many([query], key._of_prefix("keys", CONTEXT_LEVEL)):
+        for (product,) in evaluator.transform_many([query], self._of_prefix(prefix, "keys", CONTEXT_LEVEL)):
             product = evaluator.inner_sum(product, *layout.features_of_head[0])
             results.append(evaluator.multiply(product, self._place_mask(CONTEXT_LEVEL - 1)))
         return results
@@ -208,10 +198,11 @@ class EncryptedToken(CiphertextTensor):
         encodings = self.arithmetic.encodings
         return encodings.keep(("places", level), lambda: encodings.mask(self.layout.place_mask, level))
 
-    def _of_prefix(self, kind: str, level: int, scale: float | None = None) -> list[LinearTransformation]:
+    def _of_prefix(
+        self, prefix: Prefix, kind: str, level: int, scale: float | None = None
+    ) -> list[LinearTransformation]:
         """Return the matrices of a prefix's clear keys or values, one for each part of its scores."""
-        prefix, layout = self.prefix, self.layout
-        assert prefix is not None
+        layout = self.layout
 
         def diagonals(part: int) -> Iterable[tuple[int, NDArray[Any]]]:
             if kind == "keys":
@@ -264,13 +255,13 @@ class EncryptedToken(CiphertextTensor):
             total = self._evaluator.inner_sum(total, *sums)
         return self._with([total])
 
-    def mix(self, value: EncryptedToken) -> tuple[EncryptedToken, EncryptedToken]:
+    def mix(self, value: Context) -> tuple[EncryptedToken, EncryptedToken]:
         """See :class:`Tensor`."""
         self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.layout
         of_prefix, own = self.parts[: layout.prefix_parts], self.parts[layout.prefix_parts :]
-        placed: list[Ciphertext] = []
-        for index in range(len(value.parts)):
+        kept, placed = value.apart, list[Ciphertext]()
+        for index in range(len(kept)):
             part, group = divmod(index, layout.lower)
             if group == 0:
                 placed.append(evaluator.drop_level(own[part], CONTEXT_LEVEL))
@@ -289,10 +280,11 @@ class EncryptedToken(CiphertextTensor):
         for other in weights[1:]:
             total = evaluator.add(total, other)
         total = evaluator.inner_sum(total, *layout.tokens_of_group)
-        groups = [evaluator.drop_level(group, weights[0].level) for group in value.parts]
+        groups = [evaluator.drop_level(group, weights[0].level) for group in kept]
         mixed = evaluator.dot(weights, groups, rescale=False)
-        if of_prefix:
-            matrices = value._of_prefix("values", CONTEXT_LEVEL - 1, mixed.scale / weights[0].scale)
+        if value.prefix is not None:
+            scale = mixed.scale / weights[0].scale
+            matrices = self._of_prefix(value.prefix, "values", CONTEXT_LEVEL - 1, scale)
             for before, matrix in zip(of_prefix, matrices, strict=True):
                 weight = evaluator.multiply(
                     evaluator.drop_level(before, CONTEXT_LEVEL), self._place_mask(CONTEXT_LEVEL)
@@ -315,19 +307,3 @@ class EncryptedToken(CiphertextTensor):
         )
 
 
-def _group(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
-    """Return the keys and values of a prompt as the first group of a context."""
-    arithmetic = key.arithmetic
-    evaluator, encodings, layout = arithmetic.evaluator, arithmetic.encodings, arithmetic.layout.decoding
-    keys = key.rotated
-    (values,) = (evaluator.drop_level(part, keys.level) for part in value.parts)
-    pair = evaluator.add(keys, evaluator.multiply(values, 1j))
-    level = min(pair.level, CONTEXT_LEVEL)
-    transposition = encodings.keep(
-        ("transposition", key.tokens, level),
-        lambda: encodings.transformation(
-            layout.transposition(key.tokens), level=level, giant_step=layout.prompt.slots
-        ),
-    )
-    fresh = arithmetic.refresh_complex(evaluator.transform(pair, transposition), CONTEXT_LEVEL + 1)
-    return evaluator.adjust_scale(fresh, encodings.parameters.scale)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +135,14 @@ class DecodingLayout:
             chosen = (feature - token == distance) & (token < count)
             yield distance * (self.heads_period - 1) % slots, chosen * 1.0
 
+    def transposition_back(self) -> Iterator[tuple[int, Float64]]:
+        """Yield rotation and mask of each term that brings keys or values to a prompt's packing."""
+        tokens, slots = self.prompt.tokens, self.prompt.slots
+        n = np.arange(slots)
+        for distance in range(1 - tokens, tokens):
+            chosen = n % tokens - n // self.heads_period == distance
+            yield distance * (self.heads_period - 1) % slots, chosen * 1.0
+
     def rotations(self, max_level: int) -> dict[int, int]:
         """Return the rotations that decoding needs, and the highest level of each."""
         levels: dict[int, int] = {}
@@ -178,19 +187,31 @@ class DecodingLayout:
     @property
     def head_order(self) -> Integers:
         """The feature at each position of the heads' order, or -1 for none."""
+        places = np.full(self.lower * self.prompt.tokens, -1)
+        places[: len(self.prompt.feature_at)] = self.prompt.feature_at
+        return self._order(places)
+
+    @property
+    def repeated_order(self) -> Integers:
+        """The same, with features as often as a prompt's packing has them: that of keys and values."""
+        count = self.lower * self.prompt.tokens
+        return self._order(np.tile(self.prompt.feature_at, count // len(self.prompt.feature_at)))
+
+    def _order(self, places: Integers) -> Integers:
         layout = self.prompt
         upper, head, rest = np.unravel_index(
             np.arange(self.heads_period), (self.lower, layout.padded_heads, layout.tokens)
         )
-        places = np.full(self.lower * layout.tokens, -1)
-        places[: len(layout.feature_at)] = layout.feature_at
         feature = places[rest * self.lower + upper]
         exists = (feature >= 0) & (head < layout.heads)
         return np.where(exists, head * layout.head_dim + feature, -1)
 
-    def pack_heads(self, values: Float64) -> Float64:
-        """Return the slots of one token's values (heads, head_dim), the same in every repetition."""
-        order = self.head_order
+    def pack_heads(self, values: NDArray[Any], order: Integers | None = None) -> NDArray[Any]:
+        """Return the slots of one token's values (heads, head_dim), the same in every repetition.
+
+        Unless given, the order is :attr:`head_order`.
+        """
+        order = self.head_order if order is None else order
         slots = np.where(order >= 0, values.ravel()[order], 0.0)
         return np.tile(slots, self.prompt.tokens)
 
@@ -199,7 +220,10 @@ class DecodingLayout:
         cosine, sine = rotary.factors(np.array([position]))
         first = np.arange(self.prompt.head_dim) < self.prompt.head_dim // 2
         factors = (cosine[0], np.where(first, -sine[0], 0), np.where(first, 0, sine[0]))
-        packed = [self.pack_heads(np.tile(factor, (self.prompt.heads, 1))) for factor in factors]
+        packed = [
+            self.pack_heads(np.tile(factor, (self.prompt.heads, 1)), self.repeated_order)
+            for factor in factors
+        ]
         return packed[0], packed[1], packed[2]
 
     def prefix_scores(self, keys: Float64, part: int) -> Iterator[tuple[int, Float64]]:

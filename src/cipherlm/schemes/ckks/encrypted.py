@@ -173,9 +173,9 @@ class EncryptedTensor(CiphertextTensor):
 
     Hidden states are in one ciphertext for each period of features, everything else is in one. A column has
     its value of a token (and a head) in every slot of that token (and head). The tokens are those from
-    ``start`` on, and token 0 is at ``position`` of the text. Hidden states before ``start`` are zero, and
-    stay so: the place of a short clear prefix. The keys and values of a longer one are in ``prefix``, beside
-    the ciphertexts; scores have more of these for it.
+    ``start`` on, and token 0 is at ``position`` of the text. Hidden states before ``start`` are zero, or are
+    made so before they are next used: the place of a short clear prefix. The keys and values of a longer one
+    are in ``prefix``, beside the ciphertexts; scores have more of these for it.
 
     Keys are to be rotated by ``rotation``: the masks that place them do that on the way.
     """
@@ -190,6 +190,22 @@ class EncryptedTensor(CiphertextTensor):
     @property
     def _features(self) -> tuple[int, int]:
         return self.arithmetic.layout.features
+
+    def mean_square(self, before: Chebyshev, gain: float = 1.0) -> EncryptedTensor:
+        """See :class:`Tensor`; clears what is before ``start``: functions of zero are not quite zero."""
+        result = super().mean_square(before, gain)
+        if self.start:
+            masks = [self._behind(part.level) for part in self.parts]
+            self.parts = tuple(map(self._evaluator.multiply, self.parts, masks))
+        return result
+
+    def _behind(self, level: int) -> Plaintext:
+        """Return the mask of the tokens from ``start`` on."""
+        encodings = self.arithmetic.encodings
+        return encodings.keep(
+            ("from", self.start, level),
+            lambda: encodings.mask(self.arithmetic.layout.tokens_from(self.start), level),
+        )
 
     def __matmul__(self, linear: Linear) -> EncryptedTensor:
         self.ready(LINEAR_LEVEL - MASK_LEVEL, last=True)
@@ -208,8 +224,7 @@ class EncryptedTensor(CiphertextTensor):
     ) -> Matrix:
         """Return the encoded matrix of clear weights, from its blocks of outputs."""
         return self.arithmetic.encodings.layer(linear).matrix(
-            (kind, self.start),
-            lambda encodings: Matrix(encodings, rows(linear), start=self.start, level=level),
+            (kind,), lambda encodings: Matrix(encodings, rows(linear), level=level)
         )
 
     def _rows(self, linear: Linear) -> list[Float64]:
@@ -268,7 +283,7 @@ class EncryptedTensor(CiphertextTensor):
             return self._one()
         layout, rotation = self.arithmetic.layout, self.rotation
         part = self._evaluator.drop_level(self._one(), ATTENTION_LEVEL - 1)
-        masks = self.arithmetic.encodings.keep(
+        masks = self.arithmetic.encodings.recent(
             ("rotation", rotation, self.position),
             lambda: [
                 self.arithmetic.encodings.mask(factor, ATTENTION_LEVEL - 1)
@@ -277,9 +292,7 @@ class EncryptedTensor(CiphertextTensor):
         )
         return self._evaluator.dot([part, self._evaluator.rotate(part, layout.half_turn)], masks)
 
-    def with_past(
-        self, value: EncryptedTensor, past: Any, prefix: Prefix | None
-    ) -> tuple[EncryptedTensor, EncryptedTensor]:
+    def with_past(self, value: EncryptedTensor, past: Any, prefix: Prefix | None) -> tuple[Any, Any]:
         """See :class:`Tensor`. Raises ``ValueError`` unless these tokens start right after a clear prefix."""
         apart, before = self.position > 0, self.position or self.start
         if past is not None or before != (prefix.tokens if prefix else 0):
@@ -334,10 +347,9 @@ class EncryptedTensor(CiphertextTensor):
         moved = [x for source in sources for x in (source, *evaluator.rotate_hoisted(source, shifts))]
         return self.arithmetic.each(lambda row: evaluator.dot(moved, row), masks)
 
-    def _of_prefix(self, kind: str, scale: float | None = None) -> list[LinearTransformation]:
+    def _of_prefix(self, prefix: Prefix, kind: str, scale: float | None = None) -> list[LinearTransformation]:
         """Return the matrices of a prefix's clear keys or values, one for each part of its scores."""
-        prefix, layout = self.prefix, self.arithmetic.layout
-        assert prefix is not None
+        layout = self.arithmetic.layout
 
         def diagonals(part: int) -> Iterable[tuple[int, Float64]]:
             if kind == "keys":
@@ -357,7 +369,7 @@ class EncryptedTensor(CiphertextTensor):
 
         return self.arithmetic.encodings.layer(prefix).matrix((kind, scale), make)
 
-    def scores(self, key: EncryptedTensor) -> EncryptedTensor:
+    def scores(self, key: Any) -> EncryptedTensor:
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
         query = evaluator.drop_level(self.rotated, ATTENTION_LEVEL - 2)
@@ -375,7 +387,8 @@ class EncryptedTensor(CiphertextTensor):
         total = evaluator.inner_sum(total, *layout.blocks_of_head)
         scores = [evaluator.set_scale(total, total.scale * math.sqrt(layout.head_dim))]
         if key.prefix is not None:
-            scores += [row[0] for row in evaluator.transform_many([query], key._of_prefix("keys"))]
+            matrices = self._of_prefix(key.prefix, "keys")
+            scores += [row[0] for row in evaluator.transform_many([query], matrices)]
         return self._with(scores, rotation=None)
 
     @property
@@ -407,17 +420,19 @@ class EncryptedTensor(CiphertextTensor):
             total = evaluator.add(total, evaluator.inner_sum(before, *layout.blocks_of_head))
         return self._with([evaluator.inner_sum(total, *layout.distances)])
 
-    def mix(self, value: EncryptedTensor) -> tuple[EncryptedTensor, EncryptedTensor]:
+    def mix(self, value: Any) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
         self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)
         steps = [k * layout.distance_step for k in range(1, layout.tokens)]
         moved = [weights, *evaluator.rotate_hoisted(weights, steps)]
-        mixed = evaluator.dot(moved, value._shifted(self.arithmetic.encodings.value_masks), rescale=False)
+        mixed = evaluator.dot(
+            moved, value._shifted(self.arithmetic.encodings.value_masks(self.start)), rescale=False
+        )
         if value.prefix is not None:
             # At the scale of the values, so that these sums can be added to the others.
-            matrices = value._of_prefix("values", mixed.scale / weights.scale)
+            matrices = self._of_prefix(value.prefix, "values", mixed.scale / weights.scale)
             for part, matrix in zip(others, matrices, strict=True):
                 evaluator.add(mixed, evaluator.transform(part, matrix), out=mixed)
         evaluator.rescale(mixed, out=mixed)

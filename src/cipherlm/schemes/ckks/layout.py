@@ -26,6 +26,7 @@ from cipherlm.engine import inner_sum_rotations
 from cipherlm.nn.rotary import Rotary
 
 if TYPE_CHECKING:
+    from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
     from cipherlm.schemes.ckks.decoding_layout import DecodingLayout
 
 Float64 = NDArray[np.float64]
@@ -133,17 +134,31 @@ class Layout:
         return DecodingLayout(self)
 
     @property
+    def chunk(self) -> ChunkLayout:
+        """The packing of a chunk behind others."""
+        from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
+
+        return ChunkLayout(self)
+
+    @property
     def most_tokens(self) -> int:
         """How many tokens a context may have: what keeps scores in a few ciphertexts."""
         return MOST_SCORES * self.decoding.keys_per_part
 
     def rotations(self, max_level: int, *, decoding: bool = True) -> dict[int, int]:
-        """Return the rotations that a model needs, and the highest level of each."""
+        """Return the rotations that a model needs, and the highest level of each.
+
+        ``decoding`` stands for all that comes behind a first chunk.
+        """
         babies = self.baby_steps
-        levels = self.decoding.rotations(max_level) if decoding else {}
+        levels: dict[int, int] = {}
 
         def need(level: int, *rotations: int) -> None:
             need_rotations(levels, self.slots, level, *rotations)
+
+        for behind in (self.decoding, self.chunk) if decoding else ():
+            for rotation, level in behind.rotations(max_level).items():
+                need(level, rotation)
 
         need(ATTENTION_LEVEL, *(step * self.tokens for step in range(1, babies)))
         need(ATTENTION_LEVEL, *(step * self.tokens for step in range(0, self.period, babies)))
@@ -178,7 +193,7 @@ class Layout:
         tokens, features = hidden.shape
         padded = np.zeros((self.chunks(features) * self.period, self.tokens))
         padded[:features, start : start + tokens] = hidden.T
-        return [self._repeated(chunk) for chunk in padded.reshape(-1, self.period, self.tokens)]
+        return [self.repeated(chunk) for chunk in padded.reshape(-1, self.period, self.tokens)]
 
     def unpack(self, slots: list[Float64], features: int, tokens: int, start: int = 0) -> Float64:
         """Return hidden states (tokens, features) from slots."""
@@ -192,7 +207,7 @@ class Layout:
         heads, tokens, features = values.shape
         padded = np.zeros((self._features_of_head, self.padded_heads, self.tokens))
         padded[self.place_of[:features], :heads, start : start + tokens] = values.transpose(2, 0, 1)
-        return self._repeated(padded)
+        return self.repeated(padded)
 
     def unpack_heads(self, slots: Float64, tokens: int, start: int = 0) -> Float64:
         """Return queries, keys or values (heads, tokens, head_dim) from slots."""
@@ -220,7 +235,7 @@ class Layout:
         exchanged: they rotate the keys on the way.
         """
         for k in range(self.tokens):
-            masks = [self._at_features(partial(self._key_mask, k=k, s=s)) for s in range(self.tokens)]
+            masks = [self.at_features(partial(self._key_mask, k=k, s=s)) for s in range(self.tokens)]
             if rotary is None:
                 yield masks
                 continue
@@ -275,27 +290,34 @@ class Layout:
         return np.broadcast_to(shifted, (count, 1, self.padded_heads))
 
     def _over_tokens(self, values: Float64) -> Float64:
-        return self._repeated(np.repeat(values[..., None], self.tokens, axis=-1))
+        return self.repeated(np.repeat(values[..., None], self.tokens, axis=-1))
 
-    def value_masks(self) -> Iterator[list[Float64]]:
+    def value_masks(self, start: int = 0) -> Iterator[list[Float64]]:
         """Yield, for every shift k, the masks of values that were rotated by 0, 1, ... tokens.
 
         The sum over k of weights rotated by k features, times ``sum_s(mask[k][s] * V[s])``, is the weighted
-        sum of values.
+        sum of values; zero for the tokens before ``start``.
         """
         for k in range(self.tokens):
-            yield [self._at_features(partial(self._value_mask, k=k, s=s)) for s in range(self.tokens)]
+            yield [
+                self.at_features(partial(self._value_mask, k=k, s=s, least=max(s, start)))
+                for s in range(self.tokens)
+            ]
 
-    def _value_mask(self, a: Integers, t: Integers, k: int, s: int) -> NDArray[np.bool_]:
-        chosen: NDArray[np.bool_] = ((a + k) % self.tokens == s) & (t >= s)
+    def _value_mask(self, a: Integers, t: Integers, k: int, s: int, least: int) -> NDArray[np.bool_]:
+        chosen: NDArray[np.bool_] = ((a + k) % self.tokens == s) & (t >= least)
         return chosen
+
+    def tokens_from(self, start: int) -> Float64:
+        """Return 1 where the tokens from ``start`` on are."""
+        return self.at_features(lambda a, t: (t >= start) & (a >= 0))
 
     def exponents(self, floor: float) -> list[Float64]:
         """Return what is added to scores: -log of the number of keys seen, or ``floor`` where none is.
 
         First that for private keys, then that for each part of the prefix.
         """
-        own = self._at_features(lambda a, t: np.where(t >= a, -np.log(self.prefix + t + 1.0), floor))
+        own = self.at_features(lambda a, t: np.where(t >= a, -np.log(self.prefix + t + 1.0), floor))
         own.reshape(-1, self.padded_heads, self.tokens)[:, self.heads :] = -math.log(self.tokens)
         count = self._features_of_head
         shape = (self.prefix_parts, count, self.padded_heads, self.tokens)
@@ -303,16 +325,17 @@ class Layout:
         shift = np.where(seen, -np.log(self.prefix + np.arange(self.tokens) + 1.0), floor)
         parts = np.broadcast_to(shift, shape).copy()
         parts[:, :, self.heads :] = floor
-        return [own, *(self._repeated(part) for part in parts)]
+        return [own, *(self.repeated(part) for part in parts)]
 
-    def _at_features(self, function: Callable[[Integers, Integers], NDArray[Any]]) -> Float64:
+    def at_features(self, function: Callable[[Integers, Integers], NDArray[Any]]) -> Float64:
         """Return the slots of a function of feature (modulo ``tokens``) and token, the same for all heads."""
         a = np.arange(self._features_of_head)[:, None, None] % self.tokens
         t = np.arange(self.tokens)[None, None, :]
         values = np.zeros((self._features_of_head, self.padded_heads, self.tokens))
-        return self._repeated(values + function(a, t))
+        return self.repeated(values + function(a, t))
 
-    def _repeated(self, values: Float64) -> Float64:
+    def repeated(self, values: Float64) -> Float64:
+        """Return slots of what is there once."""
         return np.tile(values.ravel(), self.slots // values.size)
 
 

@@ -27,13 +27,11 @@ class Matrix:
 
     Two real blocks with one input are the real and the imaginary part of one transformation; one block alone
     is folded to half its diagonals (see :func:`~cipherlm.engine.paired`, :func:`~cipherlm.engine.folded`).
-    ``rows`` (outputs, period, inputs * period) are blocks of outputs in the order of slots. Results are zero
-    for the tokens before ``start``.
+    ``rows`` (outputs, period, inputs * period) are blocks of outputs in the order of slots.
     """
 
-    def __init__(self, encodings: Encodings, rows: Sequence[Float64], *, start: int = 0, level: int) -> None:
+    def __init__(self, encodings: Encodings, rows: Sequence[Float64], *, level: int) -> None:
         layout = encodings.layout
-        self._kept = np.tile(np.arange(layout.tokens) >= start, layout.period)
         self.layout, self.outputs, self.inputs = layout, len(rows), rows[0].shape[1] // layout.period
         self._transformations = [
             [
@@ -53,7 +51,7 @@ class Matrix:
         tokens = self.layout.tokens
         return encodings.transformation(
             (
-                (d * tokens, np.repeat(diagonal, tokens) * self._kept)
+                (d * tokens, np.repeat(diagonal, tokens))
                 for d, diagonal in matrix_diagonals(matrix)
                 if np.any(diagonal)
             ),

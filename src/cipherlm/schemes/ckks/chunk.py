@@ -1,0 +1,231 @@
+"""A chunk of tokens on ciphertexts, behind others: what a long prompt and drafts consist of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import Ciphertext, LinearTransformation, Plaintext
+from cipherlm.nn.tensor import Prefix
+from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
+from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, paired
+from cipherlm.schemes.ckks.encrypted import EncryptedTensor
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
+from cipherlm.schemes.ckks.refresh import MASK_LEVEL
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(eq=False)
+class EncryptedChunk(EncryptedTensor):
+    """Hidden states, heads, scores or a column of tokens that follow others, the first at ``position``.
+
+    Everything but scores and what is made of them is as in a prompt. The scores are in one ciphertext for
+    each part of :class:`~cipherlm.schemes.ckks.chunk_layout.ChunkLayout`, and in more for a prefix; the
+    chunk's own keys and values are one more group behind those of the
+    :class:`~cipherlm.schemes.ckks.context.Context`. All pairs of queries and keys of a group are multiplied,
+    and softmax is told which of them count.
+    """
+
+    @property
+    def chunk(self) -> ChunkLayout:
+        """The packing of scores."""
+        return self.arithmetic.layout.chunk
+
+    @property
+    def _before(self) -> int:
+        """How many private tokens there are before these."""
+        return self.position - self.arithmetic.layout.prefix
+
+    def with_past(self, value: EncryptedTensor, past: Any, prefix: Prefix | None) -> tuple[Context, Context]:
+        """See :class:`Tensor`; ``past`` is what this or another tensor's ``with_past`` returned before."""
+        context = Context.of(past, self.position)
+        pair, layout = paired(self, value), self.arithmetic.layout
+        if prefix is not None:
+            centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
+            shift = self.arithmetic.encodings.layer(prefix).bias(
+                ("centre",), pair, lambda: layout.pack_heads(centre)
+            )
+            pair = self._evaluator.add(pair, shift)
+        context.append(pair, self.tokens)
+        context.prefix = prefix if layout.prefix else None
+        return context, context
+
+    @property
+    def keys(self) -> int:
+        """See :class:`Tensor`."""
+        return self.position + self.tokens
+
+    @property
+    def places(self) -> int:
+        """See :class:`Tensor`."""
+        return len(self.parts) * self.chunk.keys_per_part
+
+    def scores(self, key: Context) -> EncryptedChunk:
+        """See :class:`Tensor`: the real parts of the products of queries with keys and values."""
+        evaluator, layout = self._evaluator, self.arithmetic.layout
+        assert key.pending is not None
+        query, pair = key.ready_together(self.rotated, key.pending)
+        key.append(key.rescaled(pair), self.tokens)
+        queries = self.arithmetic.each(
+            lambda item: evaluator.rotate(item[1], item[0] * layout.distance_step) if item[0] else item[1],
+            enumerate(self._turned(query, "queries", layout.tokens)),
+        )
+
+        def of_group(group: Ciphertext) -> Ciphertext:
+            moved = [group, *evaluator.rotate_hoisted(group, self.chunk.steps)]
+            return evaluator.inner_sum(evaluator.dot(queries, moved), *layout.blocks_of_head)
+
+        sums = self.arithmetic.each(of_group, key.together)
+        parts = [sums[i : i + self.chunk.blocks] for i in range(0, len(sums), self.chunk.blocks)]
+        factor, scores = math.sqrt(layout.head_dim), []
+        for part in parts:
+            real, _ = evaluator.split(self._turned_back(part, "places"))
+            scores.append(evaluator.set_scale(real, real.scale * 2 * factor))
+        if key.prefix is not None:
+            query = evaluator.drop_level(query, ATTENTION_LEVEL - 2)
+            matrices = self._of_prefix(key.prefix, "keys")
+            scores += [row[0] for row in evaluator.transform_many([query], matrices)]
+        return self._with(scores, rotation=None)
+
+    def exponents(self, factor: float, floor: float) -> EncryptedChunk:
+        """See :class:`Tensor`."""
+        evaluator, encodings = self._evaluator, self.arithmetic.encodings
+        shifts = self.chunk.exponents(floor, self._before)
+
+        def added(item: tuple[Ciphertext, Float64]) -> Ciphertext:
+            part, shift = item
+            scores = evaluator.set_scale(part, part.scale / factor)
+            return evaluator.add(scores, encodings.encode(shift, scores.level, scores.scale))
+
+        return self._with(self.arithmetic.each(added, zip(self.parts, shifts, strict=True)))
+
+    def total(self) -> EncryptedChunk:
+        """See :class:`Tensor`."""
+        evaluator, layout = self._evaluator, self.arithmetic.layout
+        total = self.parts[0]
+        for part in self.parts[1:]:
+            total = evaluator.add(total, part)
+        for sums in (layout.blocks_of_head, layout.distances):
+            total = evaluator.inner_sum(total, *sums)
+        return self._with([total])
+
+    def mix(self, value: Context) -> tuple[EncryptedChunk, EncryptedChunk]:
+        """See :class:`Tensor`."""
+        self.ready(ATTENTION_LEVEL - MASK_LEVEL, last=True)
+        evaluator, parameters = self._evaluator, self.arithmetic.parameters
+        groups, blocks = value.together, self.chunk.blocks
+        count = self.chunk.parts(self._before)
+        sums: list[Ciphertext] = []
+        for index, part in enumerate(self.parts[:count]):
+            some = groups[index * blocks : (index + 1) * blocks]
+            products = self._weighted(part, some)
+            sums = [evaluator.add(a, b) for a, b in zip(sums, products, strict=True)] if sums else products
+        _, imaginary = evaluator.split(self._turned_back(sums, "sums"))
+        mixed = evaluator.set_scale(imaginary, imaginary.scale * 2)
+        if value.prefix is not None:
+            level = ATTENTION_LEVEL - 2
+            # The scale that these sums have in common with the others, once they are rescaled.
+            scale = 2 * parameters.scale * parameters.q[level] / parameters.q[CONTEXT_LEVEL]
+            matrices = self._of_prefix(value.prefix, "values", scale)
+            for part, matrix in zip(self.parts[count:], matrices, strict=True):
+                product = evaluator.transform(evaluator.drop_level(part, level), matrix)
+                mixed = self._sum(mixed, evaluator.rescale(product))
+        return self._with([mixed], heads=True), self.total()
+
+    def _weighted(self, part: Ciphertext, groups: Sequence[Ciphertext]) -> list[Ciphertext]:
+        """Return sums of values times weights that were rotated by 0, 1, ... features."""
+        evaluator, layout = self._evaluator, self.arithmetic.layout
+
+        def spread(weights: Ciphertext) -> list[Ciphertext]:
+            weights = evaluator.inner_sum(weights, *layout.blocks_of_head)
+            return [weights, *evaluator.rotate_hoisted(weights, self.chunk.steps)]
+
+        weights = self.arithmetic.each(spread, self._turned(part, "weights", len(groups)))
+        return [evaluator.dot(rows, groups) for rows in zip(*weights, strict=True)]
+
+    def _turned(self, ciphertext: Ciphertext, kind: str, count: int) -> list[Ciphertext]:
+        """Return queries for keys that are rotated by 0, 1, ... features, or the weights of 0, 1, ... groups.
+
+        Their tokens are turned to those of the keys, by all distances at once.
+        """
+        evaluator = self._evaluator
+        ciphertext = evaluator.drop_level(ciphertext, ATTENTION_LEVEL)
+        far = evaluator.rotate(ciphertext, self.arithmetic.layout.tokens)
+        rows = [
+            evaluator.transform_many([source], matrices[:count])
+            for source, matrices in zip((ciphertext, far), self._turning(kind), strict=True)
+        ]
+        return [evaluator.add(a, b) for (a,), (b,) in zip(*rows, strict=True)]
+
+    def _turning(self, kind: str) -> tuple[list[LinearTransformation], list[LinearTransformation]]:
+        """Return matrices, one each for turns that stay within a group and for those that come in again."""
+        chunk, encodings = self.chunk, self.arithmetic.encodings
+        masks, count = (
+            (chunk.query_masks, chunk.prompt.tokens)
+            if kind == "queries"
+            else (chunk.weight_masks, chunk.blocks)
+        )
+
+        def matrix(index: int, *, far: bool) -> LinearTransformation:
+            terms = ((chunk.rotation(turn), mask) for turn, mask in masks(index) if (turn > 0) == far)
+            return LinearTransformation(
+                encodings.parameters,
+                terms,
+                level=ATTENTION_LEVEL,
+                giant_step=chunk.prompt.slots,
+                storage="int32",
+            )
+
+        return encodings.keep(
+            ("turning", kind),
+            lambda: (
+                [matrix(index, far=False) for index in range(count)],
+                [matrix(index, far=True) for index in range(count)],
+            ),
+        )
+
+    def _turned_back(self, parts: Sequence[Ciphertext], kind: str) -> Ciphertext:
+        """Return scores of groups, or weighted values, with all tokens turned to those of the queries."""
+        evaluator = self._evaluator
+
+        def turned(item: tuple[int, list[Plaintext]]) -> Ciphertext:
+            turn, masks = item
+            product = evaluator.dot(parts, masks[: len(parts)])
+            return evaluator.rotate(product, self.chunk.rotation(turn)) if turn else product
+
+        turns = self.chunk.turns
+        results = self.arithmetic.each(turned, zip(turns, self._masks_back(kind), strict=True))
+        near, far = (
+            [result for turn, result in zip(turns, results, strict=True) if (turn > 0) == is_far]
+            for is_far in (False, True)
+        )
+        around = evaluator.rotate(self._added(far), self.arithmetic.layout.tokens)
+        return evaluator.add(self._added(near), around)
+
+    def _added(self, parts: Sequence[Ciphertext]) -> Ciphertext:
+        total = parts[0]
+        for part in parts[1:]:
+            total = self._evaluator.add(total, part)
+        return total
+
+    def _masks_back(self, kind: str) -> list[list[Plaintext]]:
+        """Return for each turn the masks of all parts."""
+        chunk, encodings = self.chunk, self.arithmetic.encodings
+        masks, count = (
+            (chunk.place_masks, chunk.blocks) if kind == "places" else (chunk.sum_masks, chunk.prompt.tokens)
+        )
+
+        def encoded() -> list[list[Plaintext]]:
+            rows = [
+                [encodings.mask(mask, CONTEXT_LEVEL - 1) for _, mask in masks(index)]
+                for index in range(count)
+            ]
+            return [list(column) for column in zip(*rows, strict=True)]
+
+        return encodings.keep(("turning back", kind), encoded)

@@ -1,0 +1,217 @@
+"""The encrypted keys and values of the tokens before those that are computed: a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import Ciphertext, LinearTransformation
+from cipherlm.nn.tensor import Prefix
+from cipherlm.schemes.ckks.arithmetic import Arithmetic
+from cipherlm.schemes.ckks.encrypted import EncryptedTensor
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
+
+CONTEXT_LEVEL = ATTENTION_LEVEL - 1
+"""Where keys and values are kept: at 3 they meet a query, at 2 scores are put in their places."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Keys and values of as many tokens as lie side by side, real and imaginary part of one ciphertext.
+
+    They are there in a prompt's packing (``together``), in that of one token (``apart``), or in both, each at
+    :data:`CONTEXT_LEVEL` and the default scale; or are still to be refreshed, as a prompt's (``tired``).
+    """
+
+    together: Ciphertext | None = None
+    apart: Ciphertext | None = None
+    tired: Ciphertext | None = None
+
+
+class Context:
+    """Keys and values of all tokens of a text up to the last, behind a public prefix.
+
+    The last chunk is pending until more comes: how many of its tokens stay is known then, so that a text can
+    be taken back to any of them (:meth:`keep`) for nothing. The others are in groups, and a group is brought
+    to a packing where it is first needed in it, by a transposition and a refresh. In slots of a group behind
+    the last token there may be anything in a prompt's packing, and zero in that of one token.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic = arithmetic
+        self.groups: list[Group] = []
+        self.tokens = 0
+        """How many tokens are in the groups."""
+        self.pending: Ciphertext | None = None
+        self.prefix: Prefix | None = None
+        self._pending_tokens = 0
+
+    @classmethod
+    def of(cls, past: Any, position: int) -> Context:
+        """Return the context that earlier tokens left, with all before ``position`` in its groups.
+
+        Raises ``ValueError`` where that is not in the last chunk or right behind it.
+        """
+        key, value = past
+        if isinstance(key, EncryptedTensor):
+            context = cls(key.arithmetic)
+            context.append(paired(key, value), key.tokens)
+        else:
+            context = key
+        context.keep(position - context.arithmetic.layout.prefix)
+        return context
+
+    def append(self, pair: Ciphertext, tokens: int) -> None:
+        """Take a chunk's keys and values as those that are pending, in a prompt's packing."""
+        self.pending, self._pending_tokens = pair, tokens
+
+    def keep(self, tokens: int) -> None:
+        """Put into the groups what is pending, up to so many tokens in all. Raises ``ValueError``."""
+        last = self.tokens + self._pending_tokens
+        if not self.tokens <= tokens <= last:
+            raise ValueError(f"{tokens} tokens are to stay, of {self.tokens} to {last}")
+        pending, kept = self.pending, tokens - self.tokens
+        self.pending, self._pending_tokens = None, 0
+        if pending is None or not kept:
+            return
+        side_by_side = self.arithmetic.layout.tokens
+        group, taken = divmod(self.tokens, side_by_side)
+        self.tokens = tokens
+        if not taken:
+            self.groups.append(self._group(pending))
+            return
+        room = side_by_side - taken
+        self.groups[group] = Group(tired=self._joined(self.groups[group], taken, pending, min(kept, room)))
+        if kept > room:
+            evaluator = self.arithmetic.evaluator
+            moved = evaluator.rotate(evaluator.rotate(pending, side_by_side), -taken)
+            self.groups.append(self._group(moved))
+
+    @staticmethod
+    def _group(pair: Ciphertext) -> Group:
+        # What a first chunk leaves has not been refreshed.
+        fresh = pair.level >= CONTEXT_LEVEL and pair.scale == pair.parameters.scale
+        return Group(together=pair) if fresh else Group(tired=pair)
+
+    def _joined(self, group: Group, taken: int, pending: Ciphertext, count: int) -> Ciphertext:
+        """Return the first tokens of a group, with the first of what is pending behind them."""
+        evaluator = self.arithmetic.evaluator
+        if group.together is not None:
+            first = evaluator.multiply(group.together, self._first_tokens(taken))
+        else:
+            assert group.apart is not None  # what was tired has been refreshed for the tokens before these
+            first = evaluator.transform(group.apart, self._matrix("back"))
+        more = evaluator.multiply(pending, self._first_tokens(count))
+        return evaluator.add(first, evaluator.rotate(more, -taken))
+
+    def _first_tokens(self, count: int) -> Any:
+        encodings = self.arithmetic.encodings
+        slots = encodings.layout.chunk.first_tokens
+        return encodings.keep(("first tokens", count), lambda: encodings.mask(slots(count), CONTEXT_LEVEL))
+
+    def ready_together(self, *others: Ciphertext) -> list[Ciphertext]:
+        """Have all groups in a prompt's packing, and return others at :data:`ATTENTION_LEVEL`.
+
+        All that has to be refreshed goes to the client in one round trip.
+        """
+
+        def form(group: Group) -> Ciphertext:
+            if group.tired is not None:
+                return group.tired
+            assert group.apart is not None
+            return self.arithmetic.evaluator.transform(group.apart, self._matrix("back"))
+
+        missing = [group for group in self.groups if group.together is None]
+        fresh, others_fresh = self._refreshed(map(form, missing), others)
+        for group, ciphertext in zip(missing, fresh, strict=True):
+            group.together, group.tired = ciphertext, None
+        return others_fresh
+
+    def ready_apart(self) -> None:
+        """Have all groups in the packing of one token."""
+        side_by_side = self.arithmetic.layout.tokens
+
+        def form(item: tuple[int, Group]) -> Ciphertext:
+            index, group = item
+            pair = group.tired if group.tired is not None else group.together
+            assert pair is not None
+            count = min(side_by_side, self.tokens - index * side_by_side)
+            return self.arithmetic.evaluator.transform(pair, self._matrix(count))
+
+        missing = [(index, group) for index, group in enumerate(self.groups) if group.apart is None]
+        for first in range(0, len(missing), side_by_side):
+            some = missing[first : first + side_by_side]
+            fresh, _ = self._refreshed(map(form, some))
+            for (_, group), ciphertext in zip(some, fresh, strict=True):
+                group.apart, group.tired = ciphertext, None
+
+    def add(self, token: Ciphertext) -> None:
+        """Take one token's keys and values, masked to its place in the last group, at the default scale."""
+        self.ready_apart()
+        added = self.arithmetic.refresh_complex([token], CONTEXT_LEVEL)[0]
+        if self.tokens % self.arithmetic.layout.tokens:
+            last = self.groups.pop().apart
+            assert last is not None
+            added = self.arithmetic.evaluator.add(last, added)
+        self.groups.append(Group(apart=added))
+        self.tokens += 1
+
+    @property
+    def apart(self) -> list[Ciphertext]:
+        """The groups in the packing of one token."""
+        return [group.apart for group in self.groups if group.apart is not None]
+
+    @property
+    def together(self) -> list[Ciphertext]:
+        """The groups in a prompt's packing, and what is pending."""
+        pairs = [*(group.together for group in self.groups), self.pending]
+        return [pair for pair in pairs if pair is not None]
+
+    def _refreshed(
+        self, pairs: Iterable[Ciphertext], others: Sequence[Ciphertext] = ()
+    ) -> tuple[list[Ciphertext], list[Ciphertext]]:
+        """Return pairs at :data:`CONTEXT_LEVEL` and the default scale, and others one level above."""
+        sent = [*others, *pairs]
+        if not sent:
+            return [], []
+        fresh = self.arithmetic.refresh_complex(sent, CONTEXT_LEVEL + 1)
+        return [self.rescaled(pair) for pair in fresh[len(others) :]], fresh[: len(others)]
+
+    def rescaled(self, pair: Ciphertext) -> Ciphertext:
+        """Return keys and values a level below, at the default scale."""
+        return self.arithmetic.evaluator.adjust_scale(pair, self.arithmetic.parameters.scale)
+
+    def _matrix(self, kind: int | str) -> LinearTransformation:
+        """Return what brings the first tokens of a group to the packing of one token, or all ``"back"``."""
+        encodings = self.arithmetic.encodings
+        layout = encodings.layout.decoding
+        if isinstance(kind, int):
+            return self._transposition(kind, CONTEXT_LEVEL - 1, lambda: layout.transposition(kind))
+        return self._transposition(kind, CONTEXT_LEVEL, layout.transposition_back)
+
+    def _transposition(
+        self, kind: int | str, level: int, diagonals: Callable[[], Iterable[tuple[int, NDArray[np.float64]]]]
+    ) -> LinearTransformation:
+        encodings = self.arithmetic.encodings
+        return encodings.keep(
+            ("transposition", kind),
+            lambda: LinearTransformation(
+                encodings.parameters,
+                diagonals(),
+                level=level,
+                giant_step=encodings.layout.slots,
+                storage="int32",
+            ),
+        )
+
+
+def paired(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
+    """Return the keys, after their rotation, and values of a chunk as one ciphertext."""
+    evaluator = key.arithmetic.evaluator
+    keys = key.rotated
+    (values,) = (evaluator.drop_level(part, keys.level) for part in value.parts)
+    return evaluator.add(keys, evaluator.multiply(values, 1j))
