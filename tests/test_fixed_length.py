@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from cipherlm.linear.prefix import cache_name
 from cipherlm.models.backends import Simulated
 from cipherlm.models.length import BUCKET, bounded, evaluated_tokens
 from cipherlm.serving.completion import Job, Prompt, Settings, Worker, complete
@@ -128,6 +129,24 @@ def test_the_text_before(model):
         encrypted.generate(prompt, max_new_tokens=3, do_sample=False)
         seen.append(server.asked)
     assert seen[0] == seen[1] == seen[2] == ask(model, tokens=4, count=3, start=20)[0]
+
+
+def test_a_cache_that_is_cut_back(model):
+    """As a conversation does between its turns; to where would tell how long the answer was."""
+    encrypted, server = model
+    _, text = others(model)
+    prompt, seen = encrypted.with_prefix(torch.arange(5, 8)[None]), []
+    for end in (text[0], text[1], None):
+        cache = DynamicCache()
+        options = {"do_sample": False, cache_name(encrypted): cache, "pad_token_id": 0}
+        options["attention_mask"] = torch.ones_like(prompt)
+        encrypted.generate(prompt, max_new_tokens=4, eos_token_id=end, **options)
+        cache.crop(prompt.shape[1] - 1 - cache.get_seq_length())
+        server.asked = []
+        encrypted.generate(prompt, max_new_tokens=3, **options)
+        seen.append(list(server.asked))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][0][1] == 1
 
 
 def test_prompts_of_a_bucket(model):

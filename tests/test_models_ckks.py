@@ -218,11 +218,12 @@ def test_generate_greedy(target):
     expected = new_model().generate(ids(), max_new_tokens=5, do_sample=False)
     remote = [name for name in model.encrypted_modules if not name.endswith("mlp")]
     # Nine tokens are evaluated, and at a server that is not to learn how many there are, twelve.
-    for options, tokens in (({}, 12), ({"reveal_length": True}, 9)):
+    # Its prompt's end then looks like the tokens behind it.
+    for options, prompt, tokens in (({}, 3, 12), ({"reveal_length": True}, 5, 9)):
         assert torch.equal(model.generate(ids(), max_new_tokens=5, do_sample=False, **options), expected)
         for name in remote:
             rows = [call[1:] for call in server.calls if call[0] == name]
-            assert rows == [(1, 5), *((6 + index, 1) for index in range(tokens - 5))]
+            assert rows == [(1, prompt), *((1 + index, 1) for index in range(prompt, tokens))]
         # An MLP knows no other tokens: each piece that has room in a ciphertext is a text of its own.
         for name in set(model.encrypted_modules) - set(remote):
             rows = [call[1:] for call in server.calls if call[0] == name]
@@ -276,11 +277,15 @@ def test_only_new_rows_are_sent():
     assert server.rows == [(1, 5)]
     assert near(logits(model, text[:, 6:], past_key_values=cache), expected[:, 6:])
     assert server.rows == [(6, 4)]
-    cache.crop(-2)  # the server has more than the text now: it gets it anew
     changed = text.clone()
-    changed[0, 8] += 1
-    assert near(logits(model, changed[:, 8:], past_key_values=cache), logits(new_model(), changed)[:, 8:])
-    assert server.rows == [(1, 9)]
+    changed[0, 6:] += 1
+    # The server drops what it has more than the text.
+    for kept, rows in ((8, [(8, 2)]), (8, [(8, 2)]), (3, [(3, 7)]), (1, [(1, 9)])):
+        cache.crop(kept - cache.get_seq_length())
+        now = torch.cat([text[:, : min(kept, 8)], changed[:, min(kept, 8) :]], dim=1)
+        expected_now = logits(new_model(), now)[:, kept:]
+        assert near(logits(model, now[:, kept:], past_key_values=cache), expected_now)
+        assert server.rows == rows
     assert near(logits(model, text), expected)  # without a cache, a text is always new
     assert server.rows == [(1, 9)]
 
@@ -681,7 +686,7 @@ def test_load_with_another_model(other, tmp_path):
 def test_a_backend_has_to_go_on_where_a_text_ended():
     _, server = served()
     rows = np.zeros((2, 32))
-    with pytest.raises(ValueError, match="from position 5 on, where 0 was expected"):
+    with pytest.raises(ValueError, match="from position 5 on, where 1 was expected"):
         server.computing.evaluate(WHOLE, rows, 5)
 
 

@@ -254,9 +254,16 @@ def test_block_after_block_of_chunks(small, prefix_tokens):
             got += [*small.decrypt(chunk)[:kept]]
     assert len(got) == 15 - prefix_tokens
     assert largest(np.array(got), want[: len(got)]) < 2e-3
-    for position in (len(got) - 4, len(got) + 1):
-        with pytest.raises(ValueError, match="tokens are to stay"):
-            fitted(small.encrypt_chunk(hidden[:2], prefix_tokens + position), cache)
+    for start, count in ((7, 2), (4, 1), (5, 3)):  # back to what chunks, and to what single tokens brought
+        if count == 1:
+            token = small.encrypt_token(hidden[start], prefix_tokens + start)
+            again = small.decrypt_token(fitted(token, cache))[None]
+        else:
+            chunk = small.encrypt_chunk(hidden[start : start + count], prefix_tokens + start)
+            again = small.decrypt(fitted(chunk, cache))
+        assert largest(again, want[start : start + count]) < 2e-3
+    with pytest.raises(ValueError, match=f"{9 + prefix_tokens} tokens are to stay, of {8 + prefix_tokens}"):
+        fitted(small.encrypt_chunk(hidden[:2], prefix_tokens + 9), cache)
 
 
 @pytest.mark.slow

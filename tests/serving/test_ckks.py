@@ -235,7 +235,8 @@ def test_ciphertexts_of_another_client_are_refused(computation, client):
         (MODULE, small.CONTEXT, 1, "do not fit"),
         (MODULE, 10**18, 1, "do not fit"),
         (MODULE, 3, 1, "where 1 was expected"),
-        (MODULE, 5, 2, "do not fit"),
+        (MODULE, 5, small.TOKENS + 1, "do not fit"),
+        (MODULE, 5, 2, "where 1 was expected"),
     ],
 )
 def test_wrong_requests_are_refused(computation, client, module, start, count, message):
@@ -244,6 +245,17 @@ def test_wrong_requests_are_refused(computation, client, module, start, count, m
         computation.evaluate(MODULE, small.CONTEXT - 1, 1, inputs, exchange_with(client), unheard)
     with pytest.raises(Refused, match=message):
         computation.evaluate(module, start, count, inputs, exchange_with(client), unheard)
+
+
+def test_a_text_is_taken_back(computation, client):
+    x = hidden(8)
+    evaluate(computation, client, x[:3])
+    evaluate(computation, client, x[3:7], 4)
+    for start in (6, 6, 7, 2):
+        assert np.abs(evaluate(computation, client, x[4:6], start) - expected(x[4:6])).max() < 0.05
+    for start, message in ((5, "where 4 was expected"), (4, "where 1 was expected")):
+        with pytest.raises(Refused, match=message):
+            evaluate(computation, client, x[4:6], start)
 
 
 def test_a_closed_session(model, client):

@@ -24,8 +24,9 @@ class Backend(Protocol):
     def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
         """Return a module's outputs (tokens, width) for hidden states (tokens, width) from ``start`` on.
 
-        Rows right behind the prefix start a new text; others go on where the last ones ended. May raise
-        :class:`TextLost` for those: then the same text comes again, from its start.
+        Rows right behind the prefix start a new text; others go on where the text ends, or at one of its
+        tokens, which is then dropped with all behind it. May raise :class:`TextLost` for those: then the same
+        text comes again, from its start.
         """
 
 
@@ -41,11 +42,14 @@ class Simulated:
     def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
         """See :class:`Backend`. Raises ``ValueError`` for rows that do not go on where the last ended."""
         hosted = self._modules[name]
-        known, seen = self._seen.pop(name, ([], 0))
+        known, seen = self._seen.pop(name, ([], self._geometry.prefix))
         if start == self._geometry.prefix:
             known = hosted.caches()
-        elif start != seen:
+        elif not self._geometry.prefix < start <= seen:
             raise ValueError(f"tokens from position {start} on, where {seen} was expected")
+        elif start < seen:
+            for cache in known:
+                cache.past = tuple(kept.having(kept.values[:, :start]) for kept in cache.past)
         results, rest = [], hidden
         # The chunks in which ciphertexts go, so that the same polynomials serve each row.
         for position, count in self._geometry.chunks(start, len(hidden)):

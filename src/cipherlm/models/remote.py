@@ -309,12 +309,14 @@ class RemoteModule(EncryptedModule):
         if self.is_stateless:
             return self._pieces(backend, rows)
         seen = len(rows) - count
+        # A server that sees to where it is taken back sees where the text before ended.
         text, self._text = self._text, None  # what fails here starts anew
         goes_on = (
             seen > 0
             and text is not None
             and (text.backend, text.cache(), text.row) == (backend, cache, row)
-            and np.array_equal(text.sent, rows[:seen])
+            and (seen == len(text.sent) or (seen < len(text.sent) and not self.placement.hides_length))
+            and np.array_equal(text.sent[:seen], rows[:seen])
         )
         outputs = self._asked(backend, rows, seen if goes_on else 0)
         if cache is not None:
@@ -337,11 +339,34 @@ class RemoteModule(EncryptedModule):
 
     def _ask(self, backend: Backend, rows: Float64, seen: int) -> Float64:
         progress = self.progress if self.mode == "execute" else silent
+        start = self.placement.geometry.prefix + seen
         with counted(progress, f"evaluating {self.name}", "block") as report:
-            outputs = backend.evaluate(self.name, rows, self.placement.geometry.prefix + seen, report)
+            pieces = [
+                backend.evaluate(self.name, rows[first:end], start + first, report)
+                for first, end in self._asked_together(start, len(rows))
+            ]
+        outputs = np.concatenate(pieces)
         if outputs.shape != rows.shape:
             raise ValueError(f"{self.name}: {outputs.shape} came back for hidden states of {rows.shape}")
         return outputs
+
+    def _asked_together(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield first and last of the rows that a backend is asked for at once.
+
+        All of them, unless lengths are hidden: then chunks behind others are full or have one token, so that
+        the end of a prompt looks like the tokens behind it.
+        """
+        if not self.placement.hides_length:
+            yield 0, count
+            return
+        geometry, done = self.placement.geometry, 0
+        for position, size in geometry.chunks(start, count):
+            if position > geometry.prefix and size < geometry.tokens:
+                break
+            done += size
+        if done:
+            yield 0, done
+        yield from ((row, row + 1) for row in range(done, count))
 
 
 class RemoteBlocks(RemoteModule):

@@ -35,10 +35,10 @@ class Group:
 class Context:
     """Keys and values of all tokens of a text up to the last, behind a public prefix.
 
-    The last chunk is pending until more comes: how many of its tokens stay is known then, so that a text can
-    be taken back to any of them (:meth:`keep`) for nothing. The others are in groups, and a group is brought
-    to a packing where it is first needed in it, by a transposition and a refresh. In slots of a group behind
-    the last token there may be anything in a prompt's packing, and zero in that of one token.
+    The last chunk is pending until more comes, and is known to stay. The others are in groups, and a group is
+    brought to a packing where it is first needed in it, by a transposition and a refresh. Behind the last
+    token there may be anything in a group that is in a prompt's packing, and there is zero in that of one
+    token. So a text can be taken back to any of its tokens for nothing (:meth:`keep`).
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -52,9 +52,9 @@ class Context:
 
     @classmethod
     def of(cls, past: Any, position: int) -> Context:
-        """Return the context that earlier tokens left, with all before ``position`` in its groups.
+        """Return the context that earlier tokens left, with those before ``position`` in its groups.
 
-        Raises ``ValueError`` where that is not in the last chunk or right behind it.
+        Raises ``ValueError`` where there are not so many.
         """
         key, value = past
         if isinstance(key, EncryptedTensor):
@@ -70,15 +70,18 @@ class Context:
         self.pending, self._pending_tokens = pair, tokens
 
     def keep(self, tokens: int) -> None:
-        """Put into the groups what is pending, up to so many tokens in all. Raises ``ValueError``."""
+        """Keep so many tokens, all of them in groups. Raises ``ValueError`` where there are fewer."""
         last = self.tokens + self._pending_tokens
-        if not self.tokens <= tokens <= last:
-            raise ValueError(f"{tokens} tokens are to stay, of {self.tokens} to {last}")
+        if not 0 < tokens <= last:
+            raise ValueError(f"{tokens} tokens are to stay, of {last}")
         pending, kept = self.pending, tokens - self.tokens
         self.pending, self._pending_tokens = None, 0
-        if pending is None or not kept:
-            return
         side_by_side = self.arithmetic.layout.tokens
+        if kept < 0:
+            del self.groups[-(-tokens // side_by_side) :]
+            self.groups[-1], self.tokens = self._cut(self.groups[-1]), tokens
+        if pending is None or kept <= 0:
+            return
         group, taken = divmod(self.tokens, side_by_side)
         self.tokens = tokens
         if not taken:
@@ -90,6 +93,13 @@ class Context:
             evaluator = self.arithmetic.evaluator
             moved = evaluator.rotate(evaluator.rotate(pending, side_by_side), -taken)
             self.groups.append(self._group(moved))
+
+    def _cut(self, group: Group) -> Group:
+        """Return a group of which fewer tokens stay."""
+        if group.together is not None:
+            return Group(together=group.together)
+        assert group.apart is not None
+        return Group(tired=self.arithmetic.evaluator.transform(group.apart, self._matrix("back")))
 
     @staticmethod
     def _group(pair: Ciphertext) -> Group:

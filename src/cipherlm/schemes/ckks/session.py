@@ -28,6 +28,7 @@ from cipherlm.nn.blocks import Report, evaluate
 from cipherlm.nn.module import Module
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
+from cipherlm.schemes.ckks.chunk import EncryptedChunk
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import CiphertextTensor, encrypted
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
@@ -111,16 +112,23 @@ class Geometry:
     @property
     def start(self) -> int:
         """The place of a text's first private token in a ciphertext: behind a short prefix."""
-        return self.prefix if self.prefix < self.tokens else 0
+        return self.place(self.prefix)
+
+    def place(self, start: int) -> int:
+        """Return the place in a ciphertext of the first token of a chunk."""
+        return self.prefix if start == self.prefix < self.tokens else 0
+
+    def is_alone(self, start: int, count: int) -> bool:
+        """Whether a chunk is one token behind others: it has a packing of its own."""
+        return count == 1 and start > self.prefix
 
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield start and count of what is sent in one evaluation: a prompt, then token after token."""
-        if count and start == self.prefix:
-            first = min(count, self.tokens - self.start)
-            yield start, first
-            start, count = start + first, count - first
-        for position in range(start, start + count):
-            yield position, 1
+        """Yield start and count of what is sent in one evaluation."""
+        end = start + count
+        while start < end:
+            size = min(end - start, self.tokens - self.place(start))
+            yield start, size
+            start += size
 
     def to_dict(self) -> dict[str, int]:
         """Return the fields, ready for JSON."""
@@ -166,23 +174,24 @@ class Client:
     def encrypt(self, hidden: Float64, start: int) -> list[Ciphertext]:
         """Encrypt hidden states (tokens, width) of one chunk, the first at position ``start``.
 
-        Behind a prompt its last token is repeated: no token sees those, values there are in the ranges of
-        others, and the server does not learn from the ciphertext how many tokens there are.
+        Behind the last token it is repeated: no token sees those, values there are in the ranges of others,
+        and the server does not learn from the ciphertext how many tokens there are.
         """
-        if start > self.geometry.prefix:
+        if self.geometry.is_alone(start, len(hidden)):
             slots = [self._layout.decoding.pack(hidden[0])]
         else:
-            missing = max(0, self._layout.tokens - self.geometry.start - len(hidden))
+            place = self.geometry.place(start)
+            missing = max(0, self._layout.tokens - place - len(hidden))
             padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
-            slots = self._layout.pack(padded, self.geometry.start)
+            slots = self._layout.pack(padded, place)
         return [self.secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
 
     def decrypt(self, ciphertexts: Sequence[Ciphertext], count: int, start: int) -> Float64:
         """Decrypt hidden states (tokens, width) of one chunk."""
         slots = [self.secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
-        if start > self.geometry.prefix:
+        if self.geometry.is_alone(start, count):
             return self._layout.decoding.unpack(slots[0], self._layout.width)[None]
-        return self._layout.unpack(slots, self._layout.width, count, self.geometry.start)
+        return self._layout.unpack(slots, self._layout.width, count, self.geometry.place(start))
 
     def refresh(self, request: RefreshRequest) -> RefreshReply:
         """Answer a server that is out of levels: it shows uniformly random numbers only."""
@@ -263,27 +272,28 @@ class Session:
     ) -> list[Ciphertext]:
         """Evaluate a module on one chunk of tokens, whose first is at position ``start``.
 
-        A chunk right behind the prefix starts a new text; any other goes on where the last one ended. What
-        failed has to start anew. Raises ``Refused`` for an unknown module, for a chunk that does not fit, and
-        for a client's reply that does not answer a refresh.
+        A chunk right behind the prefix starts a new text; any other goes on where the text ends, or at one of
+        its tokens, which is then dropped with all behind it. What failed has to start anew. Raises
+        ``Refused`` for an unknown module, for a chunk that does not fit, and for a client's reply that does
+        not answer a refresh.
         """
         geometry = self._server.geometry
         if name not in self._server.modules:
             raise Refused(f"there is no module {name!r} here")
         module = self._server.modules[name]
-        room = geometry.tokens - geometry.start if start == geometry.prefix else 1
-        if not 1 <= count <= room or start + count > geometry.context:
+        if not 1 <= count <= geometry.tokens - geometry.place(start) or start + count > geometry.context:
             raise Refused(f"{count} tokens from position {start} on do not fit")
-        caches, seen = self._seen.pop(name, ([], 0))
-        if start == geometry.prefix:
-            caches = module.caches()
-        elif start != (expected := seen or geometry.prefix):
-            raise Refused(f"tokens from position {start} on, where {expected} was expected")
+        caches, seen = self._seen.pop(name, ([], geometry.prefix))
         x: CiphertextTensor
         if start == geometry.prefix:
+            caches = module.caches()
             x = encrypted(self.arithmetic, ciphertexts, count, geometry.start)
-        else:
+        elif not geometry.prefix < start <= seen:
+            raise Refused(f"tokens from position {start} on, where {seen} was expected")
+        elif geometry.is_alone(start, count):
             x = EncryptedToken(self.arithmetic, tuple(ciphertexts), start)
+        else:
+            x = EncryptedChunk(self.arithmetic, tuple(ciphertexts), count, position=start)
         result: CiphertextTensor = evaluate(module.module, x, caches, report)
         self._seen[name] = caches, start + count
         return [
