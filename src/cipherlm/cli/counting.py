@@ -29,7 +29,7 @@ from cipherlm.engine import (
     SecretKey,
 )
 from cipherlm.engine.evaluator import Operand, is_number
-from cipherlm.engine.linear import split_rotations
+from cipherlm.engine.linear import Storage, split_rotations
 from cipherlm.nn.blocks import Blocks
 from cipherlm.nn.module import Linear
 from cipherlm.nn.ranges import Interval
@@ -289,10 +289,16 @@ class _HollowEncodings(Encodings):
         level: int,
         giant_step: int,
         scale: float | None = None,
+        storage: Storage | None = None,
     ) -> LinearTransformation:
         """See :class:`Encodings`."""
         return HollowTransformation(
-            self.parameters, diagonals, level=level, giant_step=giant_step, storage=self.storage, scale=scale
+            self.parameters,
+            diagonals,
+            level=level,
+            giant_step=giant_step,
+            storage=storage or self.storage,
+            scale=scale,
         )
 
 

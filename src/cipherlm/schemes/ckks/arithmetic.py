@@ -101,14 +101,18 @@ class Encodings:
         level: int,
         giant_step: int,
         scale: float | None = None,
+        storage: Storage | None = None,
     ) -> LinearTransformation:
-        """Encode a matrix by its diagonals; see :class:`~cipherlm.engine.LinearTransformation`."""
+        """Encode a matrix by its diagonals; see :class:`~cipherlm.engine.LinearTransformation`.
+
+        They are kept as this object's ``storage`` says, unless another is given.
+        """
         return LinearTransformation(
             self.parameters,
             diagonals,
             level=level,
             giant_step=giant_step,
-            storage=self.storage,
+            storage=storage or self.storage,
             scale=scale,
         )
 

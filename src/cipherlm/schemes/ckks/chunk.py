@@ -174,8 +174,7 @@ class EncryptedChunk(EncryptedTensor):
 
         def matrix(index: int, *, far: bool) -> LinearTransformation:
             terms = ((chunk.rotation(turn), mask) for turn, mask in masks(index) if (turn > 0) == far)
-            return LinearTransformation(
-                encodings.parameters,
+            return encodings.transformation(
                 terms,
                 level=ATTENTION_LEVEL,
                 giant_step=chunk.prompt.slots,

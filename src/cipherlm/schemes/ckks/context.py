@@ -209,8 +209,7 @@ class Context:
         encodings = self.arithmetic.encodings
         return encodings.keep(
             ("transposition", kind),
-            lambda: LinearTransformation(
-                encodings.parameters,
+            lambda: encodings.transformation(
                 diagonals(),
                 level=level,
                 giant_step=encodings.layout.slots,

@@ -305,5 +305,3 @@ class EncryptedToken(CiphertextTensor):
         return encodings.keep(
             "weights", lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL)
         )
-
-
