@@ -12,6 +12,8 @@ from cipherlm import EncryptionConfig, get_encrypted_model
 
 VOCABULARY, PROMPT, NEW = 60, 22, 5
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "initializer_range": 0.5}
+CUTS = ((12, 14), (12, 19), (17, 18), (18, 20), (5, 7), (7, 8), (8, 9), (7, 8), (6, 13), (10, 11), (9, 12))
+"""Where a text is cut, and where it goes on to: by chunks and by single tokens, behind either."""
 PREFIXES = {"gpt2": [0], "llama": list(range(10))}
 
 
@@ -76,7 +78,7 @@ def test_a_cache_that_was_cut_back():
     with torch.no_grad():
         want = clear_model("gpt2")(ids).logits
         encrypted(ids[:, :15], past_key_values=cache)
-        for cut, end in ((12, 14), (12, 19), (17, 18), (18, 20), (5, 7)):
+        for cut, end in CUTS:
             cache.crop(cut - cache.get_seq_length())
             trips = encrypted.placement.traffic.refreshes
             got = encrypted(ids[:, cut:end], past_key_values=cache).logits

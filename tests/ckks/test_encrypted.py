@@ -93,9 +93,9 @@ def test_a_gate_of_either_degree(small, hidden, name):
     gate, other = Gate(name), hidden[::-1].copy()
     want = gate(ClearTensor(hidden), ClearTensor(other)).values
     fitted = gate.fit({"inputs": (-5.0, 5.0)}, 0)
-    assert fitted.curve.degree == (63 if name == "silu" else 127)
+    assert fitted.curve.degree == (31 if name == "silu" else 127)
     exact = fitted(ClearTensor(hidden), ClearTensor(other)).values
-    assert largest(exact, want) < (1e-4 if name == "silu" else 0.05)
+    assert largest(exact, want) < (1e-3 if name == "silu" else 0.05)
     for level in (1, 4, 8):
         got = fitted(small.encrypt(hidden, level=level), small.encrypt(other, level=level))
         assert largest(small.decrypt(got), exact) < 1e-4

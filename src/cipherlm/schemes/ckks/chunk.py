@@ -85,7 +85,7 @@ class EncryptedChunk(EncryptedTensor):
         parts = [sums[i : i + self.chunk.blocks] for i in range(0, len(sums), self.chunk.blocks)]
         factor, scores = math.sqrt(layout.head_dim), []
         for part in parts:
-            real, _ = evaluator.split(self._turned_back(part, "places"))
+            real, _ = evaluator.split(self._turned_back(part, "places", own=part is parts[-1]))
             scores.append(evaluator.set_scale(real, real.scale * 2 * factor))
         if key.prefix is not None:
             query = evaluator.drop_level(query, ATTENTION_LEVEL - 2)
@@ -189,23 +189,31 @@ class EncryptedChunk(EncryptedTensor):
             ),
         )
 
-    def _turned_back(self, parts: Sequence[Ciphertext], kind: str) -> Ciphertext:
-        """Return scores of groups, or weighted values, with all tokens turned to those of the queries."""
-        evaluator = self._evaluator
+    def _turned_back(self, parts: Sequence[Ciphertext], kind: str, *, own: bool = False) -> Ciphertext:
+        """Return scores of groups, or weighted values, with all tokens turned to those of the queries.
+
+        Where the last group is the chunk's ``own``, tokens that come in again at the other end are later than
+        their queries, which do not see them: their scores are left out, whatever they are.
+        """
+        evaluator, turns = self._evaluator, self.chunk.turns
+        seen = {False: parts, True: parts[:-1] if own else parts}
 
         def turned(item: tuple[int, list[Plaintext]]) -> Ciphertext:
             turn, masks = item
-            product = evaluator.dot(parts, masks[: len(parts)])
+            some = seen[turn > 0]
+            product = evaluator.dot(some, masks[: len(some)])
             return evaluator.rotate(product, self.chunk.rotation(turn)) if turn else product
 
-        turns = self.chunk.turns
-        results = self.arithmetic.each(turned, zip(turns, self._masks_back(kind), strict=True))
+        wanted = [item for item in zip(turns, self._masks_back(kind), strict=True) if seen[item[0] > 0]]
+        results = self.arithmetic.each(turned, wanted)
         near, far = (
-            [result for turn, result in zip(turns, results, strict=True) if (turn > 0) == is_far]
+            [result for (turn, _), result in zip(wanted, results, strict=True) if (turn > 0) == is_far]
             for is_far in (False, True)
         )
-        around = evaluator.rotate(self._added(far), self.arithmetic.layout.tokens)
-        return evaluator.add(self._added(near), around)
+        total = self._added(near)
+        if not far:
+            return total
+        return evaluator.add(total, evaluator.rotate(self._added(far), self.arithmetic.layout.tokens))
 
     def _added(self, parts: Sequence[Ciphertext]) -> Ciphertext:
         total = parts[0]

@@ -37,8 +37,7 @@ class Context:
 
     The last chunk is pending until more comes, and is known to stay. The others are in groups, and a group is
     brought to a packing where it is first needed in it, by a transposition and a refresh. Behind the last
-    token there may be anything in a group that is in a prompt's packing, and there is zero in that of one
-    token. So a text can be taken back to any of its tokens for nothing (:meth:`keep`).
+    token of a group there is zero. So a text can be taken back to any of its tokens (:meth:`keep`).
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -79,30 +78,38 @@ class Context:
         side_by_side = self.arithmetic.layout.tokens
         if kept < 0:
             del self.groups[-(-tokens // side_by_side) :]
-            self.groups[-1], self.tokens = self._cut(self.groups[-1]), tokens
+            self.groups[-1] = self._cut(self.groups[-1], tokens - (len(self.groups) - 1) * side_by_side)
+            self.tokens = tokens
         if pending is None or kept <= 0:
             return
         group, taken = divmod(self.tokens, side_by_side)
         self.tokens = tokens
         if not taken:
-            self.groups.append(self._group(pending))
+            self.groups.append(self._group(pending, kept))
             return
         room = side_by_side - taken
         self.groups[group] = Group(tired=self._joined(self.groups[group], taken, pending, min(kept, room)))
         if kept > room:
             evaluator = self.arithmetic.evaluator
             moved = evaluator.rotate(evaluator.rotate(pending, side_by_side), -taken)
-            self.groups.append(self._group(moved))
+            self.groups.append(self._group(moved, kept - room))
 
-    def _cut(self, group: Group) -> Group:
-        """Return a group of which fewer tokens stay."""
+    def _cut(self, group: Group, count: int) -> Group:
+        """Return a group of which so many tokens stay."""
         if group.together is not None:
-            return Group(together=group.together)
+            return self._group(group.together, count)
         assert group.apart is not None
-        return Group(tired=self.arithmetic.evaluator.transform(group.apart, self._matrix("back")))
+        return Group(tired=self.arithmetic.evaluator.transform(group.apart, self._matrix_back(count)))
 
-    @staticmethod
-    def _group(pair: Ciphertext) -> Group:
+    def _group(self, pair: Ciphertext, count: int) -> Group:
+        """Return a group of the first tokens of a pair, with zero behind them.
+
+        Scores against what no query sees have to be zero: whatever lies there else could be of any size.
+        """
+        if count < self.arithmetic.layout.tokens:
+            return Group(
+                tired=self.arithmetic.evaluator.multiply(pair, self._first_tokens(count, pair.level))
+            )
         # What a first chunk leaves has not been refreshed.
         fresh = pair.level >= CONTEXT_LEVEL and pair.scale == pair.parameters.scale
         return Group(together=pair) if fresh else Group(tired=pair)
@@ -114,14 +121,14 @@ class Context:
             first = evaluator.multiply(group.together, self._first_tokens(taken))
         else:
             assert group.apart is not None  # what was tired has been refreshed for the tokens before these
-            first = evaluator.transform(group.apart, self._matrix("back"))
+            first = evaluator.transform(group.apart, self._matrix_back(self.arithmetic.layout.tokens))
         more = evaluator.multiply(pending, self._first_tokens(count))
         return evaluator.add(first, evaluator.rotate(more, -taken))
 
-    def _first_tokens(self, count: int) -> Any:
+    def _first_tokens(self, count: int, level: int = CONTEXT_LEVEL) -> Any:
         encodings = self.arithmetic.encodings
         slots = encodings.layout.chunk.first_tokens
-        return encodings.keep(("first tokens", count), lambda: encodings.mask(slots(count), CONTEXT_LEVEL))
+        return encodings.keep(("first tokens", count, level), lambda: encodings.mask(slots(count), level))
 
     def ready_together(self, *others: Ciphertext) -> list[Ciphertext]:
         """Have all groups in a prompt's packing, and return others at :data:`ATTENTION_LEVEL`.
@@ -133,7 +140,9 @@ class Context:
             if group.tired is not None:
                 return group.tired
             assert group.apart is not None
-            return self.arithmetic.evaluator.transform(group.apart, self._matrix("back"))
+            return self.arithmetic.evaluator.transform(
+                group.apart, self._matrix_back(self.arithmetic.layout.tokens)
+            )
 
         missing = [group for group in self.groups if group.together is None]
         fresh, others_fresh = self._refreshed(map(form, missing), others)
@@ -171,6 +180,12 @@ class Context:
         self.tokens += 1
 
     @property
+    def parts(self) -> list[Ciphertext]:
+        """All ciphertexts that are kept."""
+        held = [one for group in self.groups for one in (group.together, group.apart, group.tired)]
+        return [pair for pair in (*held, self.pending) if pair is not None]
+
+    @property
     def apart(self) -> list[Ciphertext]:
         """The groups in the packing of one token."""
         return [group.apart for group in self.groups if group.apart is not None]
@@ -195,20 +210,30 @@ class Context:
         """Return keys and values a level below, at the default scale."""
         return self.arithmetic.evaluator.adjust_scale(pair, self.arithmetic.parameters.scale)
 
-    def _matrix(self, kind: int | str) -> LinearTransformation:
-        """Return what brings the first tokens of a group to the packing of one token, or all ``"back"``."""
-        encodings = self.arithmetic.encodings
-        layout = encodings.layout.decoding
-        if isinstance(kind, int):
-            return self._transposition(kind, CONTEXT_LEVEL - 1, lambda: layout.transposition(kind))
-        return self._transposition(kind, CONTEXT_LEVEL, layout.transposition_back)
+    def _matrix(self, count: int) -> LinearTransformation:
+        """Return what brings the first tokens of a group to the packing of one token."""
+        layout = self.arithmetic.layout.decoding
+        return self._transposition(("there", count), CONTEXT_LEVEL - 1, lambda: layout.transposition(count))
+
+    def _matrix_back(self, count: int) -> LinearTransformation:
+        """Return what brings the first tokens of a group back to a prompt's packing."""
+        layout = self.arithmetic.layout
+        first = layout.chunk.first_tokens(count)
+        return self._transposition(
+            ("back", count),
+            CONTEXT_LEVEL,
+            lambda: ((turn, mask * first) for turn, mask in layout.decoding.transposition_back()),
+        )
 
     def _transposition(
-        self, kind: int | str, level: int, diagonals: Callable[[], Iterable[tuple[int, NDArray[np.float64]]]]
+        self,
+        kind: tuple[str, int],
+        level: int,
+        diagonals: Callable[[], Iterable[tuple[int, NDArray[np.float64]]]],
     ) -> LinearTransformation:
         encodings = self.arithmetic.encodings
         return encodings.keep(
-            ("transposition", kind),
+            ("transposition", *kind),
             lambda: encodings.transformation(
                 diagonals(),
                 level=level,
