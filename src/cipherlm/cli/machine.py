@@ -38,7 +38,10 @@ VERSION = 1
 BUDGET = 0.04
 """Seconds for each primitive operation: it is run three times at least."""
 RUNS = 3
-USUAL = {"chunk": (1.05, 1.35), "token": (1.15, 1.7)}
+USUAL = {
+    "whole": {"chunk": (1.05, 1.35), "token": (1.15, 1.7)},
+    "linear": {"chunk": (1.5, 3.2), "token": (1.5, 3.0)},
+}
 """Work and wall, as :meth:`Machine.server_seconds` has them, on two quiet cores: for busy machines."""
 SERIAL = 0.25
 """The share of work that further cores do not make faster, where a single one cannot tell: assumed."""
@@ -46,6 +49,8 @@ BUSY = 0.85
 """The share of its cores that a process gets on a quiet machine, at least."""
 
 _GROUP = LinearGroup("sample", ("sample",), 768, (1536,))
+_COPIES = 16
+"""Of the matrix of a sample: together they are larger than what a processor keeps near."""
 ROWS = 8
 
 
@@ -128,7 +133,7 @@ class Machine:
         sample = {"whole": self._sample_block, "linear": self._sample_product}[placement]
         if f"overheads/{placement}" not in self._values and self.busy:
             self.overheads = "usual"
-            return USUAL[size]
+            return USUAL[placement][size]
         work, wall = self._value(f"overheads/{placement}", sample)[size]
         return work, wall
 
@@ -178,13 +183,14 @@ class Machine:
         """Run one product for real, of one vector and of several."""
         found: dict[str, tuple[float, float]] = {}
         with self._progress("measuring a product"):
-            sample = _Product()
+            sample = _Product(_COPIES)
             for name, count in (("token", 1), ("chunk", ROWS)):
                 rows, tallies = sample.encrypt(count), []
-                for _ in range(4 * RUNS):
+                for _ in range(RUNS):
                     tally = sample.evaluator.tally = Tally()
                     began, processor = time.perf_counter(), time.process_time()
-                    sample.server.multiply(sample.evaluator, _GROUP.name, rows)
+                    for server in sample.servers:
+                        server.multiply(sample.evaluator, _GROUP.name, rows)
                     tally.seconds = time.perf_counter() - began
                     tally.cpu_seconds = time.process_time() - processor
                     tallies.append(tally)
@@ -221,19 +227,21 @@ class Machine:
         return float(self._values[name])
 
     def key_figures(self, geometry: Geometry, level: int) -> dict[str, float]:
-        """Return seconds and bytes of one key that serves up to a level: sent, as made, and expanded."""
+        """Return seconds and bytes of one key that serves up to a level: sent, as made, and expanded.
+
+        Many are made at a time.
+        """
 
         def measure() -> dict[str, float]:
             key = self._key(geometry.parameters)
+            many = dict.fromkeys(range(1, 4 * threads() + 1), level)
             began = time.perf_counter()
-            made = [
-                key.evaluation_keys({step: level}, relinearization=False, conjugation=False)
-                for step in range(1, 4)
-            ]
-            seconds, one = (time.perf_counter() - began) / len(made), made[0]
-            figures = {"seconds": seconds, "sent": len(one.to_bytes()), "made": one.nbytes}
-            one.expand()
-            return {**figures, "expanded": one.nbytes}
+            key.evaluation_keys(many, relinearization=False)
+            seconds = (time.perf_counter() - began) / len(many)
+            keys = key.evaluation_keys({1: level}, relinearization=False)
+            figures = {"seconds": seconds, "sent": len(keys.to_bytes()), "made": keys.nbytes}
+            keys.expand()
+            return {**figures, "expanded": keys.nbytes}
 
         figures: dict[str, float] = self._value(f"key/{level}", measure)
         return figures
@@ -248,7 +256,7 @@ class Machine:
         def measure() -> dict[str, float]:
             sample = _Product()
             rows = sample.encrypt(ROWS)
-            outputs = sample.server.multiply(sample.evaluator, _GROUP.name, rows)
+            outputs = sample.servers[0].multiply(sample.evaluator, _GROUP.name, rows)
             sent, answer = _written(rows), _written(outputs)
             inputs, results = sum(map(len, rows)), sum(map(len, outputs))
             x, norms = np.ones((ROWS, _GROUP.in_features)), np.ones(ROWS)
@@ -275,12 +283,13 @@ class Machine:
 
 
 class _Product:
-    """A product with random weights, and both of its parties."""
+    """A product with random weights, and both of its parties; of the server some copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: int = 1) -> None:
         weights = {_GROUP.name: np.random.default_rng(0).normal(0, 0.02, (_GROUP.rows, _GROUP.in_features))}
         self.plan = make_plan([_GROUP], weights)
-        self.server, self.client = LinearServer.build(self.plan, weights), LinearClient(self.plan)
+        self.servers = [LinearServer.build(self.plan, weights) for _ in range(copies)]
+        self.client = LinearClient(self.plan)
         self.evaluator = MeasuredEvaluator(self.plan.parameters, self.client.evaluation_keys())
 
     def encrypt(self, count: int) -> list[Row]:
