@@ -23,8 +23,11 @@ def saved(tmp_path_factory):
 
 
 def clear_text(prompt, count):
-    ids = tokenizer()(prompt, return_tensors="pt")["input_ids"]
-    return tokenizer().decode(tiny("llama").generate(ids, max_new_tokens=count, do_sample=False)[0])
+    """What the clear model says, with embeddings in half precision, as clients have them."""
+    ids, model = tokenizer()(prompt, return_tensors="pt")["input_ids"], tiny("llama")
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding.weight.data = embedding.weight.data.half().float()
+    return tokenizer().decode(model.generate(ids, max_new_tokens=count, do_sample=False)[0])
 
 
 @pytest.mark.parametrize("options", [["--target-modules", "linear"]])
