@@ -22,7 +22,7 @@ from cipherlm.cli.line import Line, duration, rate
 from cipherlm.cli.machine import Machine
 from cipherlm.engine import Parameters, threads
 from cipherlm.models.architecture import architecture_of
-from cipherlm.schemes.ckks.session import Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
 
 NO_LINE = Line()
 

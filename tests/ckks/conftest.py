@@ -11,15 +11,11 @@ from cipherlm.engine import Evaluator, Parameters, PublicKey, SecretKey
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.chunk import EncryptedChunk
 from cipherlm.schemes.ckks.decoding import EncryptedToken
-from cipherlm.schemes.ckks.encrypted import (
-    EncryptedTensor,
-    decrypt,
-    encrypt,
-    encrypted,
-    evaluation_keys,
-)
+from cipherlm.schemes.ckks.encrypted import EncryptedTensor, encrypted
 from cipherlm.schemes.ckks.layout import Layout
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
+
+from .parties import decrypt, encrypt, evaluation_keys
 
 
 @dataclass

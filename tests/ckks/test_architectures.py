@@ -25,7 +25,8 @@ from cipherlm.models.geometry import geometry_of
 from cipherlm.nn.blocks import calibrated
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
-from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, InProcess, Server
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Client, Hosted, InProcess, Server
 
 from .models import Clear, behind
 

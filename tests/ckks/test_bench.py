@@ -14,7 +14,8 @@ from cipherlm.cli.bench_ckks import MeasuredSession
 from cipherlm.cli.bench_primitives import NAMES, Primitives
 from cipherlm.engine import Parameters
 from cipherlm.nn.module import Linear, Module
-from cipherlm.schemes.ckks.session import Geometry, Hosted
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Hosted
 
 FIGURES = {
     "ciphertext_bytes",

@@ -23,7 +23,8 @@ from cipherlm.linear.products import LinearGroup
 from cipherlm.linear.server import LinearServer, encode
 from cipherlm.models.architecture import architecture_of
 from cipherlm.nn.tensor import Prefix
-from cipherlm.schemes.ckks.session import Geometry, Hosted
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Hosted
 
 from .models import filled
 

@@ -13,10 +13,10 @@ from cipherlm.nn.activations import Gate
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
-from cipherlm.schemes.ckks.refresh import InProcessRefresh
 
 from .models import behind, filled
 from .models import linear as random_linear
+from .parties import InProcessRefresh
 
 RANDOM = np.random.default_rng(11)
 ARGS = Args(30, 3, 120, 1, 64, 1e-5, "gelu_new")

@@ -15,9 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.engine import Ciphertext, Plaintext, RefreshRequest, SecretKey
-from cipherlm.schemes.ckks.refresh import InProcessRefresh, MaskedRefresh
+from cipherlm.schemes.ckks.refresh import MaskedRefresh
 from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
 from tests.encryption.rings import PrimeRing
+
+from .parties import InProcessRefresh
 
 BINS = 64
 SIGMAS = 6.0

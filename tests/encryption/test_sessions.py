@@ -7,7 +7,8 @@ import numpy as np
 from cipherlm.engine import SecretKey
 from cipherlm.nn.module import Module
 from cipherlm.schemes.ckks import session
-from cipherlm.schemes.ckks.session import Geometry, Hosted, Server
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Hosted, Server
 
 from .conftest import Client
 from .distributions import assert_ternary, assert_uniform, assert_unrelated

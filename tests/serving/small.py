@@ -24,7 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cipherlm import EncryptionConfig, RemoteModel, get_encrypted_model, load_tokenizer
 from cipherlm.engine import SecretKey
 from cipherlm.progress import silent
-from cipherlm.schemes.ckks.session import Client, Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving import bundle as bundles
 from cipherlm.serving.computation import HostedModel
 from cipherlm.serving.key_use import USE_NAME

@@ -332,7 +332,7 @@ def other(**changes) -> dict:
         ({"parameters": other(tokens=3)}, "cannot be served"),
         ({"parameters": other(log_degree=15)}, "cannot be served: ring degree"),
         ({"parameters": other(heads=1)}, "another version of CipherLM"),
-        ({"parameters": {**other(), "rotations": "00"}}, "another version of CipherLM"),
+        ({"parameters": {**other(), "digest": "00"}}, "another version of CipherLM"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -16,8 +16,9 @@ import pytest
 
 from cipherlm.engine import Ciphertext, PublicKey, RefreshRequest
 from cipherlm.errors import Refused
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
-from cipherlm.schemes.ckks.session import Client, Geometry
+from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.ckks import (
     EVALUATION,
@@ -120,7 +121,7 @@ def test_the_geometry_survives_json():
         assert geometry_of({"parameters": parameters_of(geometry)}) == geometry
     with pytest.raises(ValueError, match="'window' in the geometry is not known: is it of a newer"):
         Geometry.from_dict({**small.GEOMETRY.to_dict(), "window": 8})
-    for parameters in (None, [], {}, {"geometry": small.GEOMETRY.to_dict()}, {"rotations": "0"}):
+    for parameters in (None, [], {}, {"geometry": small.GEOMETRY.to_dict()}, {"digest": "0"}):
         with pytest.raises(ValueError, match=r"geometry|version"):
             geometry_of({"parameters": parameters})
 

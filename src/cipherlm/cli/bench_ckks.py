@@ -29,8 +29,9 @@ from cipherlm.models.gpt2 import Args, Attention
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.progress import TerminalProgress
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
-from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server
+from cipherlm.schemes.ckks.session import Client, Hosted, Server
 
 if TYPE_CHECKING:
     from cipherlm.schemes.tfhe.weights import AttentionWeights

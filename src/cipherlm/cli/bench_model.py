@@ -31,7 +31,8 @@ from cipherlm.nn.blocks import Blocks, calibrated, evaluate, prefixes
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.progress import TerminalProgress
-from cipherlm.schemes.ckks.session import Geometry, Hosted
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Hosted
 
 EXAMPLES = """\
 examples:

@@ -83,7 +83,7 @@ def remote_figures(told: "Summary") -> dict[str, Any]:
         "security_bits": 128,
         "post_quantum": parameters.post_quantum,
         "scale_bits": round(float(np.log2(parameters.scale))),
-        "rotation_keys": len(geometry.layout.rotations(parameters.max_level)),
+        "rotation_keys": len(geometry.rotations),
         "ciphertext_bytes_prompt": sizes[0],
         "ciphertext_bytes_token": sizes[1],
     }

@@ -35,8 +35,9 @@ from cipherlm.nn.module import Linear
 from cipherlm.nn.ranges import Interval
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL, MaskedRefresh
-from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server, Session
+from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
 
 Float64 = NDArray[np.float64]
 

@@ -36,7 +36,8 @@ from cipherlm.linear.products import LinearGroup
 from cipherlm.linear.server import encode
 from cipherlm.nn.module import Linear
 from cipherlm.nn.ranges import Interval
-from cipherlm.schemes.ckks.session import GC_PERCENT, Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import GC_PERCENT
 from cipherlm.serving.linear import IN_FLIGHT, MAX_ROWS
 
 TYPICAL: dict[str, Interval] = {
@@ -169,7 +170,7 @@ def estimate_whole(
             parts.append((kind, session.evaluate(tokens, place)))
         passes.append(_pass(count, parts, geometry, machine, cores, line))
     prompt, first, following = passes
-    levels = geometry.layout.rotations(geometry.parameters.max_level)
+    levels = geometry.rotations
     top = geometry.parameters.max_level
     figures = Counter([*levels.values(), top, top])  # with those for conjugation and for products
     per_level = {level: machine.key_figures(geometry, level) for level in figures}

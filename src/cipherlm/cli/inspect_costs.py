@@ -186,7 +186,7 @@ def _whole(options: argparse.Namespace, progress: TerminalProgress) -> tuple[Who
 def _whole_geometry(options: argparse.Namespace) -> tuple[WholeShape, str]:
     from cipherlm.cli.bench_model import BLOCKS, SIDE_BY_SIDE, SIZES
     from cipherlm.models.architecture import architecture_of
-    from cipherlm.schemes.ckks.session import Geometry
+    from cipherlm.schemes.ckks.geometry import Geometry
 
     if options.geometry != "gpt2":
         raise UsageError(f"--geometry {options.geometry} is for --placement linear")

@@ -30,9 +30,9 @@ from cipherlm.linear.plan import make_plan
 from cipherlm.linear.products import LinearGroup
 from cipherlm.linear.server import LinearServer, Row
 from cipherlm.progress import Progress, silent
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
-from cipherlm.schemes.ckks.session import Geometry
 
 VERSION = 1
 BUDGET = 0.04

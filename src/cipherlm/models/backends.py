@@ -11,7 +11,8 @@ from cipherlm.nn.blocks import Report, evaluate
 from cipherlm.nn.clear import ClearTensor, Noise
 from cipherlm.nn.module import Float64
 from cipherlm.nn.tensor import Cache
-from cipherlm.schemes.ckks.session import Geometry, Hosted
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Hosted
 
 
 class TextLost(Exception):  # noqa: N818 - nobody's error

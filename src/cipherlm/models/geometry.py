@@ -6,7 +6,7 @@ from typing import Any
 
 from cipherlm.models.architecture import Args
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.schemes.ckks.session import Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
 
 
 def public_prefix(config: EncryptionConfig, model_config: Any) -> list[int]:

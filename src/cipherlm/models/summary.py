@@ -13,7 +13,7 @@ from cipherlm.models.architecture import MODULES, architecture_of
 from cipherlm.models.config import ALL, EncryptionConfig
 from cipherlm.models.geometry import geometry_of, public_prefix
 from cipherlm.nn.activations import activation
-from cipherlm.schemes.ckks.session import Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
 
 
 @dataclass(frozen=True)

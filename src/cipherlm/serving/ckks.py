@@ -33,8 +33,9 @@ from cipherlm.nn.module import Module
 from cipherlm.nn.ranges import Interval
 from cipherlm.nn.tensor import Prefix
 from cipherlm.nn.weights import part
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
-from cipherlm.schemes.ckks.session import Client, Geometry, Hosted, Server, Session
+from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
@@ -79,7 +80,7 @@ class CkksHostedModel:
             "modules": list(self._server.modules),
             "parameters": parameters_of(self.geometry),
             "fingerprint": self.fingerprint,
-            "keys": {EVALUATION: _key_bytes(self.geometry), PUBLIC: _SLACK},
+            "keys": {EVALUATION: self.geometry.evaluation_key_bytes + _SLACK, PUBLIC: _SLACK},
             "max_tokens": self.geometry.context,
             "message_bytes": MESSAGE_BYTES,
         }
@@ -209,10 +210,8 @@ class CkksBackend:
 
 
 def parameters_of(geometry: Geometry) -> dict[str, Any]:
-    """Return what keys depend on, as JSON: the geometry, and a hash of what keys it needs."""
-    rotations = sorted(geometry.layout.rotations(geometry.parameters.max_level).items())
-    digest = hashlib.sha256(json.dumps(rotations).encode()).hexdigest()
-    return {"geometry": geometry.to_dict(), "rotations": digest}
+    """Return what keys depend on, as JSON: the geometry, and the digest of what follows from it."""
+    return {"geometry": geometry.to_dict(), "digest": geometry.digest}
 
 
 def bounds_of(description: Mapping[str, Any], blocks: int) -> Bounds:
@@ -328,24 +327,13 @@ def modules_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _key_bytes(geometry: Geometry) -> int:
-    """Return how many bytes the evaluation keys of this geometry have, at most.
-
-    A key has a polynomial for each digit of two primes, modulo all primes up to its level and two more.
-    """
-    parameters = geometry.parameters
-    top = parameters.max_level
-    levels = [*geometry.layout.rotations(top).values(), top, top]
-    polynomials = sum((level + 2) // 2 * (level + 3) for level in levels)
-    return polynomials * parameters.degree * 8 + _SLACK
-
-
 def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
     """Raise ``Refused`` unless keys serve all that is computed in a geometry."""
     parameters = geometry.parameters
     held = keys.galois_levels
-    wanted = geometry.layout.rotations(parameters.max_level)
-    elements = {pow(5, rotation, 2 * parameters.degree): level for rotation, level in wanted.items()}
+    elements = {
+        pow(5, rotation, 2 * parameters.degree): level for rotation, level in geometry.rotations.items()
+    }
     conjugation = 2 * parameters.degree - 1
     for element, level in {**elements, conjugation: parameters.max_level}.items():
         if held.get(element, -1) < level:

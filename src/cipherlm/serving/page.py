@@ -29,8 +29,8 @@ from cipherlm.models.architecture import architecture_of
 from cipherlm.models.config import ALL, EncryptionConfig
 from cipherlm.models.geometry import public_prefix
 from cipherlm.models.length import BUCKET
+from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
-from cipherlm.schemes.ckks.session import Geometry
 from cipherlm.serving.auth import is_loopback
 from cipherlm.serving.bundle import STATE_NAME, Bundle, BundleError
 from cipherlm.serving.ckks import bounds_of, geometry_of
@@ -199,8 +199,7 @@ def evaluation_keys_of(geometry: Geometry) -> list[tuple[int, int]]:
     """Return the Galois elements that a server needs keys for, each with its level; 0 is relinearisation."""
     parameters = geometry.parameters
     top, order = parameters.max_level, 2 * parameters.degree
-    rotations = geometry.layout.rotations(top)
-    galois = {pow(5, rotation, order): level for rotation, level in rotations.items()}
+    galois = {pow(5, rotation, order): level for rotation, level in geometry.rotations.items()}
     return sorted({0: top, **galois, order - 1: top}.items())
 
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from cipherlm.engine import (
     Chebyshev,
     Ciphertext,
-    Evaluator,
     LinearTransformation,
     Parameters,
     Plaintext,
@@ -25,6 +24,7 @@ from cipherlm.engine.linear import Storage
 from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
+from cipherlm.schemes.ckks.evaluator import Evaluator
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL, Refresher
 

@@ -102,17 +102,11 @@ class Context:
         return Group(tired=self.arithmetic.evaluator.transform(group.apart, self._matrix_back(count)))
 
     def _group(self, pair: Ciphertext, count: int) -> Group:
-        """Return a group of the first tokens of a pair, with zero behind them.
-
-        Scores against what no query sees have to be zero: whatever lies there else could be of any size.
-        """
-        if count < self.arithmetic.layout.tokens:
-            return Group(
-                tired=self.arithmetic.evaluator.multiply(pair, self._first_tokens(count, pair.level))
-            )
+        """Return a group of so many tokens, with whatever lies behind them in a prompt's packing."""
         # What a first chunk leaves has not been refreshed.
         fresh = pair.level >= CONTEXT_LEVEL and pair.scale == pair.parameters.scale
-        return Group(together=pair) if fresh else Group(tired=pair)
+        whole = count == self.arithmetic.layout.tokens
+        return Group(together=pair) if fresh and whole else Group(tired=pair)
 
     def _joined(self, group: Group, taken: int, pending: Ciphertext, count: int) -> Ciphertext:
         """Return the first tokens of a group, with the first of what is pending behind them."""
@@ -125,6 +119,15 @@ class Context:
         more = evaluator.multiply(pending, self._first_tokens(count))
         return evaluator.add(first, evaluator.rotate(more, -taken))
 
+    def _first(self, pair: Ciphertext, count: int) -> Ciphertext:
+        """Return the first tokens of a group, with zero behind them.
+
+        Scores against what no query sees have to be zero: whatever else lies there could be of any size.
+        """
+        if count >= self.arithmetic.layout.tokens:
+            return pair
+        return self.arithmetic.evaluator.multiply(pair, self._first_tokens(count, pair.level))
+
     def _first_tokens(self, count: int, level: int = CONTEXT_LEVEL) -> Any:
         encodings = self.arithmetic.encodings
         slots = encodings.layout.chunk.first_tokens
@@ -136,17 +139,19 @@ class Context:
         All that has to be refreshed goes to the client in one round trip.
         """
 
-        def form(group: Group) -> Ciphertext:
+        def form(item: tuple[int, Group]) -> Ciphertext:
+            index, group = item
             if group.tired is not None:
-                return group.tired
+                count = self.tokens - index * self.arithmetic.layout.tokens
+                return self._first(group.tired, count)
             assert group.apart is not None
             return self.arithmetic.evaluator.transform(
                 group.apart, self._matrix_back(self.arithmetic.layout.tokens)
             )
 
-        missing = [group for group in self.groups if group.together is None]
+        missing = [(index, group) for index, group in enumerate(self.groups) if group.together is None]
         fresh, others_fresh = self._refreshed(map(form, missing), others)
-        for group, ciphertext in zip(missing, fresh, strict=True):
+        for (_, group), ciphertext in zip(missing, fresh, strict=True):
             group.together, group.tired = ciphertext, None
         return others_fresh
 

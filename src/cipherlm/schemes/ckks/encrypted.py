@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 from cipherlm.engine import (
     Chebyshev,
     Ciphertext,
-    EvaluationKeys,
-    Evaluator,
     LinearTransformation,
     Plaintext,
-    SecretKey,
 )
 from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix, Tensor, depth
 from cipherlm.schemes.ckks.arithmetic import MAPPING_SHIFT, PLAIN_SHIFT, Arithmetic, Encodings
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL, Layout
+from cipherlm.schemes.ckks.evaluator import Evaluator
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL
 from cipherlm.schemes.ckks.matrices import Matrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
@@ -442,33 +440,6 @@ class EncryptedTensor(CiphertextTensor):
 def encrypted(
     arithmetic: Arithmetic, ciphertexts: Iterable[Ciphertext], tokens: int, start: int = 0
 ) -> EncryptedTensor:
-    """Return hidden states that a client encrypted with :func:`encrypt`, behind a public prefix."""
+    """Return hidden states that a client encrypted, behind a public prefix."""
     position = arithmetic.layout.prefix
     return EncryptedTensor(arithmetic, tuple(ciphertexts), tokens, start, position=position)
-
-
-def encrypt(
-    secret_key: SecretKey, layout: Layout, hidden: Float64, *, start: int = 0, level: int = ATTENTION_LEVEL
-) -> list[Ciphertext]:
-    """Encrypt hidden states (tokens, width), the first as token ``start``: the client's side.
-
-    The last is repeated in the slots of tokens after it. No token sees those, their values are in the same
-    ranges as the others', and the server does not learn how many tokens there are.
-    """
-    missing = layout.tokens - start - len(hidden)
-    if missing < 0:
-        raise ValueError(f"{len(hidden)} tokens from token {start} on, where {layout.tokens} have room")
-    padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
-    return [secret_key.encrypt(slots, level) for slots in layout.pack(padded, start)]
-
-
-def decrypt(secret_key: SecretKey, tensor: EncryptedTensor, features: int) -> Float64:
-    """Decrypt hidden states (tokens, features): the client's side."""
-    slots = [secret_key.decrypt(part).real for part in tensor.parts]
-    return tensor.arithmetic.layout.unpack(slots, features, tensor.tokens, tensor.start)
-
-
-def evaluation_keys(secret_key: SecretKey, layout: Layout) -> EvaluationKeys:
-    """Make the keys that a server needs for a layout: the client's side."""
-    rotations = layout.rotations(secret_key.parameters.max_level)
-    return secret_key.evaluation_keys(rotations, conjugation=True)

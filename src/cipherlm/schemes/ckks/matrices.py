@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from cipherlm.engine import (
     Ciphertext,
-    Evaluator,
     LinearTransformation,
     folded,
     matrix_diagonals,
@@ -18,6 +17,7 @@ from cipherlm.engine import (
 )
 from cipherlm.schemes.ckks.arithmetic import Encodings
 from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DecodingShape
+from cipherlm.schemes.ckks.evaluator import Evaluator
 
 Float64 = NDArray[np.float64]
 

@@ -7,15 +7,13 @@ from typing import Protocol
 
 from cipherlm.engine import (
     Ciphertext,
-    Evaluator,
-    Plaintext,
     PublicKey,
     RefreshReply,
     RefreshRequest,
-    SecretKey,
 )
 from cipherlm.engine.errors import EngineError, InternalError
 from cipherlm.errors import Refused
+from cipherlm.schemes.ckks.evaluator import Evaluator
 
 MASK_LEVEL = 1
 """Where ciphertexts are masked: the modulus there is what hides them."""
@@ -55,19 +53,3 @@ class MaskedRefresh:
             raise
         except EngineError as error:  # all that unmasking checks is whether the reply answers the request
             raise Refused(f"a reply to another refresh: {error}") from error
-
-
-class InProcessRefresh:
-    """Decrypts and encrypts, in one process with the secret key: for tests and measurements only."""
-
-    def __init__(self, secret_key: SecretKey) -> None:
-        self._secret_key = secret_key
-
-    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        """Return the ciphertexts at ``level``."""
-        return [self._one(ciphertext, level, shift) for ciphertext in ciphertexts]
-
-    def _one(self, ciphertext: Ciphertext, level: int, shift: int) -> Ciphertext:
-        values = self._secret_key.decrypt(ciphertext)
-        plaintext = Plaintext.encode(self._secret_key.parameters, values, level, ciphertext.scale / 2**shift)
-        return self._secret_key.encrypt(plaintext)

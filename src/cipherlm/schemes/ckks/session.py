@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +12,6 @@ from cipherlm.engine import (
     Ciphertext,
     EvaluationKeys,
     Evaluator,
-    Parameters,
     PublicKey,
     RefreshReply,
     RefreshRequest,
@@ -31,7 +28,8 @@ from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.chunk import EncryptedChunk
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import CiphertextTensor, encrypted
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 
 Float64 = NDArray[np.float64]
@@ -42,108 +40,6 @@ GC_PERCENT = 25
 
 FLOOD = 16
 """Bits of the noise that is added to results: see :meth:`~cipherlm.engine.Evaluator.rerandomize`."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How hidden states lie in ciphertexts: what client and server have to agree on.
-
-    Hidden states have ``width`` features, in heads and in an MLP there are ``heads`` times ``head_dim`` and
-    ``inner`` (0 stands for the width that heads have together, and for four times the width). ``tokens`` go
-    side by side into a ciphertext. The first ``prefix`` tokens of a text are public and never encrypted; if
-    they are fewer than ``tokens``, they take their places among these. ``context`` is the highest number of
-    tokens, with the prefix. ``rotary`` says that queries and keys are rotated, and ``post_quantum`` keeps 128
-    bits of security against quantum computers too. Raises ``ValueError`` for anything that does not fit.
-    """
-
-    heads: int
-    head_dim: int
-    tokens: int = 8
-    prefix: int = 1
-    context: int = 64
-    log_degree: int = 14
-    post_quantum: bool = False
-    width: int = 0
-    inner: int = 0
-    rotary: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name in ("post_quantum", "rotary"):
-                if not isinstance(getattr(self, field.name), bool):
-                    raise ValueError(f"{field.name} must be True or False, not {getattr(self, field.name)!r}")
-                continue
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 16:
-                raise ValueError(f"{field.name} must be a small integer, not {value!r}")
-        if self.log_degree != 14:
-            raise ValueError(f"ring degree 2^{self.log_degree}: only 2^14 has the levels that are needed")
-        if not 1 <= self.heads <= 1 << 10 or not 1 <= self.head_dim <= 1 << 10:
-            raise ValueError(f"{self.heads} heads of {self.head_dim} features")
-        object.__setattr__(self, "width", self.width or self.heads * self.head_dim)
-        object.__setattr__(self, "inner", self.inner or 4 * self.width)
-        if not self.prefix < self.context:
-            raise ValueError(
-                f"a prefix of {self.prefix} tokens leaves no room in a context of {self.context}: "
-                f"encrypt with EncryptionConfig(..., context={max(2 * self.prefix, 64)})"
-            )
-        if self.context > self.layout.most_tokens:
-            raise ValueError(f"a context of {self.context} tokens: at most {self.layout.most_tokens}")
-
-    @cached_property
-    def parameters(self) -> Parameters:
-        """The parameters of the encryption."""
-        return Parameters.preset(self.log_degree, post_quantum=self.post_quantum)
-
-    @cached_property
-    def layout(self) -> Layout:
-        """The packing."""
-        return Layout(
-            1 << (self.log_degree - 1),
-            self.tokens,
-            self.heads,
-            self.head_dim,
-            self.width,
-            self.inner,
-            self.prefix - self.start,
-            self.rotary,
-        )
-
-    @property
-    def start(self) -> int:
-        """The place of a text's first private token in a ciphertext: behind a short prefix."""
-        return self.place(self.prefix)
-
-    def place(self, start: int) -> int:
-        """Return the place in a ciphertext of the first token of a chunk."""
-        return self.prefix if start == self.prefix < self.tokens else 0
-
-    def is_alone(self, start: int, count: int) -> bool:
-        """Whether a chunk is one token behind others: it has a packing of its own."""
-        return count == 1 and start > self.prefix
-
-    def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield start and count of what is sent in one evaluation."""
-        end = start + count
-        while start < end:
-            size = min(end - start, self.tokens - self.place(start))
-            yield start, size
-            start += size
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Geometry:
-        """Read what ``to_dict`` gave. Raises ``ValueError`` for anything else."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not {"heads", "head_dim"} <= set(values):
-            raise ValueError("not the geometry of an encrypted model")
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} in the geometry is not known: is it of a newer CipherLM?")
-        return cls(**values)
 
 
 class Client:
@@ -160,8 +56,7 @@ class Client:
 
     def evaluation_keys(self) -> EvaluationKeys:
         """Make the keys that a server needs to compute."""
-        rotations = self._layout.rotations(self.geometry.parameters.max_level)
-        return self.secret_key.evaluation_keys(rotations, conjugation=True)
+        return self.secret_key.evaluation_keys(self.geometry.rotations, conjugation=True)
 
     def public_key(self) -> PublicKey:
         """Make the key that a server needs to refresh and rerandomise."""

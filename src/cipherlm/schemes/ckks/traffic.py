@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cipherlm.engine import EvaluationKeys, PublicKey, RefreshReply, RefreshRequest
-from cipherlm.schemes.ckks.session import Client, Float64, Geometry
+from cipherlm.schemes.ckks.geometry import Geometry
+from cipherlm.schemes.ckks.session import Client, Float64
 
 
 @dataclass

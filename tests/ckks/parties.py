@@ -1,0 +1,57 @@
+"""What tests do as a client, and a refresh that is no protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cipherlm.engine import Ciphertext, EvaluationKeys, Plaintext, SecretKey
+from cipherlm.schemes.ckks.encrypted import EncryptedTensor
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
+
+Float64 = NDArray[np.float64]
+
+
+def encrypt(
+    secret_key: SecretKey, layout: Layout, hidden: Float64, *, start: int = 0, level: int = ATTENTION_LEVEL
+) -> list[Ciphertext]:
+    """Encrypt hidden states (tokens, width), the first as token ``start``: the client's side.
+
+    The last is repeated in the slots of tokens after it. No token sees those, their values are in the same
+    ranges as the others', and the server does not learn how many tokens there are.
+    """
+    missing = layout.tokens - start - len(hidden)
+    if missing < 0:
+        raise ValueError(f"{len(hidden)} tokens from token {start} on, where {layout.tokens} have room")
+    padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
+    return [secret_key.encrypt(slots, level) for slots in layout.pack(padded, start)]
+
+
+def decrypt(secret_key: SecretKey, tensor: EncryptedTensor, features: int) -> Float64:
+    """Decrypt hidden states (tokens, features): the client's side."""
+    slots = [secret_key.decrypt(part).real for part in tensor.parts]
+    return tensor.arithmetic.layout.unpack(slots, features, tensor.tokens, tensor.start)
+
+
+def evaluation_keys(secret_key: SecretKey, layout: Layout) -> EvaluationKeys:
+    """Make the keys that a server needs for a layout: the client's side."""
+    rotations = layout.rotations(secret_key.parameters.max_level)
+    return secret_key.evaluation_keys(rotations, conjugation=True)
+
+
+class InProcessRefresh:
+    """Decrypts and encrypts, in one process with the secret key: for tests and measurements only."""
+
+    def __init__(self, secret_key: SecretKey) -> None:
+        self._secret_key = secret_key
+
+    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+        """Return the ciphertexts at ``level``."""
+        return [self._one(ciphertext, level, shift) for ciphertext in ciphertexts]
+
+    def _one(self, ciphertext: Ciphertext, level: int, shift: int) -> Ciphertext:
+        values = self._secret_key.decrypt(ciphertext)
+        plaintext = Plaintext.encode(self._secret_key.parameters, values, level, ciphertext.scale / 2**shift)
+        return self._secret_key.encrypt(plaintext)
