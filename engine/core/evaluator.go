@@ -276,11 +276,17 @@ func (e *Evaluator) MulPlain(a *Ciphertext, b *Plaintext, out *Ciphertext) (*Cip
 	if a.Degree() != 1 {
 		return nil, failure(Invalid, "a ciphertext of degree %d: relinearise it first", a.Degree())
 	}
+	scale := a.Scale.Mul(b.Scale)
 	result, err := a.target(out, 1, min(a.Level(), b.Level()))
 	if err != nil {
 		return nil, err
 	}
-	return result, e.ckks.Mul(a.Ciphertext, b.Plaintext, result.Ciphertext)
+	if err := e.sumPlain([]*Ciphertext{a}, []*Plaintext{b}, result); err != nil {
+		return nil, err
+	}
+	*result.MetaData = *a.MetaData
+	result.Scale = scale
+	return result, nil
 }
 
 // Relinearize brings a product back to degree 1.
@@ -309,7 +315,12 @@ func (e *Evaluator) relinearize(a, out *rlwe.Ciphertext) error {
 		out.Resize(1, level)
 	}
 	*out.MetaData = *a.MetaData
-	err := e.switcher.switchKey(a.Value[2], &e.keys.relin.GadgetCiphertext, level, func(component, prime int, switched []uint64) {
+	last, err := e.switcher.decompose(a.Value[2], level, false)
+	if err != nil {
+		return err
+	}
+	defer last.release()
+	err = last.switchTo(&e.keys.relin.GadgetCiphertext, func(component, prime int, switched []uint64) {
 		e.Params.add(prime, a.Value[component].Coeffs[prime], switched, out.Value[component].Coeffs[prime])
 	})
 	out.Resize(1, level)

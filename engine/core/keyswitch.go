@@ -47,6 +47,9 @@ func newSwitcher(p *Parameters, evaluator *rlwe.Evaluator) *switcher {
 	return s
 }
 
+// paired tells whether the vector code converts between moduli, two primes at a time.
+func (s *switcher) paired() bool { return simd && s.remainder != nil }
+
 // vectorised tells whether the vector code serves all primes of QP.
 func (p *Parameters) vectorised() bool {
 	for prime := range p.QCount() + p.PCount() {
@@ -110,55 +113,6 @@ func limb(poly ringqp.Poly, i, level int) []uint64 {
 	return poly.Q.Coeffs[i]
 }
 
-// decompose splits a polynomial in NTT form into digits modulo QP, in NTT form.
-func (s *switcher) decompose(poly ring.Poly, level int) ([]ringqp.Poly, error) {
-	p, top := s.params, s.params.MaxLevelP()
-	pool := s.pool.AtLevel(level, top)
-	digits := pool.GetBuffDecompQP(p.Parameters.Parameters, level, top)
-	coefficients := pool.GetBuffPoly()
-	defer pool.RecycleBuffPoly(coefficients)
-	limbs, paired := s.limbs(level), s.remainder != nil && simd
-	single := func(digit int) bool { return top == 0 || paired && 2*digit == level }
-	err := parallel(len(digits), func(digit int) error {
-		first, last := digit*(top+1), min((digit+1)*(top+1), level+1)
-		for i := first; i < last; i++ {
-			copy(coefficients.Coeffs[i], poly.Coeffs[i])
-			p.backward(i, coefficients.Coeffs[i])
-		}
-		switch {
-		case single(digit):
-		case paired:
-			simdSplit(coefficients.Coeffs[first], coefficients.Coeffs[first+1], &s.digits[digit].split)
-		default:
-			s.decomposer.DecomposeAndSplit(level, top, top+1, digit, *coefficients, digits[digit].Q, digits[digit].P)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return digits, parallel(len(digits)*limbs, func(job int) error {
-		digit, i := job/limbs, job%limbs
-		residues, first, prime := limb(digits[digit], i, level), digit*(top+1), s.prime(i, level)
-		switch {
-		case i <= level && i/(top+1) == digit: // its own primes' residues are known
-			copy(residues, poly.Coeffs[i])
-			return nil
-		case single(digit):
-			p.recenter(coefficients.Coeffs[first], first, p.Q()[first]/2+1, prime, residues)
-		case paired:
-			s.digits[digit].to(p, prime, coefficients.Coeffs[first], coefficients.Coeffs[first+1], residues)
-		}
-		p.forward(prime, residues)
-		return nil
-	})
-}
-
-// release gives digits back.
-func (s *switcher) release(digits []ringqp.Poly, level int) {
-	s.pool.AtLevel(level, s.params.MaxLevelP()).RecycleBuffDecompQP(digits)
-}
-
 // pair is a ciphertext modulo QP.
 type pair [2]ringqp.Poly
 
@@ -175,15 +129,20 @@ func (s *switcher) releasePair(sum pair, level int) {
 }
 
 // product multiplies digits with a key modulo one prime, the i-th of QP.
-func (s *switcher) product(digits []ringqp.Poly, key *rlwe.GadgetCiphertext, level, i int, out0, out1 []uint64) {
+func (s *switcher) product(digits [][]uint64, key *rlwe.GadgetCiphertext, level, i int, out0, out1 []uint64) {
 	terms := make([]term, len(digits))
 	for digit := range digits {
 		row := key.Value[digit][0]
 		// A key may serve higher levels: its primes of P follow those of its own level.
-		terms[digit] = term{limb(digits[digit], i, level), 1, limb(row[0], i, level), limb(row[1], i, level)}
+		terms[digit] = term{digits[digit], 1, limb(row[0], i, level), limb(row[1], i, level)}
+	}
+	subring := s.params.subring(s.prime(i, level))
+	if vectorised(subring) && len(terms) <= 8 {
+		simdProduct(subring, terms, out0, out1)
+		return
 	}
 	a := s.accumulators.Get().(*accumulator)
-	a.sum(terms, s.params.subring(s.prime(i, level)), true, out0, out1)
+	a.sum(terms, subring, true, out0, out1)
 	s.accumulators.Put(a)
 }
 
@@ -197,7 +156,7 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 		rest[i] = pool.GetBuffPoly()
 		defer pool.RecycleBuffPoly(rest[i])
 	}
-	paired := s.remainder != nil && simd
+	paired := s.paired()
 	err := parallel(2, func(component int) error {
 		special := sum[component].P.Coeffs
 		for i := range special {
@@ -229,32 +188,6 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 		take(component, i, residues)
 		return nil
 	})
-}
-
-// switchKey switches a polynomial in NTT form.
-func (s *switcher) switchKey(poly ring.Poly, key *rlwe.GadgetCiphertext, level int,
-	take func(component, prime int, switched []uint64)) error {
-	digits, err := s.decompose(poly, level)
-	if err != nil {
-		return err
-	}
-	defer s.release(digits, level)
-	return s.switchDigits(digits, key, level, take)
-}
-
-// switchDigits is switchKey for a polynomial that was decomposed.
-func (s *switcher) switchDigits(digits []ringqp.Poly, key *rlwe.GadgetCiphertext, level int,
-	take func(component, prime int, switched []uint64)) error {
-	sum := s.newPair(level)
-	defer s.releasePair(sum, level)
-	err := parallel(s.limbs(level), func(i int) error {
-		s.product(digits, key, level, i, limb(sum[0], i, level), limb(sum[1], i, level))
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	return s.divide(sum, level, take)
 }
 
 // permute applies an automorphism in NTT form modulo one prime.

@@ -392,10 +392,10 @@ func (e *Evaluator) rotateExtended(ct *Ciphertext, rotation, level int) (result 
 	if err != nil {
 		return result, err
 	}
-	digits, err := e.switcher.decompose(ct.Value[1], level)
+	digits, err := e.switcher.decompose(ct.Value[1], level, false)
 	if err != nil {
 		return result, err
 	}
-	defer e.switcher.release(digits, level)
-	return e.sumRotations(ct, digits, []*rlwe.GaloisKey{key}, level)
+	defer digits.release()
+	return e.sumRotations(ct, digits, []*rlwe.GaloisKey{key})
 }

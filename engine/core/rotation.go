@@ -4,7 +4,6 @@ import (
 	"strconv"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
-	"github.com/tuneinsight/lattigo/v6/ring/ringqp"
 )
 
 // normal brings a rotation into [0, slots).
@@ -52,24 +51,24 @@ func (e *Evaluator) automorphism(a *Ciphertext, element uint64, out *Ciphertext,
 	if element == 1 {
 		return result, e.ckks.Automorphism(a.Ciphertext, element, result.Ciphertext)
 	}
-	digits, err := e.switcher.decompose(a.Value[1], a.Level())
+	digits, err := e.switcher.decompose(a.Value[1], a.Level(), false)
 	if err != nil {
 		return nil, err
 	}
-	defer e.switcher.release(digits, a.Level())
+	defer digits.release()
 	return result, e.rotateDigits(a, digits, element, result)
 }
 
 // rotateDigits applies an automorphism to a ciphertext with its decomposition; the
 // result may be the ciphertext itself, and has its level.
-func (e *Evaluator) rotateDigits(a *Ciphertext, digits []ringqp.Poly, element uint64, result *Ciphertext) error {
+func (e *Evaluator) rotateDigits(a *Ciphertext, digits *decomposition, element uint64, result *Ciphertext) error {
 	key, err := e.ckks.CheckAndGetGaloisKey(element)
 	if err != nil {
 		return err
 	}
 	index := e.ckks.AutomorphismIndex(element)
 	*result.MetaData = *a.MetaData
-	return e.switcher.switchDigits(digits, &key.GadgetCiphertext, result.Level(), func(component, prime int, switched []uint64) {
+	return digits.switchTo(&key.GadgetCiphertext, func(component, prime int, switched []uint64) {
 		if component == 0 {
 			e.Params.add(prime, switched, a.Value[0].Coeffs[prime], switched)
 		}
@@ -102,11 +101,11 @@ func (e *Evaluator) rotations(a *Ciphertext, rotations []int, level int) ([]*Cip
 			return nil, err
 		}
 	}
-	digits, err := e.switcher.decompose(a.Value[1], level)
+	digits, err := e.switcher.decompose(a.Value[1], level, len(rotations) > 1)
 	if err != nil {
 		return nil, err
 	}
-	defer e.switcher.release(digits, level)
+	defer digits.release()
 	results := make([]*Ciphertext, len(rotations))
 	return results, parallel(len(rotations), func(i int) error {
 		results[i] = a.like(1, level)
@@ -177,18 +176,18 @@ func (e *Evaluator) addRotations(ct *Ciphertext, rotations []int, apart int) (ro
 			return nil, err
 		}
 	}
-	digits, err := e.switcher.decompose(ct.Value[1], level)
+	digits, err := e.switcher.decompose(ct.Value[1], level, apart != 0)
 	if err != nil {
 		return nil, err
 	}
-	defer e.switcher.release(digits, level)
+	defer digits.release()
 	if apart != 0 {
 		rotated = ct.like(1, level)
 		if err := e.rotateDigits(ct, digits, e.Params.RotationElement(apart), rotated); err != nil {
 			return nil, err
 		}
 	}
-	sum, err := e.sumRotations(ct, digits, keys, level)
+	sum, err := e.sumRotations(ct, digits, keys)
 	if err != nil {
 		return nil, err
 	}
@@ -200,30 +199,31 @@ func (e *Evaluator) addRotations(ct *Ciphertext, rotations []int, apart int) (ro
 
 // sumRotations adds up rotations of a ciphertext, given with its decomposition, modulo
 // QP and times P.
-func (e *Evaluator) sumRotations(ct *Ciphertext, digits []ringqp.Poly, keys []*rlwe.GaloisKey, level int) (pair, error) {
-	s := e.switcher
+func (e *Evaluator) sumRotations(ct *Ciphertext, digits *decomposition, keys []*rlwe.GaloisKey) (pair, error) {
+	s, level := e.switcher, digits.level
 	sum := s.newPair(level)
 	return sum, parallel(s.limbs(level), func(i int) error {
-		r := e.Params.subring(s.prime(i, level))
 		var switched [2]*[]uint64
 		for component := range switched {
 			switched[component] = s.pool.GetBuffUintArray()
 			defer s.pool.RecycleBuffUintArray(switched[component])
 		}
-		for j, key := range keys {
-			s.product(digits, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
-			if i <= level { // times P, it is 0 modulo the primes of P
-				e.Params.multiplyAdd(i, ct.Value[0].Coeffs[i], s.special[i], *switched[0])
-			}
-			index := e.ckks.AutomorphismIndex(key.GaloisElement)
-			for component := range switched {
-				if out := limb(sum[component], i, level); j == 0 {
-					permute(*switched[component], index, out)
-				} else {
-					addPermuted(*switched[component], index, r.Modulus, out)
+		digits.modulo(i, func(residues [][]uint64) {
+			for j, key := range keys {
+				s.product(residues, &key.GadgetCiphertext, level, i, *switched[0], *switched[1])
+				if i <= level { // times P, it is 0 modulo the primes of P
+					e.Params.multiplyAdd(i, ct.Value[0].Coeffs[i], s.special[i], *switched[0])
+				}
+				index := e.ckks.AutomorphismIndex(key.GaloisElement)
+				for component := range switched {
+					if out := limb(sum[component], i, level); j == 0 {
+						permute(*switched[component], index, out)
+					} else {
+						addPermuted(*switched[component], index, e.Params.subring(s.prime(i, level)).Modulus, out)
+					}
 				}
 			}
-		}
+		})
 		return nil
 	})
 }

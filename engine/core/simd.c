@@ -302,13 +302,17 @@ VECTOR void cl_simd_add(const uint64_t *x, const uint64_t *y, long n, uint64_t p
         STORE(out + i, subtract_above(_mm512_add_epi64(LOAD(x + i), LOAD(y + i)), q));
 }
 
-// low + 2^52 high, below 2^52 q and with a low below 2^53, divided by 2^52 (Montgomery's
+// low + 2^52 high divided by 2^52 modulo q, at most that quotient and q more (Montgomery's
 // reduction); inverse is 1/q modulo 2^52.
-static inline __attribute__((always_inline)) VECTOR __m512i reduced(__m512i low, __m512i high, __m512i inverse, const modulus *m) {
+static inline __attribute__((always_inline)) VECTOR __m512i quotient_of(__m512i low, __m512i high, __m512i inverse, const modulus *m) {
     __m512i zero = _mm512_setzero_si512();
     __m512i t = _mm512_madd52hi_epu64(zero, _mm512_madd52lo_epu64(zero, low, inverse), m->q);
-    high = _mm512_add_epi64(high, _mm512_add_epi64(_mm512_srli_epi64(low, 52), m->q));
-    return subtract_above(subtract_above(_mm512_sub_epi64(high, t), m->twice), m->q);
+    return _mm512_sub_epi64(_mm512_add_epi64(high, _mm512_add_epi64(_mm512_srli_epi64(low, 52), m->q)), t);
+}
+
+// The same for a sum below 2^53 q, below q.
+static inline __attribute__((always_inline)) VECTOR __m512i reduced(__m512i low, __m512i high, __m512i inverse, const modulus *m) {
+    return subtract_above(subtract_above(quotient_of(low, high, inverse, m), m->twice), m->q);
 }
 
 VECTOR void cl_simd_tensor(const uint64_t *a0, const uint64_t *a1, const uint64_t *b0, const uint64_t *b1, long n, uint64_t power,
@@ -404,6 +408,23 @@ VECTOR void cl_simd_accumulate(uint64_t *sums, long n, int count, struct cl_simd
         accumulate(sums, n, 4, a, b, c, d);
 }
 
+VECTOR void cl_simd_product(struct cl_simd_terms terms, int count, long n, uint64_t inverse, uint64_t factor, uint64_t quotient,
+                            uint64_t prime, uint64_t *out0, uint64_t *out1) {
+    modulus m = MODULUS;
+    __m512i w = _mm512_set1_epi64((long long)factor), s = _mm512_set1_epi64((long long)quotient);
+    __m512i inv = _mm512_set1_epi64((long long)inverse), fourfold = _mm512_add_epi64(m.twice, m.twice);
+    for (long i = 0; i < n; i += 8) {
+        __m512i low0 = _mm512_setzero_si512(), high0 = low0, low1 = low0, high1 = low0;
+        for (int j = 0; j < count; j++)
+            ADD(terms.term[j]);
+        // Of 8 products below q^2, with q below 2^51, this is below 6q.
+        low0 = subtract_above(subtract_above(quotient_of(low0, high0, inv, &m), fourfold), m.twice);
+        low1 = subtract_above(subtract_above(quotient_of(low1, high1, inv, &m), fourfold), m.twice);
+        STORE(out0 + i, subtract_above(multiply(low0, w, s, &m), m.q));
+        STORE(out1 + i, subtract_above(multiply(low1, w, s, &m), m.q));
+    }
+}
+
 VECTOR void cl_simd_reduce(const uint64_t *sums, long n, const uint64_t *factors, const uint64_t *quotients, uint64_t prime,
                            uint64_t *out0, uint64_t *out1) {
     modulus m = MODULUS;
@@ -436,6 +457,8 @@ void cl_simd_accumulate(uint64_t *s, long n, int count, struct cl_simd_term a, s
                         struct cl_simd_term c, struct cl_simd_term d) {}
 void cl_simd_reduce(const uint64_t *s, long n, const uint64_t *w, const uint64_t *v, uint64_t q, uint64_t *out0,
                     uint64_t *out1) {}
+void cl_simd_product(struct cl_simd_terms t, int count, long n, uint64_t i, uint64_t w, uint64_t s, uint64_t q, uint64_t *out0,
+                     uint64_t *out1) {}
 void cl_simd_recenter(const uint64_t *v, long n, uint64_t p, uint64_t h, uint64_t q, uint64_t s, uint64_t r, uint64_t *out) {}
 void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}
 void cl_simd_multiply_add(const uint64_t *x, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}

@@ -122,6 +122,18 @@ func simdTerm(plain, c0, c1 []uint64) C.struct_cl_simd_term {
 	return C.struct_cl_simd_term{(*C.uint64_t)(&plain[0]), (*C.uint64_t)(&c0[0]), (*C.uint64_t)(&c1[0])}
 }
 
+// simdProduct writes the sum of at most 8 terms with whole plaintexts, divided by 2^64.
+func simdProduct(subring *ring.SubRing, terms []term, out0, out1 []uint64) {
+	var group C.struct_cl_simd_terms
+	for i, t := range terms {
+		group.term[i] = simdTerm(t.plain, t.c0, t.c1)
+	}
+	prime := subring.Modulus
+	factor := ring.IMForm((1<<52)%prime, prime, subring.MRedConstant)
+	C.cl_simd_product(group, C.int(len(terms)), C.long(len(out0)), C.uint64_t(subring.MRedConstant), C.uint64_t(factor),
+		C.uint64_t(wideQuotient(factor, prime)), C.uint64_t(prime), (*C.uint64_t)(&out0[0]), (*C.uint64_t)(&out1[0]))
+}
+
 // addVector adds up to four terms at a time.
 func (a *accumulator) addVector(terms []term, start int) {
 	for first := 0; first < len(terms); first += 4 {

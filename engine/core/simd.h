@@ -34,6 +34,12 @@ struct cl_simd_term { const uint64_t *plain, *c0, *c1; };
 void cl_simd_accumulate(uint64_t *sums, long n, int count, struct cl_simd_term a, struct cl_simd_term b,
                         struct cl_simd_term c, struct cl_simd_term d);
 
+// The sums of the products of at most 8 terms, divided by 2^52 and times a factor, modulo the
+// prime; values are below the prime, inverse is 1/prime modulo 2^52, with any bits above.
+struct cl_simd_terms { struct cl_simd_term term[8]; };
+void cl_simd_product(struct cl_simd_terms terms, int count, long n, uint64_t inverse, uint64_t factor, uint64_t quotient,
+                     uint64_t prime, uint64_t *out0, uint64_t *out1);
+
 // What the sums stand for, low + 2^52 high, times factors[0] modulo the prime. factors[i]
 // is 2^(52i) factors[0], quotients[i] is floor(factors[i] * 2^52 / prime).
 void cl_simd_reduce(const uint64_t *sums, long n, const uint64_t *factors, const uint64_t *quotients, uint64_t prime,

@@ -30,6 +30,8 @@ func simdAdd([]uint64, []uint64, uint64, []uint64) { panic("no vector code") }
 
 func simdTensor(_ *ring.SubRing, _, _, _, _, _, _, _ []uint64) { panic("no vector code") }
 
+func simdProduct(*ring.SubRing, []term, []uint64, []uint64) { panic("no vector code") }
+
 func simdSplit([]uint64, []uint64, *[8]uint64) { panic("no vector code") }
 
 func simdExtend([]uint64, []uint64, *[7]uint64, uint64, []uint64) { panic("no vector code") }

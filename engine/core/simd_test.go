@@ -101,6 +101,23 @@ func TestPointwise(t *testing.T) {
 					t.Errorf("prime %d: a %s differs", prime, name)
 				}
 			}
+			if simd = true; !vectorised(r) {
+				continue
+			}
+			for _, count := range []int{1, 8} {
+				var outputs [2][2][]uint64
+				for i := range outputs {
+					outputs[i] = [2][]uint64{make([]uint64, p.N()), make([]uint64, p.N())}
+				}
+				terms := slices.Repeat([]term{{values[0], 1, values[1], values[2]}}, count)
+				simdProduct(r, terms, outputs[0][0], outputs[0][1])
+				simd = false
+				new(accumulator).sum(terms, r, true, outputs[1][0], outputs[1][1])
+				simd = true
+				if !slices.Equal(outputs[0][0], outputs[1][0]) || !slices.Equal(outputs[0][1], outputs[1][1]) {
+					t.Errorf("prime %d, %d terms: a product differs", prime, count)
+				}
+			}
 		}
 	}
 }
