@@ -39,10 +39,10 @@ BUDGET = 0.04
 """Seconds for each primitive operation: it is run three times at least."""
 RUNS = 3
 USUAL = {
-    "whole": {"chunk": (1.05, 1.35), "token": (1.15, 1.7)},
-    "linear": {"chunk": (1.5, 3.2), "token": (1.5, 3.0)},
+    "whole": {"chunk": (1.05, 0.3), "token": (1.15, 0.55)},
+    "linear": {"chunk": (1.15, 0.25), "token": (1.4, 0.5)},
 }
-"""Work and wall, as :meth:`Machine.server_seconds` has them, on two quiet cores: for busy machines."""
+"""Overheads on two quiet cores (see :meth:`Machine.server_seconds`), for machines that are busy."""
 SERIAL = 0.25
 """The share of work that further cores do not make faster, where a single one cannot tell: assumed."""
 BUSY = 0.85
@@ -118,28 +118,30 @@ class Machine:
     def server_seconds(self, kind: str, core_seconds: float, cores: int) -> float:
         """Return what a server with so many cores takes for operations of so many core seconds.
 
-        ``kind`` is ``"whole/chunk"`` or ``"whole/token"``, or ``"linear/..."``. Measured on a sample, work
-        is processor time over that of the operations, and wall the time on the clock over that of the
-        operations on all cores. From these follow a part that one core does alone and one that all share.
+        ``kind`` is a placement, ``"whole"`` or ``"linear"``, with ``"/chunk"`` or ``"/token"``. Overheads of
+        it, measured on a sample, are the processor time over that of the operations, and what of that cores
+        do not share (Amdahl's law), from which other numbers of cores are extrapolated.
         """
-        work, wall = self._overheads(kind)
-        here = threads()
-        alone = max(0.0, (wall - work) / (here - 1)) if here > 1 else SERIAL * work
-        per_core = wall / here if cores == here else alone + max(0.0, work - alone) / cores
-        return core_seconds * per_core
-
-    def _overheads(self, kind: str) -> tuple[float, float]:
         placement, _, size = kind.partition("/")
-        sample = {"whole": self._sample_block, "linear": self._sample_product}[placement]
-        if f"overheads/{placement}" not in self._values and self.busy:
-            self.overheads = "usual"
-            return USUAL[placement][size]
-        work, wall = self._value(f"overheads/{placement}", sample)[size]
-        return work, wall
+        work, alone = self._overheads(placement)[size]
+        return core_seconds * (alone + (work - alone) / cores)
 
-    @cached_property
-    def busy(self) -> bool:
-        """Whether other work shares the machine, so that clocks tell nothing."""
+    def _overheads(self, placement: str) -> Mapping[str, tuple[float, float]]:
+        """Return the overheads of a placement: measured, if the machine is quiet before and after."""
+        name = f"overheads/{placement}"
+        if name not in self._values and not self._is_busy():
+            sample = {"whole": self._sample_block, "linear": self._sample_product}[placement]()
+            if not self._is_busy():
+                self._values[name] = sample
+        if name not in self._values:
+            self.overheads = "usual"
+        found: Mapping[str, tuple[float, float]] = self._values.get(name, USUAL[placement])
+        return found
+
+    def _is_busy(self) -> bool:
+        """Say whether other work shares the machine, so that clocks tell nothing."""
+        if self.overheads == "usual":  # it was a moment ago
+            return True
         count = threads()
 
         def spin(_: int) -> None:
@@ -155,7 +157,7 @@ class Machine:
         """Run a block of GPT-2's size for real: a prompt, and further tokens."""
         from cipherlm.cli.bench_model import SIDE_BY_SIDE, random_model
 
-        tokens = SIDE_BY_SIDE + 2
+        tokens = SIDE_BY_SIDE + 4
         with self._progress("measuring a block"):
             subject = random_model(1, tokens, np.random.default_rng(0))
             args = subject.args
@@ -164,20 +166,21 @@ class Machine:
             )
             session = MeasuredSession(geometry, subject.hosted(64))
 
-            def text() -> list[Tally]:
-                starts = [(0, SIDE_BY_SIDE), *((i, i + 1) for i in range(SIDE_BY_SIDE, tokens))]
+            def text(last: int) -> list[Tally]:
+                starts = [(0, SIDE_BY_SIDE), *((i, i + 1) for i in range(SIDE_BY_SIDE, last))]
                 return [session.evaluate(subject.hidden[a:b], a)[1] for a, b in starts]
 
-            text()
-            runs = [text() for _ in range(RUNS)]
+            text(SIDE_BY_SIDE + 1)  # encodes the weights
+            runs = [text(tokens) for _ in range(RUNS)]
         parts = {"chunk": [run[0] for run in runs], "token": [tally for run in runs for tally in run[2:]]}
         return {name: self._overhead(geometry.parameters, tallies) for name, tallies in parts.items()}
 
     def _overhead(self, parameters: Parameters, tallies: list[Tally]) -> tuple[float, float]:
-        core = self.core_seconds(parameters, tallies[0].primitives)
-        wall = min(tally.seconds - tally.client_seconds for tally in tallies)
-        work = min(tally.cpu_seconds - tally.client_seconds for tally in tallies)
-        return work / core, max(wall * threads() / core, work / core)
+        core, count = self.core_seconds(parameters, tallies[0].primitives), threads()
+        wall = min(tally.server_seconds for tally in tallies) / core
+        work = min(tally.cpu_seconds - tally.client_seconds for tally in tallies) / core
+        alone = (count * wall - work) / (count - 1) if count > 1 else SERIAL * work
+        return work, max(0.0, alone)
 
     def _sample_product(self) -> dict[str, tuple[float, float]]:
         """Run one product for real, of one vector and of several."""
@@ -185,14 +188,15 @@ class Machine:
         with self._progress("measuring a product"):
             sample = _Product(_COPIES)
             for name, count in (("token", 1), ("chunk", ROWS)):
-                rows, tallies = sample.encrypt(count), []
+                tallies = []
                 for _ in range(RUNS):
                     tally = sample.evaluator.tally = Tally()
-                    began, processor = time.perf_counter(), time.process_time()
-                    for server in sample.servers:
+                    for server in sample.servers:  # what the parties do between takes their place in caches
+                        rows = sample.read(_written(sample.encrypt(count)))
+                        began, processor = time.perf_counter(), time.process_time()
                         server.multiply(sample.evaluator, _GROUP.name, rows)
-                    tally.seconds = time.perf_counter() - began
-                    tally.cpu_seconds = time.process_time() - processor
+                        tally.seconds += time.perf_counter() - began
+                        tally.cpu_seconds += time.process_time() - processor
                     tallies.append(tally)
                 found[name] = self._overhead(sample.plan.parameters, tallies)
         return found
