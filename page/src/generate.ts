@@ -116,11 +116,10 @@ class Text {
     const { plan, model, engine } = this.parties;
     const prefix = plan.prefix.length;
     let next = 0;
-    for (const [start, count] of chunks(plan, prefix + this.seen, tokens.length - this.seen)) {
+    for (const { start, count, place } of chunks(plan, prefix + this.seen, tokens.length - this.seen)) {
       this.listener.begins(this.seen, this.total);
       const rows = tokens.slice(start - prefix, start - prefix + count).map((token, i) => model.embed(token, start + i));
-      const begins = start === prefix;
-      const slots = packed(plan.layout, rows, begins);
+      const slots = packed(plan.layout, rows, place);
       const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
       this.listener.ciphertext(input, "up");
       const outputs = await this.patiently(() =>
@@ -132,7 +131,7 @@ class Text {
         throw engineProblem(error, "the server sent no result that can be decrypted");
       });
       const began = performance.now();
-      next = model.next(lastRow(plan.layout, hidden, count, begins));
+      next = model.next(lastRow(plan.layout, hidden, count, place));
       this.listener.worked(performance.now() - began);
       this.seen += count;
       this.listener.evaluated();

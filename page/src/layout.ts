@@ -3,15 +3,24 @@ import type { Layout, Plan } from "./plan";
 
 export type Slots = Float64Array<ArrayBuffer>;
 
-/** Return start and count of what is sent in one evaluation: a text's beginning, then token after token. */
-export function* chunks(plan: Plan, start: number, count: number): Generator<[start: number, count: number]> {
-  if (count > 0 && start === plan.prefix.length) {
-    const first = Math.min(count, plan.layout.room);
-    yield [start, first];
-    start += first;
-    count -= first;
+/** What is sent in one evaluation: `count` tokens from `start` on. */
+export interface Chunk {
+  start: number;
+  count: number;
+  /** The place of the first token among those side by side; null for a token that goes alone. */
+  place: number | null;
+}
+
+/** Yield what is sent of `count` tokens from `start` on: as many at a time as lie side by side. */
+export function* chunks(plan: Plan, start: number, count: number): Generator<Chunk> {
+  const { first, tokens } = plan.layout;
+  for (const end = start + count; start < end; ) {
+    const begins = start === plan.prefix.length;
+    const place = begins ? first : 0;
+    const size = Math.min(end - start, tokens - place);
+    yield { start, count: size, place: size === 1 && !begins ? null : place };
+    start += size;
   }
-  for (let i = 0; i < count; i++) yield [start + i, 1];
 }
 
 /** Return how many tokens a generation evaluates, with those of the prefix, whatever ends its text. */
@@ -21,12 +30,12 @@ export function evaluatedTokens(plan: Plan, longest: number): number {
 }
 
 /**
- * Return the slots of a chunk's hidden states, a row each; `begins` says whether a text begins with it. Behind
- * such a beginning its last token is repeated: the server does not learn from the ciphertext how many there are.
+ * Return the slots of a chunk's hidden states, a row each, the first at a place. Behind its last token that is
+ * repeated: the server does not learn from the ciphertext how many there are.
  */
-export function packed(layout: Layout, rows: Slots[], begins: boolean): Slots {
-  const side = begins ? layout.tokens : 1;
-  const from = begins ? layout.first : 0;
+export function packed(layout: Layout, rows: Slots[], place: number | null): Slots {
+  const side = place === null ? 1 : layout.tokens;
+  const from = place ?? 0;
   const block = new Float64Array(layout.period * side);
   for (let token = from; token < side; token++) {
     const row = rows[Math.min(token - from, rows.length - 1)]!;
@@ -38,10 +47,10 @@ export function packed(layout: Layout, rows: Slots[], begins: boolean): Slots {
 }
 
 /** Return the hidden states of the last token of a chunk of `count`. */
-export function lastRow(layout: Layout, slots: Slots, count: number, begins: boolean): Slots {
-  if (!begins) return slots.slice(0, layout.width);
+export function lastRow(layout: Layout, slots: Slots, count: number, place: number | null): Slots {
+  if (place === null) return slots.slice(0, layout.width);
   const row = new Float64Array(layout.width);
   for (let feature = 0; feature < layout.width; feature++)
-    row[feature] = slots[feature * layout.tokens + layout.first + count - 1]!;
+    row[feature] = slots[feature * layout.tokens + place + count - 1]!;
   return row;
 }

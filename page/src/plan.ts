@@ -42,9 +42,8 @@ export interface Layout {
   period: number;
   /** Tokens side by side in a prompt's ciphertext. */
   tokens: number;
-  /** The first of them that is private, and how many there are: the size of a text's first chunk. */
+  /** The place of a text's first private token among them. */
   first: number;
-  room: number;
   /** Features of hidden states. */
   width: number;
   /** The level to encrypt at. */

@@ -1,20 +1,37 @@
 import { describe, expect, test } from "vitest";
-import { lastRow, packed, type Slots } from "../src/layout";
-import type { Layout } from "../src/plan";
+import { chunks, lastRow, packed, type Slots } from "../src/layout";
+import type { Layout, Plan } from "../src/plan";
 
 // 3 features with a period of 4, 2 tokens side by side of which the first is public.
-const layout: Layout = { slots: 16, period: 4, tokens: 2, first: 1, room: 1, width: 3, level: 4 };
+const layout: Layout = { slots: 16, period: 4, tokens: 2, first: 1, width: 3, level: 4 };
 const row = (...values: number[]) => Float64Array.from(values) as Slots;
+
+describe("chunks", () => {
+  const plan = (tokens: number, first: number, prefix: number) =>
+    ({ prefix: Array.from({ length: prefix }, () => 0), layout: { ...layout, tokens, first } }) as unknown as Plan;
+  const sent = (...args: Parameters<typeof chunks>) =>
+    Array.from(chunks(...args), ({ start, count, place }) => [start, count, place]);
+
+  test("a prompt goes as many tokens at a time as lie side by side", () => {
+    expect(sent(plan(4, 1, 1), 1, 9)).toEqual([[1, 3, 1], [4, 4, 0], [8, 2, 0]]);
+    expect(sent(plan(4, 0, 24), 24, 5)).toEqual([[24, 4, 0], [28, 1, null]]);
+  });
+
+  test("one token behind others goes alone, and the first of a text does not", () => {
+    expect(sent(plan(4, 1, 1), 5, 1)).toEqual([[5, 1, null]]);
+    expect(sent(plan(4, 1, 1), 1, 1)).toEqual([[1, 1, 1]]);
+  });
+});
 
 describe("slots", () => {
   test("a text begins with its tokens side by side, which repeat with the features", () => {
     const block = [0, 1, 0, 2, 0, 3, 0, 0];
-    expect(Array.from(packed(layout, [row(1, 2, 3)], true))).toEqual([...block, ...block]);
+    expect(Array.from(packed(layout, [row(1, 2, 3)], 1))).toEqual([...block, ...block]);
   });
 
   test("its last token stands in for those that it lacks", () => {
     const wide = { ...layout, tokens: 4 };
-    expect(Array.from(packed(wide, [row(1, 2, 3), row(4, 5, 6)], true))).toEqual([
+    expect(Array.from(packed(wide, [row(1, 2, 3), row(4, 5, 6)], 1))).toEqual([
       ...[0, 1, 4, 4],
       ...[0, 2, 5, 5],
       ...[0, 3, 6, 6],
@@ -24,14 +41,14 @@ describe("slots", () => {
 
   test("a token behind it is alone", () => {
     const block = [1, 2, 3, 0];
-    expect(Array.from(packed(layout, [row(1, 2, 3)], false))).toEqual([...block, ...block, ...block, ...block]);
+    expect(Array.from(packed(layout, [row(1, 2, 3)], null))).toEqual([...block, ...block, ...block, ...block]);
   });
 
   test("what comes back is read where it was put", () => {
     const wide = { ...layout, tokens: 4 };
     const rows = [row(1, 2, 3), row(4, 5, 6)];
-    expect(lastRow(wide, packed(wide, rows, true), 2, true)).toEqual(row(4, 5, 6));
-    expect(lastRow(wide, packed(wide, rows, true), 1, true)).toEqual(row(1, 2, 3));
-    expect(lastRow(layout, packed(layout, [row(7, 8, 9)], false), 1, false)).toEqual(row(7, 8, 9));
+    expect(lastRow(wide, packed(wide, rows, 1), 2, 1)).toEqual(row(4, 5, 6));
+    expect(lastRow(wide, packed(wide, rows, 1), 1, 1)).toEqual(row(1, 2, 3));
+    expect(lastRow(layout, packed(layout, [row(7, 8, 9)], null), 1, null)).toEqual(row(7, 8, 9));
   });
 });

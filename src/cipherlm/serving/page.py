@@ -169,7 +169,6 @@ def plan_of(bundle: Bundle) -> dict[str, Any]:
             "period": geometry.layout.period,
             "tokens": geometry.tokens,
             "first": geometry.start,
-            "room": next(geometry.chunks(geometry.prefix, geometry.context))[1],
             "width": geometry.layout.width,
             "level": ATTENTION_LEVEL,
         },
