@@ -98,7 +98,7 @@ def test_the_plan_is_the_model_s(program: Path) -> None:
     assert plan["parameters"] == geometry.parameters.to_dict()
     assert plan["layout"] == {
         "slots": 8192, "period": geometry.layout.period, "tokens": small.TOKENS, "first": 1,
-        "room": small.TOKENS - 1, "width": small.WIDTH, "level": 4,
+        "width": small.WIDTH, "level": 4,
     }  # fmt: skip
     assert (plan["prefix"], plan["context"], plan["module"]) == ([0], small.CONTEXT, "transformer.h")
     assert plan["model"]["norm"]["epsilon"] == 1e-5
