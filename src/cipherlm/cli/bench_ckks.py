@@ -81,7 +81,7 @@ class MeasuredSession:
     def evaluate(self, hidden: Float64, start: int) -> tuple[Float64, Tally]:
         """Return the module's outputs for hidden states (tokens, width), and what that took.
 
-        The first is the token at position ``start``; what does not fit side by side follows token by token.
+        The first is the token at position ``start``; what does not fit side by side follows in other chunks.
         """
         self._evaluator.tally, arithmetic = Tally(), self._session.arithmetic
         arithmetic.refreshes = arithmetic.round_trips = 0
@@ -97,6 +97,7 @@ class MeasuredSession:
 
     def _chunk(self, hidden: Float64, start: int) -> Float64:
         parameters = self.geometry.parameters
+        began, processor = time.perf_counter(), time.process_time()
         with self._clock("encrypt_seconds"):
             up = [part.to_bytes() for part in self._client.encrypt(hidden, start)]
         self._carry(up)
@@ -109,6 +110,13 @@ class MeasuredSession:
             got = self._client.decrypt(results, len(hidden), start)
         self._tally.input_bytes += sum(map(len, up))
         self._tally.output_bytes += sum(map(len, down))
+        self._tally.chunks.append(
+            {
+                "tokens": len(hidden),
+                "seconds": time.perf_counter() - began,
+                "cpu_seconds": time.process_time() - processor,
+            }
+        )
         return got
 
     def _refresh(self, request: RefreshRequest) -> RefreshReply:

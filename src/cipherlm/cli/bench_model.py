@@ -82,7 +82,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_integer,
         default=SIDE_BY_SIDE,
         metavar="T",
-        help="tokens in a ciphertext, a power of two; a longer prompt goes on token by token (default: 8)",
+        help="tokens in a ciphertext, a power of two; a longer prompt goes in several chunks (default: 8)",
     )
     parser.add_argument(
         "--context",

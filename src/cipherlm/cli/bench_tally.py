@@ -43,6 +43,8 @@ class Tally:
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    chunks: list[Figures] = field(default_factory=list)
+    """Tokens, seconds and processor seconds of each evaluation."""
     encrypt_seconds: float = 0.0
     refresh_seconds: float = 0.0
     decrypt_seconds: float = 0.0
@@ -116,6 +118,7 @@ class Tally:
             "cpu_seconds": self.cpu_seconds * share,
             "client_seconds": self.client_seconds * share,
             "line_seconds": self.line_seconds * share,
+            "chunks": self.chunks,
             "refreshes": count(self.refreshes),
             "round_trips": count(self.round_trips),
             "up_bytes": round(count(self.up_bytes)),
