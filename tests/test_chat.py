@@ -127,7 +127,10 @@ def test_turns_of_a_whole_model(tokenizer):
         encrypted.reply("w7", max_new_tokens=60)
 
 
-@pytest.mark.parametrize("arguments", [["--mode", "simulate"], ["--placement", "linear"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--mode", "simulate"], ["--mode", "simulate", "--prompt-lookup", "3"], ["--placement", "linear"]],
+)
 def test_the_verb(tokenizer, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     llama().save_pretrained(tmp_path / "model")

@@ -56,6 +56,21 @@ def test_generate_writes_what_the_clear_model_does(capsys, few):
     assert texts[2]["keygen_seconds"] is None
 
 
+def test_generate_with_proposals(capsys, few):
+    arguments = ("generate", "The old man and the old man", *CKKS, *few, "--max-new-tokens", "8", "--mode")
+    plain = run_json(capsys, *arguments, "disable")
+    assert (plain["passes"], plain["tokens_per_pass"]) == (8, 1)
+    proposed = run_json(capsys, *arguments, "disable", "--prompt-lookup", "3")
+    assert (proposed["text"], proposed["tokens"]) == (plain["text"], plain["tokens"])
+    assert len(proposed["token_seconds"]) == 8
+    assert proposed["passes"] <= 8
+    assert proposed["tokens_per_pass"] == 8 / proposed["passes"]
+    line = failure(capsys, "generate", "A", "--server", "http://x", "--prompt-lookup", "3", code=2)
+    assert "add --reveal-length" in line
+    line = failure(capsys, "generate", "A", "--scheme", "tfhe", "--prompt-lookup", "3", code=2)
+    assert "TFHE keeps none" in line
+
+
 def test_generate_prints_the_prompt_and_no_prefix(capsys, few):
     assert main(["generate", "The old man", *CKKS, *few, "--mode", "disable"]) == 0
     assert capsys.readouterr().out.startswith("The old man ")

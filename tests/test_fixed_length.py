@@ -149,6 +149,23 @@ def test_a_cache_that_is_cut_back(model):
     assert seen[0][0][1] == 1
 
 
+def test_drafts_are_refused(model):
+    """How many of their tokens are right depends on the text."""
+    encrypted, server = model
+    for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": small.clear_model()}):
+        with pytest.raises(ValueError, match="reveal_length=True"):
+            ask(model, **drafts)
+        assert server.asked == []
+        _, text = ask(model, reveal_length=True)
+        assert ask(model, reveal_length=True, **drafts)[1] == text
+    encrypted.generation_config.prompt_lookup_num_tokens = 2
+    try:
+        with pytest.raises(ValueError, match="reveal_length=True"):
+            ask(model)
+    finally:
+        encrypted.generation_config.prompt_lookup_num_tokens = None
+
+
 def test_prompts_of_a_bucket(model):
     """Behind the first ciphertext, a server does not see where a prompt ends, either, if all is remote."""
     if len(model[0].remote_modules) > 1:

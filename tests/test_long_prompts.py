@@ -1,4 +1,4 @@
-"""Prompts longer than a ciphertext, on ciphertexts behind the interface of transformers."""
+"""Prompts longer than a ciphertext, and drafts, on ciphertexts behind the interface of transformers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from functools import cache
 import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from cipherlm import EncryptionConfig, get_encrypted_model
 
-VOCABULARY, PROMPT, NEW = 60, 22, 5
+VOCABULARY, PROMPT = 60, 22
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "initializer_range": 0.5}
 CUTS = ((12, 14), (12, 19), (17, 18), (18, 20), (5, 7), (7, 8), (8, 9), (7, 8), (6, 13), (10, 11), (9, 12))
 """Where a text is cut, and where it goes on to: by chunks and by single tokens, behind either."""
@@ -54,22 +55,70 @@ def prompt(kind, tokens=PROMPT):
 
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_a_long_prompt_goes_in_chunks(kind):
-    encrypted, ids = model(kind), prompt(kind)
+    encrypted, ids, cache = model(kind), prompt(kind), DynamicCache()
     with torch.no_grad():
         want = clear_model(kind)(ids).logits
         trips = encrypted.placement.traffic.refreshes
-        got = encrypted(ids).logits
-    assert (got - want).abs().max() < 0.01 * want.abs().max()
-    # Three evaluations, of some thirteen round trips each.
-    assert encrypted.placement.traffic.refreshes - trips < 60
+        got = encrypted(ids[:, :-1], past_key_values=cache).logits
+        # Three evaluations, of some thirteen round trips each.
+        assert encrypted.placement.traffic.refreshes - trips < 60
+        last = encrypted(ids[:, -1:], past_key_values=cache).logits
+    assert (torch.cat([got, last], dim=1) - want).abs().max() < 0.01 * want.abs().max()
+
+
+class Counting(BaseStreamer):
+    def __init__(self) -> None:
+        self.passes = -1  # the prompt comes first
+
+    def put(self, value):
+        self.passes += 1
+
+    def end(self):
+        """Nothing is held back."""
+
+
+def assistant(kind, noise):
+    """Return the clear model with noise on its weights: one that is right now and then."""
+    made = clear_model(kind)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(4)
+        for weight in made.parameters():
+            weight += noise * torch.randn_like(weight)
+    made.generation_config.assistant_confidence_threshold = 0.0
+    return made
+
+
+def drafted(kind, mode, tokens, new, **drafts):
+    """Generate with drafts as without, and return how many passes that took."""
+    encrypted, ids, counted = model(kind), prompt(kind, tokens), Counting()
+    options = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    want = clear_model(kind).generate(ids, **options)
+    encrypted.set_fhe_mode(mode)
+    try:
+        got = encrypted.generate(ids, streamer=counted, **drafts, **options)
+    finally:
+        encrypted.set_fhe_mode("execute")
+    assert torch.equal(got, want)
+    return counted.passes
 
 
 @pytest.mark.parametrize("kind", PREFIXES)
-def test_greedy_texts_behind_a_long_prompt(kind):
-    encrypted, ids = model(kind), prompt(kind)
-    options = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    want = clear_model(kind).generate(ids, **options)
-    assert torch.equal(encrypted.generate(ids, **options), want)
+def test_drafts_change_no_text(kind):
+    """A good assistant saves passes, a bad one none; no draft is longer than what one pass verifies."""
+    assert drafted(kind, "simulate", 9, 16, prompt_lookup_num_tokens=20) <= 16
+    passes = {}
+    for noise in (0.0, 0.04, 1.0):
+        made = assistant(kind, noise)
+        config = made.generation_config
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = 30, "heuristic"
+        passes[noise] = drafted(kind, "simulate", 9, 16, assistant_model=made)
+        assert (config.num_assistant_tokens, config.num_assistant_tokens_schedule) == (30, "heuristic")
+    assert passes[0.0] == 2  # seven drafts and a token more in each
+    assert 2 < passes[0.04] < passes[1.0]
+
+
+def test_drafts_on_ciphertexts():
+    assert 2 <= drafted("gpt2", "execute", 10, 8, assistant_model=assistant("gpt2", 0.04)) <= 5
 
 
 def test_a_cache_that_was_cut_back():

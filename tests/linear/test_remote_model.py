@@ -75,6 +75,8 @@ def test_the_server_does_not_learn_when_a_text_ends(model):
     assert text.shape[1] == 5
     assert whole == ended == 6 * PRODUCTS
     assert shown == PRODUCTS
+    with pytest.raises(ValueError, match="reveal_length=True"):
+        exchanges(model, ids, prompt_lookup_num_tokens=2)
 
 
 def test_a_fault_of_the_clients_own_does_not_end_it_earlier(model):

@@ -287,6 +287,30 @@ def test_drawing_is_from_the_whole_vocabulary(model, tokenizer):
     assert (heard["do_sample"], heard["temperature"], heard["top_p"], heard["top_k"]) == (True, 1, 1, 0)
 
 
+def test_proposals(model, tokenizer):
+    heard = {}
+
+    def generate(ids, **options):
+        heard.update(options)
+        options.pop("reveal_length")
+        return model.generate(ids, **options)
+
+    spy = SimpleNamespace(config=model.config, generate=generate)
+    with pytest.raises(ValueError, match="needs reveal_length"):
+        create_proxy(spy, tokenizer, name="tiny", prompt_lookup=3)
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    with served(model, tokenizer) as url, openai_client(url) as client:
+        plain = client.completions.create(**asked)
+    with (
+        served(spy, tokenizer, prompt_lookup=3, reveal_length=True) as url,
+        openai_client(url) as client,
+    ):
+        proposed = client.completions.create(**asked)
+    assert heard["prompt_lookup_num_tokens"] == 3
+    assert proposed.choices[0].text == plain.choices[0].text
+    assert proposed.usage.completion_tokens == plain.usage.completion_tokens
+
+
 def test_equal_choices_are_generated_once(model, tokenizer):
     runs = []
 

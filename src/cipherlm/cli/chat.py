@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import add_json_option, positive_integer, quiet_libraries, write_json
 from cipherlm.cli.server_options import (
+    add_prompt_lookup_option,
     add_reveal_length_option,
     add_server_options,
+    check_prompt_lookup,
     connect,
     server_options_given,
 )
@@ -82,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server_options(parser, required=False)
     add_reveal_length_option(parser)
+    add_prompt_lookup_option(parser)
     add_json_option(parser)
 
 
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
         for name in ("model", "placement", "context"):
             if getattr(options, name):
                 raise UsageError(f"--{name} was settled when the model was exported: leave it out")
+    check_prompt_lookup(options)
     if options.context and options.placement == "linear":
         raise UsageError("--context is for the placement whole: linear layers take a text of any length")
     options.max_new_tokens = options.max_new_tokens or MOST_NEW_TOKENS
@@ -173,7 +177,9 @@ def _answer(chat: Chat, text: str, options: argparse.Namespace) -> Turn:
         if not options.json:
             print(piece, end="", flush=True)
 
-    choice = {"reveal_length": True} if options.reveal_length else {}
+    choice: dict[str, Any] = {"reveal_length": True} if options.reveal_length else {}
+    if options.prompt_lookup:
+        choice["prompt_lookup_num_tokens"] = options.prompt_lookup
     try:
         turn = chat.reply(text, max_new_tokens=options.max_new_tokens, on_text=show, **choice)
     except ValueError as error:
@@ -182,7 +188,8 @@ def _answer(chat: Chat, text: str, options: argparse.Namespace) -> Turn:
         print()
         print(
             f"[{turn.prompt_tokens} tokens read, {turn.cached_tokens} cached, first word after "
-            f"{turn.first_token_seconds:.1f} s; {turn.new_tokens} tokens in {turn.seconds:.1f} s]",
+            f"{turn.first_token_seconds:.1f} s; {turn.new_tokens} tokens in {turn.passes} passes, "
+            f"{turn.seconds:.1f} s]",
             file=sys.stderr,
         )
     return turn

@@ -27,8 +27,10 @@ from cipherlm.cli.common import (
     write_json,
 )
 from cipherlm.cli.server_options import (
+    add_prompt_lookup_option,
     add_reveal_length_option,
     add_server_options,
+    check_prompt_lookup,
     connect,
     server_options_given,
 )
@@ -84,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration_option(parser)
     add_server_options(parser, required=False)
     add_reveal_length_option(parser)
+    add_prompt_lookup_option(parser)
     add_json_option(parser)
 
 
@@ -95,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is about drawing: add --sample")
     existing_file(options.calibration)
     _check_server_options(options)
+    check_prompt_lookup(options)
     with quiet_libraries():
         result = _generate_at_server(options) if options.server else _generate(options)
     if options.json:
@@ -157,6 +161,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 def _generate_with_circuits(options: argparse.Namespace) -> dict[str, Any]:
     from cipherlm.models.loading import load_model, load_tokenizer
 
+    if options.prompt_lookup:
+        raise UsageError("--prompt-lookup needs a key-value cache, and TFHE keeps none")
     progress = TerminalProgress()
     clear = options.mode == "clear"
     tokenizer = load_tokenizer(options.model)
@@ -237,7 +243,10 @@ def _continued(
         stream=stream,
         sampling=sampling,
         reveal_length=options.reveal_length,
+        prompt_lookup=options.prompt_lookup,
     )
+    if options.prompt_lookup and sys.stderr.isatty():
+        print(f"{len(stream.tokens)} tokens in {stream.passes} passes", file=sys.stderr)
     return {
         "model": options.model,
         "mode": options.mode,
@@ -245,4 +254,6 @@ def _continued(
         "text": tokenizer.decode(generated[0][prefix:], skip_special_tokens=True),
         "tokens": [token.text for token in stream.tokens],
         "token_seconds": [token.seconds for token in stream.tokens],
+        "passes": stream.passes,
+        "tokens_per_pass": len(stream.tokens) / max(1, stream.passes),
     }

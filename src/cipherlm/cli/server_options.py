@@ -66,6 +66,27 @@ def add_reveal_length_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt_lookup_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--prompt-lookup``."""
+    parser.add_argument(
+        "--prompt-lookup",
+        type=positive_integer,
+        metavar="N",
+        help="propose up to N tokens that followed the last ones earlier in the text, and verify them in one "
+        "pass: the same text in fewer passes where it repeats itself. A server sees how many were right, so "
+        "with one this needs --reveal-length",
+    )
+
+
+def check_prompt_lookup(options: argparse.Namespace) -> None:
+    """Refuse ``--prompt-lookup`` where the length of texts is hidden from a server."""
+    if options.prompt_lookup and options.server and not options.reveal_length:
+        raise UsageError(
+            "--prompt-lookup shows the server how many proposals are right, and so how long a text is: "
+            "add --reveal-length"
+        )
+
+
 def server_options_given(options: argparse.Namespace) -> list[str]:
     """Return the options that only make sense with ``--server``."""
     names = (

@@ -22,18 +22,22 @@ class TokenStream(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-i
 
     def __init__(self, tokenizer: Any, on_token: Callable[[GeneratedToken], None] | None = None) -> None:
         self.tokens: list[GeneratedToken] = []
+        self.passes = 0
+        """How often the model was called for them: with drafts, a pass may give several."""
         self._tokenizer = tokenizer
         self._on_token = on_token
         self._last: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, then a token a call."""
-        now = time.perf_counter()
+        """Take the prompt first, then the tokens of a pass, which share its time."""
+        now, ids = time.perf_counter(), value.reshape(-1).tolist()
         if self._last is not None:
-            token = GeneratedToken(self._tokenizer.decode(value.tolist()), now - self._last)
-            self.tokens.append(token)
-            if self._on_token is not None:
-                self._on_token(token)
+            self.passes += 1
+            for one in ids:
+                token = GeneratedToken(self._tokenizer.decode([one]), (now - self._last) / len(ids))
+                self.tokens.append(token)
+                if self._on_token is not None:
+                    self._on_token(token)
         self._last = time.perf_counter()
 
     def end(self) -> None:
@@ -58,10 +62,11 @@ def generate(
     stream: TokenStream,
     sampling: Sampling | None = None,
     reveal_length: bool = False,
+    prompt_lookup: int | None = None,
 ) -> torch.Tensor:
     """Continue the token ids (1, tokens) and return all of them.
 
-    ``reveal_length`` is for a model at a server.
+    ``reveal_length`` is for a model at a server; see transformers' ``prompt_lookup_num_tokens``.
     """
     choice: dict[str, Any] = {"do_sample": False}
     if sampling is not None and sampling.sample:
@@ -69,6 +74,8 @@ def generate(
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     if reveal_length:
         choice["reveal_length"] = True
+    if prompt_lookup:
+        choice["prompt_lookup_num_tokens"] = prompt_lookup
     generated: torch.Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

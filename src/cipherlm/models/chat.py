@@ -20,13 +20,15 @@ Message = dict[str, str]
 class Turn:
     """What the model answered, and what it took.
 
-    ``prompt_tokens`` were read for it, those behind what the cache had, ``new_tokens`` generated.
+    ``prompt_tokens`` were read for it, those behind what the cache had, ``new_tokens`` generated in so many
+    ``passes`` through the model, that of the prompt among them.
     """
 
     text: str
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    passes: int
     first_token_seconds: float
     seconds: float
 
@@ -102,6 +104,7 @@ class Chat:
             prompt_tokens=len(ids) - kept,
             cached_tokens=kept,
             new_tokens=len(generated) - len(ids),
+            passes=stream.passes,
             first_token_seconds=stream.first,
             seconds=time.perf_counter() - stream.start,
         )
@@ -127,14 +130,15 @@ class _Stream(BaseStreamer):  # type: ignore[misc, no-untyped-call, unused-ignor
         self._tokenizer, self._on_text = tokenizer, on_text
         self._ids: list[int] = []
         self._shown = ""
-        self._prompt = True
+        self._prompt, self.passes = True, 0
         self.start, self.first = time.perf_counter(), 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, then a token a call."""
+        """Take the prompt first, then the tokens of a pass."""
         if self._prompt:
             self._prompt = False
             return
+        self.passes += 1
         if not self._ids:
             self.first = time.perf_counter() - self.start
         self._ids += value.reshape(-1).tolist()

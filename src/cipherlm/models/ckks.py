@@ -75,6 +75,11 @@ class CkksModel(EncryptedModel):
         """See :class:`EncryptedModel`."""
         return self.placement.geometry.context
 
+    @property
+    def most_drafts(self) -> int:
+        """See :class:`EncryptedModel`: the token before them goes with them."""
+        return max(1, self.placement.geometry.tokens - 1)
+
     def connect(self, backend: Backend | None) -> None:
         """Let ``backend`` compute the remote modules in the mode ``"execute"``, as with a server elsewhere.
 

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cipherlm.models.architecture import architecture_of
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.drafts import bounded_drafts, refuse_drafts
 from cipherlm.models.length import at_full_length, evaluated_tokens
 from cipherlm.models.loading import load_model
 from cipherlm.models.modules import MODES, EncryptedModule, FheMode
@@ -95,6 +96,11 @@ class EncryptedModel(nn.Module):
         """How many tokens a text and what follows may have together, the public prefix with them."""
 
     @property
+    def most_drafts(self) -> int:
+        """How many tokens of a draft one evaluation verifies at most."""
+        return self.room
+
+    @property
     @abstractmethod
     def is_elsewhere(self) -> bool:
         """Whether a server elsewhere computes, and so sees how often it is asked."""
@@ -108,11 +114,16 @@ class EncryptedModel(nn.Module):
         early takes as long as one that does not. Every call then evaluates its whole prompt, also where the
         text before began as this one does. With ``reveal_length`` a generation ends with its text; see
         docs/security.md for what a server that cheats reads from that.
+
+        Drafts (``prompt_lookup_num_tokens``, ``assistant_model``) have at most :attr:`most_drafts` tokens.
+        Raises ``ValueError`` for drafts where lengths are not to be revealed.
         """
         own: Any = super()
         generate = own.generate
         if reveal_length or not self.is_elsewhere:
-            return generate(*args, **kwargs)
+            with bounded_drafts(kwargs, self.generation_config, self.most_drafts) as options:
+                return generate(*args, **options)
+        refuse_drafts(kwargs, self.generation_config)
         self._longest = 0
         with self._hiding_length():
             return at_full_length(self, lambda: generate(*args, **kwargs), self._evaluated_tokens)

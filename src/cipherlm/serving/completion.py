@@ -40,6 +40,8 @@ class Settings:
     choices: int = 1
     reveal_length: bool = False
     """Let a generation end with its text, for the server to see."""
+    prompt_lookup: int = 0
+    """How many tokens to propose at most of what followed the last ones earlier in the text."""
     strip: bool = False
     """Leave out the white space that the text begins with."""
 
@@ -230,6 +232,7 @@ def _complete_one(
         "stopping_criteria": StoppingCriteriaList([listener]),
         **_sampling(settings),
         **({"reveal_length": True} if settings.reveal_length else {}),
+        **({"prompt_lookup_num_tokens": settings.prompt_lookup} if settings.prompt_lookup else {}),
     }
     if kept is not None:
         generated = torch.tensor(kept.generate(prompt.ids, **options))

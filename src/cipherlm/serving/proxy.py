@@ -61,6 +61,7 @@ def create_proxy(
     default_max_tokens: int | None = None,
     context_length: int | None = None,
     reveal_length: bool = False,
+    prompt_lookup: int = 0,
 ) -> FastAPI:
     """Return an ASGI application that serves ``model`` as OpenAI's API does, under the name ``name``.
 
@@ -73,7 +74,9 @@ def create_proxy(
     A reply is given when its text ends. A model at a server is then asked on until the limit of tokens is
     reached, so that the server does not learn how long the text is; the next request waits for that. So it
     is behind a request whose client has gone. With ``reveal_length``, nothing is asked behind the end of a
-    text, and a request whose client has gone ends after its current token.
+    text, and a request whose client has gone ends after its current token. With ``prompt_lookup``, so many
+    tokens that followed the last ones earlier in the text are proposed and verified together; that goes with
+    ``reveal_length`` only.
 
     Endpoints: ``GET /v1/models``, ``GET /v1/models/{id}``, ``POST /v1/completions`` and
     ``POST /v1/chat/completions``. What cannot be honoured is refused with an error that names the field.
@@ -94,6 +97,8 @@ def create_proxy(
     """
     if allowed_hosts is None and not api_key:
         raise ValueError("an endpoint that answers to any host needs an API key, as it sees plaintext")
+    if prompt_lookup and not reveal_length:
+        raise ValueError("prompt_lookup shows a server how many proposals are right: it needs reveal_length")
     keys = Tokens([("API key", api_key)] if api_key else [])
     proxy = _Proxy(
         model,
@@ -103,6 +108,7 @@ def create_proxy(
         default_max_tokens,
         context_length or _context_length(model),
         reveal_length,
+        prompt_lookup,
         int(time.time()),
         # What is no model of transformers has no cache to keep.
         KeptCache(model, getattr(model, "public_prefix", None)) if hasattr(model, "forward") else None,
@@ -149,6 +155,7 @@ class _Proxy:
     default_max_tokens: int | None
     context_length: int
     reveal_length: bool
+    prompt_lookup: int
     created: int
     kept: KeptCache | None
 
@@ -259,6 +266,7 @@ class _Proxy:
             stop=request.stop,
             choices=request.n,
             reveal_length=self.reveal_length,
+            prompt_lookup=self.prompt_lookup,
         )
 
     async def _respond(

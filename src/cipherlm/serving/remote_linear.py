@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cipherlm.linear.model import load_client_model, load_groups
 from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
 from cipherlm.models.chat import template_ids
+from cipherlm.models.drafts import refuse_drafts
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.progress import Progress, counted, silent
 from cipherlm.serving.bundle import Bundle, BundleError
@@ -160,6 +161,7 @@ class RemoteLinearModel:
         with torch.inference_mode():
             if reveal_length or getattr(self.config, "is_encoder_decoder", False):
                 return self._generate(input_ids, options)
+            refuse_drafts(options, getattr(self.model, "generation_config", None))
             steps = self._budget(input_ids, options)
             return _at_full_length(
                 self.model, lambda: self._generate(input_ids, options), steps, self._progress
