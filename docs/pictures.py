@@ -184,36 +184,39 @@ def packing() -> Drawing:
 
 def generation() -> Drawing:
     """Draw prefill and decode, and what is in the cache."""
-    d = Drawing(780, 300, "Prefill and decode: one pass for the tokens of a prompt, then one pass a token")
+    d = Drawing(780, 300, "Prefill and decode: a prompt in chunks of eight tokens, then one pass a token")
     d.text(24, 34, "Passes", "title")
     d.text(24, 168, "KV cache at the server", "title")
-    d.box(24, 50, 150, 58, "plain", "public prefix", "computed once")
-    for token in range(8):
-        d.box(192 + token * 26, 50, 24, 58, "cipher", str(token + 1))
-    d.text(296, 40, "prefill: up to 8 tokens a pass", "small", "middle")
-    d.text(296, 128, "a pass", "small", "middle")
-    for token in range(4):
-        x = 428 + token * 70
-        d.box(x, 50, 52, 58, "cipher", str(token + 9))
-        d.text(x + 26, 128, "a pass", "small", "middle")
-        if token:
-            d.arrow((x - 18, 79), (x, 79))
-    d.arrow((402, 79), (428, 79))
-    d.text(702, 84, "…", "")
-    d.text(534, 40, "decode: a token a pass", "small", "middle")
-    d.box(24, 184, 150, 44, "plain", "keys, values", "plaintext")
-    d.box(192, 184, 208, 44, "cipher", "group 1: tokens 1 to 8", "one ciphertext a layer")
-    d.box(428, 184, 262, 44, "cipher", "group 2: tokens 9 to 16", "filled as tokens come")
+    d.box(24, 50, 130, 58, "plain", "public prefix", "computed once")
+    d.text(374, 34, "prefill: up to 8 tokens a pass", "small", "middle")
+    for chunk in range(2):
+        left = 172 + chunk * 206
+        for token in range(8):
+            d.box(left + token * 24, 50, 22, 58, "cipher")
+            d.text(left + token * 24 + 11, 84, str(8 * chunk + token + 1), "small", "middle")
+        d.text(left + 95, 128, "a pass", "small", "middle")
+    d.arrow((364, 79), (378, 79))
+    d.text(680, 34, "decode: a token a pass", "small", "middle")
+    for token in range(3):
+        x = 588 + token * 58
+        d.arrow((x - (18 if token else 14), 79), (x, 79))
+        d.box(x, 50, 40, 58, "cipher", str(token + 17))
+        d.text(x + 20, 128, "a pass", "small", "middle")
+    d.text(752, 84, "…")
+    d.box(24, 184, 130, 44, "plain", "keys, values", "plaintext")
+    d.box(172, 184, 190, 44, "cipher", "group 1: tokens 1 to 8", "one ciphertext a layer")
+    d.box(378, 184, 190, 44, "cipher", "group 2: tokens 9 to 16", "one ciphertext a layer")
+    d.box(588, 184, 168, 44, "cipher", "group 3: from 17 on", "filled as tokens come")
     d.text(
         24,
         258,
-        "A decode step evaluates the new token only. It multiplies its query with each group, so its time",
+        "Each pass evaluates its own tokens only, and multiplies their queries with each group of",
         "small",
     )
     d.text(
         24,
         276,
-        "grows with the groups; the matrices and most polynomials cost the same at any length.",
+        "cached keys. Its time grows with the groups; matrices and most polynomials cost the same.",
         "small",
     )
     return d
