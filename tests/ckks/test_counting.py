@@ -56,7 +56,7 @@ LLAMA = {
     ("model_type", "config", "ranges", "prefix"), [("gpt2", GPT2, RANDOM, 0), ("llama", LLAMA, TYPICAL, 3)]
 )
 def test_counts_are_those_of_a_real_evaluation(model_type, config, ranges, prefix):
-    """Two tokens side by side and two behind them; with llama, rotary positions and a prefix apart."""
+    """Two tokens side by side, two more, and two alone; with llama, rotary positions and a prefix apart."""
     architecture, random = architecture_of(model_type), np.random.default_rng(5)
     args = architecture.args.of(config)
     model = filled(architecture.model(args), random)
@@ -69,8 +69,8 @@ def test_counts_are_those_of_a_real_evaluation(model_type, config, ranges, prefi
     real = MeasuredSession(geometry, module)
     shape = outline(architecture.model(args), ranges, 2, 4, prefix, CONTEXT)
     counting = CountingSession(geometry, shape)
-    hidden = random.normal(size=(4, args.width))
-    for first, last in ((0, 2), (2, 3), (3, 4)):
+    hidden = random.normal(size=(6, args.width))
+    for first, last in ((0, 2), (2, 4), (4, 5), (5, 6)):
         _, measured = real.evaluate(hidden[first:last], prefix + first)
         counted = counting.evaluate(last - first, prefix + first)
         for name in COUNTED:

@@ -166,7 +166,7 @@ def estimate_whole(
     for position, count in chunks:
         parts = []
         for place, tokens in geometry.chunks(position, count):
-            kind = "whole/chunk" if tokens > 1 or place == start else "whole/token"
+            kind = "whole/token" if geometry.is_alone(place, tokens) else "whole/chunk"
             parts.append((kind, session.evaluate(tokens, place)))
         passes.append(_pass(count, parts, geometry, machine, cores, line))
     prompt, first, following = passes

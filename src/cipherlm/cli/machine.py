@@ -1,7 +1,7 @@
 """What this machine takes for the operations that evaluations consist of: measured once, and kept.
 
 A figure is measured when it is first asked for. All of one model take less than a minute on two cores. They
-are kept in the user's cache directory, for this processor, number of cores and version.
+are kept in the user's cache directory, for this processor, number of cores and build of the engine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cipherlm.cli.bench_ckks import MeasuredSession
 from cipherlm.cli.bench_primitives import Primitive, Primitives
 from cipherlm.cli.bench_tally import MeasuredEvaluator, Tally
 from cipherlm.engine import Ciphertext, Parameters, RefreshRequest, SecretKey, threads
+from cipherlm.engine._native import LIBRARY
 from cipherlm.linear.client import LinearClient
 from cipherlm.linear.plan import make_plan
 from cipherlm.linear.products import LinearGroup
@@ -79,6 +80,7 @@ class Machine:
         return {
             "version": VERSION,
             "cipherlm": __version__,
+            "engine": hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:16],
             "processor": _processor(),
             "threads": threads(),
         }
