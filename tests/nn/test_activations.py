@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from cipherlm.nn.activations import (
     ACTIVATIONS,
-    max(CLOSE.values()),
+    CLOSE,
     COARSEST,
     Activation,
     FittedGate,
@@ -37,7 +37,7 @@ def test_the_polynomial_is_near_the_function(name):
     function, interval = activation(name), (-REACH, REACH)
     curve = fitted_curve(interval, function)
     error = largest_error(curve, function, interval) / largest(function, interval)
-    assert error <= (CLOSE if curve.degree == 63 else COARSEST)
+    assert error <= (CLOSE[curve.degree] or COARSEST)
     if name not in KINKS:
         assert error < max(CLOSE.values())
     # A quarter of the interval further out it still is, and does not grow as fast as its degree allows.
