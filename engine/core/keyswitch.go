@@ -189,17 +189,3 @@ func (s *switcher) divide(sum pair, level int, take func(component, prime int, q
 		return nil
 	})
 }
-
-// permute applies an automorphism in NTT form modulo one prime.
-func permute(in []uint64, index []uint64, out []uint64) {
-	for i, from := range index {
-		out[i] = in[from]
-	}
-}
-
-// addPermuted adds what permute would write.
-func addPermuted(in []uint64, index []uint64, prime uint64, out []uint64) {
-	for i, from := range index {
-		out[i] = ring.CRed(out[i]+in[from], prime)
-	}
-}

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
 )
 
 // TestTransforms holds the vector code equal to the library's, there and back.
@@ -168,6 +169,37 @@ func TestConversions(t *testing.T) {
 		}
 		for i := range wantP.Coeffs {
 			same(c, p.QCount()+i, x, y, wantP.Coeffs[i], fmt.Sprint("digit ", digit))
+		}
+	}
+}
+
+// TestPermutations holds automorphisms in the vector code equal to their index tables.
+func TestPermutations(t *testing.T) {
+	if !simd {
+		t.Skip("no AVX-512 IFMA here")
+	}
+	p := large(t)
+	e, r := must(NewEvaluator(p, nil)), p.subring(0)
+	elements := []uint64{must(p.ConjugationElement()), 1, 3, uint64(2*p.N() - 3)}
+	for range 20 {
+		elements = append(elements, p.RotationElement(rand.IntN(p.Slots())), rand.Uint64N(uint64(p.N()))*2+1)
+	}
+	in, out := make([]uint64, p.N()), make([]uint64, p.N())
+	for i := range in {
+		in[i] = r.Modulus - 1 - uint64(i)
+	}
+	for _, element := range elements {
+		index, err := ring.AutomorphismNTTIndex(p.N(), r.NthRoot, element)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(out)
+		e.Params.permute(0, in, index, out)
+		e.Params.addPermuted(0, in, index, out)
+		for i, from := range index {
+			if want := ring.CRed(2*in[from], r.Modulus); out[i] != want {
+				t.Fatalf("element %d: number %d is %d, not %d", element, i, out[i], want)
+			}
 		}
 	}
 }

@@ -46,3 +46,28 @@ func (p *Parameters) recenter(values []uint64, from int, half uint64, to int, ou
 		out[i] = ring.CRed(shifted+target.Modulus-rest, target.Modulus)
 	}
 }
+
+// permute applies an automorphism in NTT form modulo one prime. In the standard ring eight
+// neighbours come from eight neighbours, in another order: bit-reversed, they stand for powers
+// of the root that differ by multiples of an eighth of its order, and so do their images.
+func (p *Parameters) permute(prime int, in []uint64, index []uint64, out []uint64) {
+	if p.RingType() == ring.Standard && vectorised(p.subring(prime)) {
+		simdPermute(in, index, out)
+		return
+	}
+	for i, from := range index {
+		out[i] = in[from]
+	}
+}
+
+// addPermuted adds what permute would write.
+func (p *Parameters) addPermuted(prime int, in []uint64, index []uint64, out []uint64) {
+	r := p.subring(prime)
+	if p.RingType() == ring.Standard && vectorised(r) {
+		simdAddPermuted(in, index, r.Modulus, out)
+		return
+	}
+	for i, from := range index {
+		out[i] = ring.CRed(out[i]+in[from], r.Modulus)
+	}
+}

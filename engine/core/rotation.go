@@ -72,7 +72,7 @@ func (e *Evaluator) rotateDigits(a *Ciphertext, digits *decomposition, element u
 		if component == 0 {
 			e.Params.add(prime, switched, a.Value[0].Coeffs[prime], switched)
 		}
-		permute(switched, index, result.Value[component].Coeffs[prime])
+		e.Params.permute(prime, switched, index, result.Value[component].Coeffs[prime])
 	})
 }
 
@@ -217,9 +217,9 @@ func (e *Evaluator) sumRotations(ct *Ciphertext, digits *decomposition, keys []*
 				index := e.ckks.AutomorphismIndex(key.GaloisElement)
 				for component := range switched {
 					if out := limb(sum[component], i, level); j == 0 {
-						permute(*switched[component], index, out)
+						e.Params.permute(s.prime(i, level), *switched[component], index, out)
 					} else {
-						addPermuted(*switched[component], index, e.Params.subring(s.prime(i, level)).Modulus, out)
+						e.Params.addPermuted(s.prime(i, level), *switched[component], index, out)
 					}
 				}
 			}

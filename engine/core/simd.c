@@ -302,6 +302,22 @@ VECTOR void cl_simd_add(const uint64_t *x, const uint64_t *y, long n, uint64_t p
         STORE(out + i, subtract_above(_mm512_add_epi64(LOAD(x + i), LOAD(y + i)), q));
 }
 
+// Eight numbers by their places, which lie within eight aligned ones.
+static inline __attribute__((always_inline)) VECTOR __m512i permuted(const uint64_t *in, const uint64_t *index) {
+    return _mm512_permutexvar_epi64(LOAD(index), LOAD(in + (*index & ~7ULL)));
+}
+
+VECTOR void cl_simd_permute(const uint64_t *in, long n, const uint64_t *index, uint64_t *out) {
+    for (long i = 0; i < n; i += 8)
+        STORE(out + i, permuted(in, index + i));
+}
+
+VECTOR void cl_simd_add_permuted(const uint64_t *in, long n, const uint64_t *index, uint64_t prime, uint64_t *out) {
+    __m512i q = _mm512_set1_epi64((long long)prime);
+    for (long i = 0; i < n; i += 8)
+        STORE(out + i, subtract_above(_mm512_add_epi64(LOAD(out + i), permuted(in, index + i)), q));
+}
+
 // low + 2^52 high divided by 2^52 modulo q, at most that quotient and q more (Montgomery's
 // reduction); inverse is 1/q modulo 2^52.
 static inline __attribute__((always_inline)) VECTOR __m512i quotient_of(__m512i low, __m512i high, __m512i inverse, const modulus *m) {
@@ -463,6 +479,8 @@ void cl_simd_recenter(const uint64_t *v, long n, uint64_t p, uint64_t h, uint64_
 void cl_simd_subtract_multiply(const uint64_t *x, const uint64_t *y, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}
 void cl_simd_multiply_add(const uint64_t *x, long n, uint64_t w, uint64_t s, uint64_t q, uint64_t *out) {}
 void cl_simd_add(const uint64_t *x, const uint64_t *y, long n, uint64_t q, uint64_t *out) {}
+void cl_simd_permute(const uint64_t *in, long n, const uint64_t *index, uint64_t *out) {}
+void cl_simd_add_permuted(const uint64_t *in, long n, const uint64_t *index, uint64_t q, uint64_t *out) {}
 void cl_simd_tensor(const uint64_t *a0, const uint64_t *a1, const uint64_t *b0, const uint64_t *b1, long n, uint64_t w, uint64_t s,
                     uint64_t i, uint64_t q, uint64_t *c0, uint64_t *c1, uint64_t *c2) {}
 void cl_simd_split(uint64_t *x, uint64_t *y, long n, const uint64_t *c) {}

@@ -100,6 +100,14 @@ func simdAdd(x, y []uint64, prime uint64, out []uint64) {
 	C.cl_simd_add((*C.uint64_t)(&x[0]), (*C.uint64_t)(&y[0]), C.long(len(x)), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
 }
 
+func simdPermute(in, index, out []uint64) {
+	C.cl_simd_permute((*C.uint64_t)(&in[0]), C.long(len(out)), (*C.uint64_t)(&index[0]), (*C.uint64_t)(&out[0]))
+}
+
+func simdAddPermuted(in, index []uint64, prime uint64, out []uint64) {
+	C.cl_simd_add_permuted((*C.uint64_t)(&in[0]), C.long(len(out)), (*C.uint64_t)(&index[0]), C.uint64_t(prime), (*C.uint64_t)(&out[0]))
+}
+
 func simdTensor(subring *ring.SubRing, a0, a1, b0, b1, c0, c1, c2 []uint64) {
 	prime := subring.Modulus
 	power := (1 << 52) % prime

@@ -61,6 +61,11 @@ void cl_simd_multiply_add(const uint64_t *x, long n, uint64_t factor, uint64_t q
 // x + y modulo the prime, for x and y below it.
 void cl_simd_add(const uint64_t *x, const uint64_t *y, long n, uint64_t prime, uint64_t *out);
 
+// in[index[i]] for each i, and the same added to what is in out. Aligned blocks of 8 come from
+// aligned blocks of 8, in any order within.
+void cl_simd_permute(const uint64_t *in, long n, const uint64_t *index, uint64_t *out);
+void cl_simd_add_permuted(const uint64_t *in, long n, const uint64_t *index, uint64_t prime, uint64_t *out);
+
 // a0 b0, a0 b1 + a1 b0 and a1 b1 modulo the prime, which may take the place of factors. power
 // is 2^52 modulo the prime, quotient is floor(power * 2^52 / prime), inverse is 1/prime modulo
 // 2^52, with any bits above.

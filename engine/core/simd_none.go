@@ -28,6 +28,10 @@ func simdMultiplyAdd([]uint64, uint64, uint64, []uint64) { panic("no vector code
 
 func simdAdd([]uint64, []uint64, uint64, []uint64) { panic("no vector code") }
 
+func simdPermute([]uint64, []uint64, []uint64) { panic("no vector code") }
+
+func simdAddPermuted([]uint64, []uint64, uint64, []uint64) { panic("no vector code") }
+
 func simdTensor(_ *ring.SubRing, _, _, _, _, _, _, _ []uint64) { panic("no vector code") }
 
 func simdProduct(*ring.SubRing, []term, []uint64, []uint64) { panic("no vector code") }
