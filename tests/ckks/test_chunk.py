@@ -204,20 +204,11 @@ def test_scores_and_sums_of_a_chunk(turning, rotary, prefix_tokens, passes, coun
     clear, clear_values = text.clear(position, count)
     want = score_slots(layout, clear.values, count, position)
     assert len(scores.parts) == len(want)
-    own = layout.chunk.groups(position)
-    for index, (part, slots) in enumerate(zip(scores.parts, want, strict=True)):
+    for part, slots in zip(scores.parts, want, strict=True):
         got = parties.secret_key.decrypt(part).real
         shape = (-1, layout.chunk.keys_per_part, layout.padded_heads, layout.tokens)
-        difference = np.abs(got - slots).reshape(shape)[:, :, :3, :count]
-        # Only what some query sees has a meaning.
-        first = index * layout.chunk.blocks
-        for block in range(layout.chunk.blocks if index < layout.chunk.parts(position) else 0):
-            group, places = first + block, slice(block * layout.tokens, (block + 1) * layout.tokens)
-            for a, t in np.ndindex(layout.tokens, count):
-                key = group * layout.tokens + (t - a) % layout.tokens
-                if not (key < position if group < own else group == own and t >= a):
-                    difference[:, places][:, a, :, t] = 0
-        assert difference.max() < 3e-5
+        # Zero where no query sees a key: what else lies there could be of any size.
+        assert np.abs(got - slots).reshape(shape)[:, :, :3, :count].max() < 3e-5
 
     # Scores as they are, for weights.
     weights = scores._with(parties.secret_key.encrypt(slots, 8) for slots in want)

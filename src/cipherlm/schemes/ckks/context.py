@@ -18,6 +18,9 @@ from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 CONTEXT_LEVEL = ATTENTION_LEVEL - 1
 """Where keys and values are kept: at 3 they meet a query, at 2 scores are put in their places."""
 
+MOST_TOGETHER = 16
+"""How many ciphertexts are refreshed in one round trip at most: a message has to hold them."""
+
 
 @dataclass(eq=False)
 class Group:
@@ -136,7 +139,7 @@ class Context:
     def ready_together(self, *others: Ciphertext) -> list[Ciphertext]:
         """Have all groups in a prompt's packing, and return others at :data:`ATTENTION_LEVEL`.
 
-        All that has to be refreshed goes to the client in one round trip.
+        What has to be refreshed goes to the client together, up to :data:`MOST_TOGETHER` ciphertexts.
         """
 
         def form(item: tuple[int, Group]) -> Ciphertext:
@@ -167,11 +170,9 @@ class Context:
             return self.arithmetic.evaluator.transform(pair, self._matrix(count))
 
         missing = [(index, group) for index, group in enumerate(self.groups) if group.apart is None]
-        for first in range(0, len(missing), side_by_side):
-            some = missing[first : first + side_by_side]
-            fresh, _ = self._refreshed(map(form, some))
-            for (_, group), ciphertext in zip(some, fresh, strict=True):
-                group.apart, group.tired = ciphertext, None
+        fresh, _ = self._refreshed(map(form, missing))
+        for (_, group), ciphertext in zip(missing, fresh, strict=True):
+            group.apart, group.tired = ciphertext, None
 
     def add(self, token: Ciphertext) -> None:
         """Take one token's keys and values, masked to its place in the last group, at the default scale."""
@@ -205,10 +206,9 @@ class Context:
         self, pairs: Iterable[Ciphertext], others: Sequence[Ciphertext] = ()
     ) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """Return pairs at :data:`CONTEXT_LEVEL` and the default scale, and others one level above."""
-        sent = [*others, *pairs]
-        if not sent:
-            return [], []
-        fresh = self.arithmetic.refresh_complex(sent, CONTEXT_LEVEL + 1)
+        sent, fresh = [*others, *pairs], list[Ciphertext]()
+        for first in range(0, len(sent), MOST_TOGETHER):
+            fresh += self.arithmetic.refresh_complex(sent[first : first + MOST_TOGETHER], CONTEXT_LEVEL + 1)
         return [self.rescaled(pair) for pair in fresh[len(others) :]], fresh[: len(others)]
 
     def rescaled(self, pair: Ciphertext) -> Ciphertext:
