@@ -12,7 +12,10 @@ from cipherlm.nn.clear import ClearTensor, Noise
 from cipherlm.nn.module import Float64
 from cipherlm.nn.tensor import Cache
 from cipherlm.schemes.ckks.geometry import Geometry
-from cipherlm.schemes.ckks.session import Hosted
+from cipherlm.schemes.ckks.session import FLOOD, Hosted
+
+WEIGHT_ERROR = 4e-5
+"""The relative error of diagonals in 16 bits, as servers keep them."""
 
 
 class TextLost(Exception):  # noqa: N818 - nobody's error
@@ -37,7 +40,10 @@ class Simulated:
     def __init__(self, modules: Mapping[str, Hosted], geometry: Geometry, *, noise: bool) -> None:
         self._modules, self._geometry = modules, geometry
         parameters = geometry.parameters
-        self._noise = Noise.of(parameters.degree, float(np.log2(parameters.scale))) if noise else None
+        log_scale = float(np.log2(parameters.scale))
+        self._noise = (
+            Noise.of(parameters.degree, log_scale, weights=WEIGHT_ERROR, flood=FLOOD) if noise else None
+        )
         self._seen: dict[str, tuple[list[Cache], int]] = {}
 
     def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
@@ -58,4 +64,5 @@ class Simulated:
             results.append(evaluate(hosted.module, x, known, report).values)
             rest = rest[count:]
         self._seen[name] = known, start + len(hidden)
-        return np.concatenate(results)
+        outputs = np.concatenate(results)
+        return self._noise.of_result(outputs) if self._noise else outputs

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from cipherlm.engine import Chebyshev
@@ -17,27 +18,66 @@ from cipherlm.nn.tensor import Prefix, Tensor
 Float64 = NDArray[np.float64]
 
 
+DRIFT = 0.25
+"""Measured on polynomials of degree 3 to 31: see the tests of noise."""
+
+
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise: ``rounding`` is its standard deviation in a slot after each product.
+    """Gaussian noise: ``rounding`` is its standard deviation in a slot after each product or rotation.
 
     A rescaling rounds both components of a ciphertext; with a ternary secret of degree N this is an error of
     variance ``(1 + 2N/3) / 12`` in every coefficient, N times as much in a slot, half of it in the real part
-    (Cheon, Kim, Kim and Song, "Homomorphic encryption for arithmetic of approximate numbers", 2017).
+    (Cheon, Kim, Kim and Song, "Homomorphic encryption for arithmetic of approximate numbers", 2017). The
+    division at the end of a key switch rounds likewise. ``weights`` is the relative error with which
+    diagonals of matrices are kept, and ``flooding`` the standard deviation of what is added to results.
     """
 
     rounding: float
+    weights: float = 0.0
+    flooding: float = 0.0
     random: np.random.Generator = field(default_factory=np.random.default_rng, repr=False, compare=False)
 
     @classmethod
-    def of(cls, degree: int, log_scale: float, seed: int | None = None) -> Noise:
-        """Return the noise of a ring degree and a scale of ``2^log_scale``."""
-        variance = degree * (1 + 2 * degree / 3) / 12 / 2
-        return cls(math.sqrt(variance) / 2.0**log_scale, np.random.default_rng(seed))
+    def of(
+        cls, degree: int, log_scale: float, seed: int | None = None, *, weights: float = 0.0, flood: int = 0
+    ) -> Noise:
+        """Return the noise of a ring degree and a scale of ``2^log_scale``.
 
-    def __call__(self, values: Float64) -> Float64:
-        """Return the values with noise."""
-        return values + self.random.normal(scale=self.rounding, size=values.shape)
+        ``flood`` is the bits of uniform noise that is added to every coefficient of a result; 0 for none.
+        """
+        variance = degree * (1 + 2 * degree / 3) / 12 / 2
+        flooding = 2.0**flood / math.sqrt(3) * math.sqrt(degree / 2) if flood else 0.0
+        scale = 2.0**log_scale
+        return cls(math.sqrt(variance) / scale, weights, flooding / scale, np.random.default_rng(seed))
+
+    def __call__(self, values: Float64, size: Float64 | float = 1.0) -> Float64:
+        """Return the values with noise ``size`` times as large as that of one rounding."""
+        return values + self.random.normal(size=values.shape) * (self.rounding * size)
+
+    def of_matrix(self, values: Float64, inputs: Float64, weight: Float64) -> Float64:
+        """Return products (tokens, outputs) of inputs (tokens, width) and a matrix, with their noise.
+
+        Each rotated input has the noise of its rotation, which the matrix then mixes. Diagonals are rounded.
+        """
+        mixed = np.sqrt(1 + (weight**2).sum(axis=0))
+        kept = self.weights * math.sqrt(float((weight**2).mean())) * np.linalg.norm(inputs, axis=-1)
+        size = np.sqrt(mixed**2 + (kept[..., None] / self.rounding) ** 2)
+        return self(values, size)
+
+    def of_polynomial(self, values: Float64, inputs: Float64, polynomial: Chebyshev) -> Float64:
+        """Return a polynomial's values with the noise of its evaluation.
+
+        The powers of an input are about as wrong as if it had been :data:`DRIFT` of a rounding off, with the
+        interval brought to [-1, 1].
+        """
+        low, high = polynomial.interval
+        slope: Any = chebyshev.Chebyshev(polynomial.coefficients, (low, high)).deriv()
+        return self(values, 1 + DRIFT * (high - low) / 2 * np.abs(slope(np.clip(inputs, low, high))))
+
+    def of_result(self, values: Float64) -> Float64:
+        """Return what a server hands out, with flooding noise."""
+        return values + self.random.normal(size=values.shape) * self.flooding
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +108,17 @@ class ClearTensor(Tensor):
         values = self.values
         if values.ndim == 3:
             values = values.swapaxes(0, 1).reshape(values.shape[1], -1)
-        return self._result(values @ linear.weight + linear.bias)
+        products = values @ linear.weight + linear.bias
+        return replace(
+            self, values=self.noise.of_matrix(products, values, linear.weight) if self.noise else products
+        )
 
     def polynomial(self, polynomial: Chebyshev) -> ClearTensor:
         """See :class:`Tensor`."""
-        return self._result(polynomial(self.values))
+        values = polynomial(self.values)
+        if self.noise:
+            values = self.noise.of_polynomial(values, self.values, polynomial)
+        return replace(self, values=values)
 
     def mean_square(self, before: Chebyshev, gain: float = 1.0) -> ClearTensor:
         """See :class:`Tensor`."""
