@@ -28,8 +28,7 @@ ROWS = {
     "ckks-block": "bench block --geometry gpt2 --prompt-tokens 8 --new-tokens 3",
     "ckks-tiny": "bench model --geometry tiny --prompt-tokens 7 --new-tokens 8 --runs 1",
     "ckks-gpt2": "bench model --geometry gpt2 --prompt-tokens 8 --new-tokens 2 --runs 1",
-    "ckks-smollm2": "bench model --geometry smollm2 --blocks 3 --prompt-tokens 8 --new-tokens 2 --runs 1 "
-    "--context 256",
+    "ckks-smollm2": "bench model --geometry smollm2 --prompt-tokens 8 --new-tokens 2 --runs 1 --context 256",
     "linear-gpt2": "bench linear --geometry gpt2",
     "linear-smollm2": "bench linear --geometry smollm2",
     "agreement-head": "evaluate --scheme tfhe --heads 0 --n-bits 4",
