@@ -72,7 +72,8 @@ class Noise:
         interval brought to [-1, 1].
         """
         low, high = polynomial.interval
-        slope: Any = chebyshev.Chebyshev(polynomial.coefficients, (low, high)).deriv()
+        curve: Any = chebyshev.Chebyshev(polynomial.coefficients, (low, high))
+        slope = curve.deriv()
         return self(values, 1 + DRIFT * (high - low) / 2 * np.abs(slope(np.clip(inputs, low, high))))
 
     def of_result(self, values: Float64) -> Float64:
