@@ -144,8 +144,10 @@ def test_errors_by_block(capsys, tmp_path, few, modules):
     for block in figures["blocks"].values():
         assert set(block) == {"block", "attn", "mlp"}
         assert all(0 < part["rms"] < 0.01 and 0 < part["kl"] < 1e-4 for part in block.values())
-        # Errors of different parts are independent, so their squares add; norms come on top.
-        assert block["block"]["rms"] ** 2 > 0.3 * (block["attn"]["rms"] ** 2 + block["mlp"]["rms"] ** 2)
+        # Errors of different parts are independent, so their squares add; norms come on top. A part that is a
+        # module by itself has flooding noise of its own, where a block has it once.
+        share = 0.3 if modules == "linear" else 0.003
+        assert block["block"]["rms"] ** 2 > share * (block["attn"]["rms"] ** 2 + block["mlp"]["rms"] ** 2)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -63,7 +63,7 @@ def test_damaged_ciphertexts_over_the_network(server):
             ([frame], 1, 4, "do not fit"),
             ([frame], 1, 0, "1 to 12 tokens"),
             ([frame], 12, 1, "1 to 12 tokens"),
-            ([frame], 0, 2, "do not fit"),
+            ([frame], 0, 2, "where 1 was expected"),
         ):
             with pytest.raises(ServerError, match=message) as caught:
                 connection.evaluate(MLP, start, count, inputs, refresh)
