@@ -11,13 +11,17 @@ export interface Chunk {
   place: number | null;
 }
 
-/** Yield what is sent of `count` tokens from `start` on: as many at a time as lie side by side. */
+/**
+ * Yield what is sent of `count` tokens from `start` on. A text's first go together. Behind them only full chunks
+ * do, and what is left goes token by token: so the end of a prompt looks like the tokens that are generated.
+ */
 export function* chunks(plan: Plan, start: number, count: number): Generator<Chunk> {
   const { first, tokens } = plan.layout;
   for (const end = start + count; start < end; ) {
     const begins = start === plan.prefix.length;
     const place = begins ? first : 0;
-    const size = Math.min(end - start, tokens - place);
+    const room = tokens - place;
+    const size = begins ? Math.min(end - start, room) : end - start < room ? 1 : room;
     yield { start, count: size, place: size === 1 && !begins ? null : place };
     start += size;
   }

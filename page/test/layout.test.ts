@@ -12,8 +12,9 @@ describe("chunks", () => {
   const sent = (...args: Parameters<typeof chunks>) =>
     Array.from(chunks(...args), ({ start, count, place }) => [start, count, place]);
 
-  test("a prompt goes as many tokens at a time as lie side by side", () => {
-    expect(sent(plan(4, 1, 1), 1, 9)).toEqual([[1, 3, 1], [4, 4, 0], [8, 2, 0]]);
+  test("a prompt goes in chunks, and what does not fill one token by token", () => {
+    expect(sent(plan(4, 1, 1), 1, 9)).toEqual([[1, 3, 1], [4, 4, 0], [8, 1, null], [9, 1, null]]);
+    expect(sent(plan(4, 1, 1), 1, 2)).toEqual([[1, 2, 1]]);
     expect(sent(plan(4, 0, 24), 24, 5)).toEqual([[24, 4, 0], [28, 1, null]]);
   });
 

@@ -208,7 +208,7 @@ def keys() -> Keys:
     return Keys()
 
 
-def evaluated(keys, name, prefix, tokens, count, *, rest=False):
+def evaluated(keys, name, prefix, tokens, count, *, release_keys=False):
     """Return what ciphertexts give for so many tokens behind a prefix, and what transformers does."""
     clear, ids = model(name), text(prefix + count)
     before, after = map(clear.ready, clear.hidden_states(ids))
@@ -229,14 +229,14 @@ def evaluated(keys, name, prefix, tokens, count, *, rest=False):
     )
     client = keys.client(geometry)
     session = InProcess(Server({"all": hosted}, geometry), client)
-    if not rest:
+    if not release_keys:
         got = session.evaluate("all", before[prefix:], prefix)
     else:
         first = session.evaluate("all", before[prefix:-1], prefix)
-        session.session.rest()
-        with pytest.raises(RuntimeError, match="wake the session"):
-            session.session.arithmetic.evaluator  # noqa: B018
-        session.session.wake(client.evaluation_keys(), client.public_key())
+        session.session.release_keys()
+        with pytest.raises(RuntimeError, match="load them first"):
+            _ = session.session.arithmetic.evaluator
+        session.session.load_keys(client.evaluation_keys(), client.public_key())
         last = session.evaluate("all", before[-1:], prefix + count - 1)
         got = np.concatenate([first, last])
     session.session.close()
@@ -266,7 +266,7 @@ def test_on_ciphertexts(keys, name, prefix, tokens, count, bound):
 
 def test_keys_come_and_go_between_tokens(keys):
     """What a session remembers of a text outlasts the evaluation keys."""
-    got, want = evaluated(keys, "llama", 1, 4, 5, rest=True)
+    got, want = evaluated(keys, "llama", 1, 4, 5, release_keys=True)
     assert largest(got, want) < 2e-3
 
 

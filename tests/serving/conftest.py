@@ -43,7 +43,7 @@ class FakeModel:
         self.order = []  # of evaluations, by the first bytes of their input
         self.cancelled = 0
         self.mistakes = []
-        self.rests = 0
+        self.releases = 0
         self.gate = threading.Event()
         self.tickets = threading.Semaphore(0)
         self.lock = threading.Lock()
@@ -115,10 +115,10 @@ class FakeComputation:
     def refuse(self, *_):
         raise Refused("inputs of another shape")
 
-    def rest(self):
+    def release_keys(self):
         if self.closed or self.running:
             self.model.mistakes.append("let go of keys when closed or running")
-        self.model.rests += 1
+        self.model.releases += 1
 
     def close(self):
         if self.closed or self.running:

@@ -36,7 +36,7 @@ class EchoModel:
         self.release = threading.Event()
         """Ends what dawdles."""
         self.cancelled = threading.Event()
-        self.rests = 0
+        self.releases = 0
 
     def open(self, keys: Mapping[str, Path]) -> "Echo":
         if keys["public"].read_bytes() == b"damaged":
@@ -74,8 +74,8 @@ class Echo:
             self._model.cancelled.set()
             raise
 
-    def rest(self) -> None:
-        self._model.rests += 1
+    def release_keys(self) -> None:
+        self._model.releases += 1
 
     def close(self) -> None:
         pass

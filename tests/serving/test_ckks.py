@@ -417,17 +417,17 @@ def test_files_are_read_to_their_end_only(model, tmp_path):
         opened_with(model, tmp_path, evaluation=file.getvalue())
 
 
-def test_a_rest(model, client):
+def test_released_keys(model, client):
     """The keys leave the memory, and are read again for the next evaluation."""
     computation = model.open(small.paths())
     serves(computation, client)
     keys = weakref.ref(computation._session.arithmetic.evaluator.evaluation_keys)
-    computation.rest()
+    computation.release_keys()
     gc.collect()
     assert keys() is None
     serves(computation, client)
-    computation.rest()
+    computation.release_keys()
     computation.close()
-    computation.rest()
+    computation.release_keys()
     with pytest.raises(Refused, match="closed"):
         evaluate(computation, client, hidden(1))

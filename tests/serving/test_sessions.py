@@ -549,19 +549,19 @@ def test_a_web_page_is_no_client(harness):
 def test_keys_of_an_idle_session_leave_the_memory(start):
     """After a while without an evaluation, once; the session goes on, and again after the next one."""
     with start(keys_seconds=0.1) as harness, harness.session() as client:
-        eventually(lambda: harness.model.rests == 1)
+        eventually(lambda: harness.model.releases == 1)
         client.ask("reverse", b"abc")
         assert client.receive()[1] == [b"cba"]
-        eventually(lambda: harness.model.rests == 2)
+        eventually(lambda: harness.model.releases == 2)
     assert harness.model.mistakes == []
 
 
 def test_keys_stay_while_something_is_evaluated(start):
     with start(keys_seconds=0.05) as harness, harness.session() as client:
         client.ask("gate", b"abc")
-        before = harness.model.rests
+        before = harness.model.releases
         time.sleep(0.2)
-        assert harness.model.rests == before
+        assert harness.model.releases == before
         harness.model.gate.set()
         assert client.receive()[1] == [b"abc"]
-        eventually(lambda: harness.model.rests == before + 1)
+        eventually(lambda: harness.model.releases == before + 1)

@@ -46,16 +46,13 @@ COEFFICIENT_BYTES = 8
 STORED_BYTES = {"int16": 2, "int32": 4}
 
 
-class HollowCiphertext(Ciphertext):
-    """A ciphertext with a level and a scale, and nothing in it."""
+class _Hollow:
+    """What has a level and a scale, and nothing in it."""
 
-    __slots__ = ("_level", "_scale")
-
-    def __init__(self, parameters: Parameters, level: int, scale: float) -> None:
-        # Not Ciphertext's: there is no native object, and whatever asks for one fails.
-        if level < 0:
-            raise ValueError("there is no level below 0")
-        self.parameters, self._level, self._scale = parameters, level, scale
+    __slots__ = ()
+    parameters: Parameters
+    _level: int
+    _scale: float
 
     @property
     def level(self) -> int:
@@ -66,6 +63,18 @@ class HollowCiphertext(Ciphertext):
     def scale(self) -> float:
         """See :class:`Ciphertext`."""
         return self._scale
+
+
+class HollowCiphertext(_Hollow, Ciphertext):
+    """A ciphertext with a level and a scale, and nothing in it."""
+
+    __slots__ = ("_level", "_scale")
+
+    def __init__(self, parameters: Parameters, level: int, scale: float) -> None:
+        # Not Ciphertext's: there is no native object, and whatever asks for one fails.
+        if level < 0:
+            raise ValueError("there is no level below 0")
+        self.parameters, self._level, self._scale = parameters, level, scale
 
     @property
     def degree(self) -> int:
@@ -80,23 +89,13 @@ class HollowCiphertext(Ciphertext):
         self._level, self._scale = level, scale
 
 
-class HollowPlaintext(Plaintext):
+class HollowPlaintext(_Hollow, Plaintext):
     """A plaintext with a level and a scale."""
 
     __slots__ = ("_level", "_scale")
 
     def __init__(self, parameters: Parameters, level: int, scale: float) -> None:
         self.parameters, self._level, self._scale = parameters, level, scale
-
-    @property
-    def level(self) -> int:
-        """See :class:`Plaintext`."""
-        return self._level
-
-    @property
-    def scale(self) -> float:
-        """See :class:`Plaintext`."""
-        return self._scale
 
     @property
     def nbytes(self) -> int:

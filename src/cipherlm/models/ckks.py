@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from cipherlm.models.architecture import MODULES
 from cipherlm.models.backends import Backend
 from cipherlm.models.config import EncryptionConfig
 from cipherlm.models.encrypted import CalibrationIds, EncryptedModel
-from cipherlm.models.modules import Float64, cache_of, is_causal
+from cipherlm.models.modules import cache_of, is_causal
 from cipherlm.models.remote import (
     Exact,
     NotCalibratedError,
@@ -32,18 +31,6 @@ from cipherlm.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What a client has to know of a remote module."""
-
-    outputs: Float64
-    """The module's outputs (tokens, width) at the public prefix."""
-    centred: bool
-    """Whether its inputs have to have a mean of zero."""
-    extra: int | None
-    """How many values the clear module returns beside hidden states; None if it returns no tuple."""
 
 
 class CkksModel(EncryptedModel):
@@ -161,14 +148,14 @@ class CkksModel(EncryptedModel):
             {name: module.freeze(exact[name], ranges[name]) for name, module in self.remote_modules.items()}
         )
 
-    def leave_to_server(self, parts: Mapping[str, Constants]) -> None:
-        """See :class:`EncryptedModel`. ``connect`` is to follow."""
+    def leave_to_server(self, parts: Mapping[str, Exact]) -> None:
+        """See :class:`EncryptedModel`; ``parts`` lack their modules. ``connect`` is to follow."""
         shape = (len(self.prefix), int(self.config.hidden_size))
         for name, module in self.remote_modules.items():
-            own = parts[name]
-            if own.outputs.shape != shape:
-                raise ValueError(f"{name} has outputs of {own.outputs.shape} at a prefix of {shape}")
-            module.detach(Exact(None, [], own.outputs, own.centred, own.extra))
+            outputs = parts[name].outputs
+            if outputs.shape != shape:
+                raise ValueError(f"{name} has outputs of {outputs.shape} at a prefix of {shape}")
+            module.detach(parts[name])
 
     def _save_frozen(self, directory: str | os.PathLike[str]) -> None:
         delete_frozen(directory)

@@ -26,9 +26,9 @@ def client_model(
 ) -> EncryptedModel:
     """Return a model from a client's weights, in the mode ``"execute"``, which others compute.
 
-    ``parts`` are what a client has of each encrypted module: :class:`~cipherlm.models.ckks.Constants` with
-    CKKS, whose model still needs ``connect``, and circuits at a server with TFHE. Raises ``ValueError`` if
-    weights or parts are of another model.
+    ``parts`` are what a client has of each encrypted module: with CKKS an
+    :class:`~cipherlm.models.remote.Exact`, and the model still needs ``connect``; with TFHE circuits at a
+    server. Raises ``ValueError`` if weights or parts are of another model.
     """
     clear = empty_model(model_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.model_type))), config)
     missing, unexpected = clear.load_state_dict(in_single_precision(state), strict=False, assign=True)

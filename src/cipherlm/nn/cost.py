@@ -1,7 +1,8 @@
 """What functions cost on ciphertexts, so that the cheapest of several ways can be chosen.
 
-The unit is a product of two ciphertexts, relinearised. Ratios are those of ``cipherlm bench primitives`` at
-the highest levels, rounded; they need not be exact to choose well.
+The unit is a product of two ciphertexts, relinearised. Ratios are those of
+``cipherlm bench engine --degrees 14 --only primitives`` at the highest levels, rounded; they need not be
+exact to choose well.
 """
 
 from __future__ import annotations

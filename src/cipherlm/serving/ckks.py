@@ -95,7 +95,7 @@ class CkksHostedModel:
 class CkksComputation:
     """One session: a client's keys, and the keys and values of its tokens, encrypted.
 
-    ``read_keys`` reads the keys: now, and again for an evaluation after a rest.
+    ``read_keys`` reads the keys: now, and again for an evaluation after they were released.
     """
 
     def __init__(self, server: Server, read_keys: Callable[[], tuple[EvaluationKeys, PublicKey]]) -> None:
@@ -105,7 +105,7 @@ class CkksComputation:
         self._fingerprint = keys.fingerprint
         self._exchange: Exchange | None = None
         self._session: Session | None = server.open(keys, public_key, self._refresh)
-        self._lock = threading.Lock()  # a rest may begin when an evaluation does
+        self._lock = threading.Lock()  # keys may be released when an evaluation begins
 
     def evaluate(
         self, module: str, start: int, count: int, inputs: Sequence[bytes], exchange: Exchange, report: Report
@@ -120,8 +120,8 @@ class CkksComputation:
             session = self._session
             if session is None:
                 raise Refused("the session is closed")
-            if session.is_resting:
-                session.wake(*self._read_keys())
+            if not session.has_keys:
+                session.load_keys(*self._read_keys())
             self._exchange = exchange
             try:
                 results = session.evaluate(module, start, [ciphertext], count, report)
@@ -129,11 +129,11 @@ class CkksComputation:
                 self._exchange = None
         return [result.to_bytes() for result in results]
 
-    def rest(self) -> None:
-        """Let go of the keys, hundreds of megabytes, and keep the text's keys and values."""
+    def release_keys(self) -> None:
+        """See ``Computation.release_keys``: hundreds of megabytes. The text's KV cache stays."""
         with self._lock:
             if self._session is not None:
-                self._session.rest()
+                self._session.release_keys()
 
     def close(self) -> None:
         """Let go of the keys and of all ciphertexts."""

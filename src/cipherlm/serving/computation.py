@@ -45,8 +45,8 @@ class Computation(Protocol):
         :class:`~cipherlm.errors.Refused` for what the client got wrong, and :class:`WorkerLost`.
         """
 
-    def rest(self) -> None:
-        """Let go of what can be had again, until the next evaluation: the session is idle."""
+    def release_keys(self) -> None:
+        """Drop keys that can be read again for the next evaluation: the session is idle."""
 
     def close(self) -> None:
         """Let go of the keys and of what is remembered."""

@@ -208,7 +208,7 @@ class RayComputation:
             event = self._call("go_on", reply)
         return list(self._check(event).blobs)
 
-    def rest(self) -> None:
+    def release_keys(self) -> None:
         """Keep the keys: the worker has no file from which to read them again."""
 
     def close(self) -> None:

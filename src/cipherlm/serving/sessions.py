@@ -36,8 +36,8 @@ class Session(Conversation):
         self._loading: asyncio.Task[None] | None = None
         self._computation: Computation | None = None
         self._evaluation: Evaluation | None = None
-        self._nap: asyncio.TimerHandle | None = None
-        self._resting: asyncio.Task[None] | None = None
+        self._key_timer: asyncio.TimerHandle | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self._last_id = -1
 
     @property
@@ -123,7 +123,7 @@ class Session(Conversation):
                     retry_after=failure.retry_after,
                 )
             )
-            self._rest()
+            self._become_idle()
             return
         self._wait_no_more()
         late = Failure(protocol.TIMEOUT, "the evaluation took longer than it may", retry=True)
@@ -139,9 +139,9 @@ class Session(Conversation):
 
     def _wait_no_more(self) -> None:
         super()._wait_no_more()
-        if self._nap is not None:
-            self._nap.cancel()
-            self._nap = None
+        if self._key_timer is not None:
+            self._key_timer.cancel()
+            self._key_timer = None
 
     # What evaluations tell.
 
@@ -183,7 +183,7 @@ class Session(Conversation):
         elif outcome == protocol.SHUTTING_DOWN:
             self._fail(Failure(outcome, "what the session remembered is lost: open another one", retry=True))
         else:
-            self._rest()
+            self._become_idle()
 
     def _tell(self, evaluation: Evaluation, news: protocol.Queued | protocol.Progress) -> None:
         # A client that does not even take what was sent before needs no more of it.
@@ -202,15 +202,15 @@ class Session(Conversation):
         }
         self._send(protocol.Opened(self.id, numbers))
         log("session opened", session=self.id, owner=self.owner)
-        self._rest()
+        self._become_idle()
 
-    def _rest(self) -> None:
+    def _become_idle(self) -> None:
         self._wait(self._limits.idle_seconds, self._late, "nothing was asked for")
-        self._nap = self._loop.call_later(self._limits.keys_seconds, self._let_go_of_keys)
+        self._key_timer = self._loop.call_later(self._limits.keys_seconds, self._release_keys)
 
-    def _let_go_of_keys(self) -> None:
+    def _release_keys(self) -> None:
         if self._computation is not None and not self._over.is_set():
-            self._resting = create_task(to_thread(self._computation.rest))
+            self._releasing = create_task(to_thread(self._computation.release_keys))
 
     async def _load(self, lease: Lease) -> None:
         try:
@@ -235,8 +235,8 @@ class Session(Conversation):
         if self._evaluation is not None:
             await self._evaluation.ended.wait()
         self._wait_no_more()
-        if self._resting is not None:
-            await asyncio.wait({self._resting})
+        if self._releasing is not None:
+            await asyncio.wait({self._releasing})
         if self._computation is not None:
             try:
                 await to_thread(self._computation.close)

@@ -124,7 +124,7 @@ class TfheComputation:
         report(1, 1)
         return [result]
 
-    def rest(self) -> None:
+    def release_keys(self) -> None:
         """Keep the keys: they are far smaller than those of CKKS."""
 
     def close(self) -> None:

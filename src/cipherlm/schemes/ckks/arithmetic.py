@@ -146,21 +146,21 @@ class Arithmetic:
 
     @property
     def evaluator(self) -> Evaluator:
-        """What computes, with a client's keys. Raises ``RuntimeError`` while it rests."""
+        """What computes, with a client's keys. Raises ``RuntimeError`` while they are released."""
         if self._evaluator is None:
-            raise RuntimeError("the evaluation keys were let go: wake the session first")
+            raise RuntimeError("the evaluation keys were released: load them first")
         return self._evaluator
 
     @property
-    def is_resting(self) -> bool:
-        """Whether there is nothing to compute with."""
-        return self._evaluator is None
+    def has_keys(self) -> bool:
+        """Whether there is something to compute with."""
+        return self._evaluator is not None
 
-    def rest(self) -> None:
-        """Let go of keys. Tensors that refer to this can be computed with again after :meth:`wake`."""
+    def release_keys(self) -> None:
+        """Drop the keys. Tensors that refer to this can be computed with again after :meth:`use`."""
         self._evaluator = self._refresher = None
 
-    def wake(self, evaluator: Evaluator, refresher: Refresher) -> None:
+    def use(self, evaluator: Evaluator, refresher: Refresher) -> None:
         """Compute with these from now on: keys of the same client."""
         self._evaluator, self._refresher = evaluator, refresher
 

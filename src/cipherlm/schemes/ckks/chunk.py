@@ -195,25 +195,22 @@ class EncryptedChunk(EncryptedTensor):
         Where the last group is the chunk's ``own``, tokens that come in again at the other end are later than
         their queries, which do not see them: their scores are left out, whatever they are.
         """
-        evaluator, turns = self._evaluator, self.chunk.turns
-        seen = {False: parts, True: parts[:-1] if own else parts}
+        near, behind = self._turned_sum(parts, kind, far=False), parts[:-1] if own else parts
+        if not behind:
+            return near
+        far = self._turned_sum(behind, kind, far=True)
+        return self._evaluator.add(near, self._evaluator.rotate(far, self.arithmetic.layout.tokens))
+
+    def _turned_sum(self, parts: Sequence[Ciphertext], kind: str, *, far: bool) -> Ciphertext:
+        """Return the sum over all turns that stay within a group, or over those that come in again."""
 
         def turned(item: tuple[int, list[Plaintext]]) -> Ciphertext:
             turn, masks = item
-            some = seen[turn > 0]
-            product = evaluator.dot(some, masks[: len(some)])
-            return evaluator.rotate(product, self.chunk.rotation(turn)) if turn else product
+            product = self._evaluator.dot(parts, masks[: len(parts)])
+            return self._evaluator.rotate(product, self.chunk.rotation(turn)) if turn else product
 
-        wanted = [item for item in zip(turns, self._masks_back(kind), strict=True) if seen[item[0] > 0]]
-        results = self.arithmetic.each(turned, wanted)
-        near, far = (
-            [result for (turn, _), result in zip(wanted, results, strict=True) if (turn > 0) == is_far]
-            for is_far in (False, True)
-        )
-        total = self._added(near)
-        if not far:
-            return total
-        return evaluator.add(total, evaluator.rotate(self._added(far), self.arithmetic.layout.tokens))
+        turns = zip(self.chunk.turns, self._masks_back(kind), strict=True)
+        return self._added(self.arithmetic.each(turned, (item for item in turns if (item[0] > 0) == far)))
 
     def _added(self, parts: Sequence[Ciphertext]) -> Ciphertext:
         total = parts[0]

@@ -27,20 +27,21 @@ class Group:
     """Keys and values of as many tokens as lie side by side, real and imaginary part of one ciphertext.
 
     They are there in a prompt's packing (``together``), in that of one token (``apart``), or in both, each at
-    :data:`CONTEXT_LEVEL` and the default scale; or are still to be refreshed, as a prompt's (``tired``).
+    :data:`CONTEXT_LEVEL` and the default scale. A group that tokens have just been added to is still to be
+    refreshed (``unrefreshed``), in a prompt's packing.
     """
 
     together: Ciphertext | None = None
     apart: Ciphertext | None = None
-    tired: Ciphertext | None = None
+    unrefreshed: Ciphertext | None = None
 
 
 class Context:
     """Keys and values of all tokens of a text up to the last, behind a public prefix.
 
     The last chunk is pending until more comes, and is known to stay. The others are in groups, and a group is
-    brought to a packing where it is first needed in it, by a transposition and a refresh. Behind the last
-    token of a group there is zero. So a text can be taken back to any of its tokens (:meth:`keep`).
+    brought to a packing where it is first needed in it, by a transposition and a refresh, which also sets to
+    zero what lies behind its last token. So a text can be taken back to any of its tokens (:meth:`keep`).
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -91,7 +92,9 @@ class Context:
             self.groups.append(self._group(pending, kept))
             return
         room = side_by_side - taken
-        self.groups[group] = Group(tired=self._joined(self.groups[group], taken, pending, min(kept, room)))
+        self.groups[group] = Group(
+            unrefreshed=self._joined(self.groups[group], taken, pending, min(kept, room))
+        )
         if kept > room:
             evaluator = self.arithmetic.evaluator
             moved = evaluator.rotate(evaluator.rotate(pending, side_by_side), -taken)
@@ -102,14 +105,14 @@ class Context:
         if group.together is not None:
             return self._group(group.together, count)
         assert group.apart is not None
-        return Group(tired=self.arithmetic.evaluator.transform(group.apart, self._matrix_back(count)))
+        return Group(unrefreshed=self.arithmetic.evaluator.transform(group.apart, self._matrix_back(count)))
 
     def _group(self, pair: Ciphertext, count: int) -> Group:
         """Return a group of so many tokens, with whatever lies behind them in a prompt's packing."""
         # What a first chunk leaves has not been refreshed.
         fresh = pair.level >= CONTEXT_LEVEL and pair.scale == pair.parameters.scale
         whole = count == self.arithmetic.layout.tokens
-        return Group(together=pair) if fresh and whole else Group(tired=pair)
+        return Group(together=pair) if fresh and whole else Group(unrefreshed=pair)
 
     def _joined(self, group: Group, taken: int, pending: Ciphertext, count: int) -> Ciphertext:
         """Return the first tokens of a group, with the first of what is pending behind them."""
@@ -117,7 +120,7 @@ class Context:
         if group.together is not None:
             first = evaluator.multiply(group.together, self._first_tokens(taken))
         else:
-            assert group.apart is not None  # what was tired has been refreshed for the tokens before these
+            assert group.apart is not None  # what was unrefreshed was refreshed for the tokens before these
             first = evaluator.transform(group.apart, self._matrix_back(self.arithmetic.layout.tokens))
         more = evaluator.multiply(pending, self._first_tokens(count))
         return evaluator.add(first, evaluator.rotate(more, -taken))
@@ -144,9 +147,9 @@ class Context:
 
         def form(item: tuple[int, Group]) -> Ciphertext:
             index, group = item
-            if group.tired is not None:
+            if group.unrefreshed is not None:
                 count = self.tokens - index * self.arithmetic.layout.tokens
-                return self._first(group.tired, count)
+                return self._first(group.unrefreshed, count)
             assert group.apart is not None
             return self.arithmetic.evaluator.transform(
                 group.apart, self._matrix_back(self.arithmetic.layout.tokens)
@@ -155,7 +158,7 @@ class Context:
         missing = [(index, group) for index, group in enumerate(self.groups) if group.together is None]
         fresh, others_fresh = self._refreshed(map(form, missing), others)
         for (_, group), ciphertext in zip(missing, fresh, strict=True):
-            group.together, group.tired = ciphertext, None
+            group.together, group.unrefreshed = ciphertext, None
         return others_fresh
 
     def ready_apart(self) -> None:
@@ -164,7 +167,7 @@ class Context:
 
         def form(item: tuple[int, Group]) -> Ciphertext:
             index, group = item
-            pair = group.tired if group.tired is not None else group.together
+            pair = group.unrefreshed if group.unrefreshed is not None else group.together
             assert pair is not None
             count = min(side_by_side, self.tokens - index * side_by_side)
             return self.arithmetic.evaluator.transform(pair, self._matrix(count))
@@ -172,7 +175,7 @@ class Context:
         missing = [(index, group) for index, group in enumerate(self.groups) if group.apart is None]
         fresh, _ = self._refreshed(map(form, missing))
         for (_, group), ciphertext in zip(missing, fresh, strict=True):
-            group.apart, group.tired = ciphertext, None
+            group.apart, group.unrefreshed = ciphertext, None
 
     def add(self, token: Ciphertext) -> None:
         """Take one token's keys and values, masked to its place in the last group, at the default scale."""
@@ -188,7 +191,7 @@ class Context:
     @property
     def parts(self) -> list[Ciphertext]:
         """All ciphertexts that are kept."""
-        held = [one for group in self.groups for one in (group.together, group.apart, group.tired)]
+        held = [one for group in self.groups for one in (group.together, group.apart, group.unrefreshed)]
         return [pair for pair in (*held, self.pending) if pair is not None]
 
     @property

@@ -69,8 +69,8 @@ class Client:
     def encrypt(self, hidden: Float64, start: int) -> list[Ciphertext]:
         """Encrypt hidden states (tokens, width) of one chunk, the first at position ``start``.
 
-        Behind the last token it is repeated: no token sees those, values there are in the ranges of others,
-        and the server does not learn from the ciphertext how many tokens there are.
+        The last token is repeated up to the end of the ciphertext: no token sees these copies, their values
+        are in the ranges of others, and the ciphertext does not tell how many tokens there are.
         """
         if self.geometry.is_alone(start, len(hidden)):
             slots = [self._layout.decoding.pack(hidden[0])]
@@ -126,9 +126,14 @@ class Server:
 
     def open(self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange) -> Session:
         """Start to compute for a client. ``exchange`` brings it a refresh request and returns its reply."""
+        evaluator, refresher = self._tools(keys, public_key, exchange)
+        return Session(self, Arithmetic(evaluator, self.encodings, refresher), public_key, exchange)
+
+    def _tools(
+        self, keys: EvaluationKeys, public_key: PublicKey, exchange: Exchange
+    ) -> tuple[Evaluator, MaskedRefresh]:
         evaluator = Evaluator(self.geometry.parameters, keys)
-        arithmetic = Arithmetic(evaluator, self.encodings, MaskedRefresh(evaluator, public_key, exchange))
-        return Session(self, arithmetic, public_key, exchange)
+        return evaluator, MaskedRefresh(evaluator, public_key, exchange)
 
 
 class Session:
@@ -142,20 +147,19 @@ class Session:
         self._seen: dict[str, tuple[list[Cache], int]] = {}
 
     @property
-    def is_resting(self) -> bool:
-        """Whether there are no evaluation keys here."""
-        return self.arithmetic.is_resting
+    def has_keys(self) -> bool:
+        """Whether there are evaluation keys here."""
+        return self.arithmetic.has_keys
 
-    def rest(self) -> None:
-        """Let go of the evaluation keys. What is remembered stays, and :meth:`wake` is to follow."""
-        self.arithmetic.rest()
+    def release_keys(self) -> None:
+        """Drop the evaluation keys. The KV cache stays, and :meth:`load_keys` is to follow."""
+        self.arithmetic.release_keys()
         collect()
 
-    def wake(self, keys: EvaluationKeys, public_key: PublicKey) -> None:
+    def load_keys(self, keys: EvaluationKeys, public_key: PublicKey) -> None:
         """Take the keys that the session was opened with again."""
-        evaluator = Evaluator(self._server.geometry.parameters, keys)
         self._public_key = public_key
-        self.arithmetic.wake(evaluator, MaskedRefresh(evaluator, public_key, self._exchange))
+        self.arithmetic.use(*self._server._tools(keys, public_key, self._exchange))
 
     def evaluate(
         self,

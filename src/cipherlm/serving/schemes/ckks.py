@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from cipherlm.models.ckks import CkksModel, Constants
+    from cipherlm.models.ckks import CkksModel
+    from cipherlm.models.remote import Exact
     from cipherlm.progress import Progress
     from cipherlm.serving.client import Connection
 
@@ -83,7 +84,7 @@ class Ckks:
 
     def client_parts(
         self, bundle: Bundle, blocks: int, connection: Connection, progress: Progress
-    ) -> tuple[dict[str, Constants], Callable[[CkksModel, bytes], None]]:
+    ) -> tuple[dict[str, Exact], Callable[[CkksModel, bytes], None]]:
         """Return the constants of remote modules, and what connects a model with a secret key."""
         geometry = geometry_of(bundle.about)
         bounds = connection.bounds = bounds_of(bundle.about["description"], blocks)
@@ -98,14 +99,16 @@ class Ckks:
         return _constants(bundle), connect
 
 
-def _constants(bundle: Bundle) -> dict[str, Constants]:
-    from cipherlm.models.ckks import Constants
+def _constants(bundle: Bundle) -> dict[str, Exact]:
+    from cipherlm.models.remote import Exact
 
     path = bundle.directory / CONSTANTS_NAME
     try:
         outputs = load_file(path)
         return {
-            name: Constants(np.asarray(outputs[name], np.float64), bool(facts["centred"]), facts["extra"])
+            name: Exact(
+                None, [], np.asarray(outputs[name], np.float64), bool(facts["centred"]), facts["extra"]
+            )
             for name, facts in bundle.about["remote"].items()
         }
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
