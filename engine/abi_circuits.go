@@ -13,10 +13,10 @@ import (
 )
 
 //export cl_lintrans_new
-func cl_lintrans_new(parameters C.uintptr_t, level, giant, storage C.int64_t, scale C.double, out *C.uintptr_t) *C.char {
+func cl_lintrans_new(parameters C.uintptr_t, level, giant, babies, giants, storage C.int64_t, scale C.double, out *C.uintptr_t) *C.char {
 	return guard(func() {
 		p := get[*core.Parameters](parameters)
-		put(out, must(core.NewLinearTransformation(p, int(level), int(giant), core.Storage(storage), float64(scale))))
+		put(out, must(core.NewLinearTransformation(p, int(level), int(giant), [2]int{int(babies), int(giants)}, core.Storage(storage), float64(scale))))
 	})
 }
 

@@ -203,7 +203,7 @@ def test_a_whole_model_from_its_configuration(capsys, monkeypatch):
     said = json.loads(capsys.readouterr().out)
     assert said["ranges"].startswith("typical of trained models")
     assert said["prompt"]["round_trips"] > 4 * 5
-    assert said["keys"]["count"] == 68
+    assert said["keys"]["count"] == 50
     assert main(["inspect", "tiny", "--placement", "whole", "--context", "32", "--prompt-tokens", "40"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 public tokens, 40 of a prompt and two more do not fit a context of 32 tokens" in line

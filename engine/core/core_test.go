@@ -107,7 +107,19 @@ func TestTransform(t *testing.T) {
 	for i := range giants {
 		rotations = append(rotations, giant*i)
 	}
-	a := newParty(t, p, rotations...)
+	one := newParty(t, p, rotations...)
+	// In two stages, 24 is 16 and 8; a second giant step of 64 is one of the second stage.
+	two := newParty(t, p, 8, 16, 32, 64)
+	for _, of := range []struct {
+		party
+		stages [2]int
+	}{{one, [2]int{giant, p.Slots()}}, {two, [2]int{16, 64}}} {
+		testTransform(t, of.party, giant, babies, giants, of.stages)
+	}
+}
+
+func testTransform(t *testing.T, a party, giant, babies, giants int, stages [2]int) {
+	p := a.p
 	values, other := noise(p.Slots()), noise(p.Slots())
 	inputs := []*Ciphertext{a.encrypt(values, 3), a.encrypt(other, 2)}
 	for _, storage := range []Storage{Int16, Int32, Residues} {
@@ -116,7 +128,7 @@ func TestTransform(t *testing.T) {
 			matrices := make([]*LinearTransformation, 2)
 			want := make([][][]complex128, 2)
 			for m := range matrices {
-				matrices[m] = must(NewLinearTransformation(p, 2, giant, storage, 0))
+				matrices[m] = must(NewLinearTransformation(p, 2, giant, stages, storage, 0))
 				want[m] = [][]complex128{make([]complex128, p.Slots()), make([]complex128, p.Slots())}
 				for i := range babies * giants {
 					rotation := 8*(i%babies) + giant*(i/babies)
@@ -139,7 +151,7 @@ func TestTransform(t *testing.T) {
 						bound = 2e-2
 					}
 					if d := distance(want[m][i], a.decrypt(results[m][i])); d > bound {
-						t.Errorf("storage %d, %d values %d times, matrix %d, input %d: error %g", storage, length, inner, m, i, d)
+						t.Errorf("stages %v, storage %d, %d values %d times, matrix %d, input %d: error %g", stages, storage, length, inner, m, i, d)
 					}
 				}
 			}
@@ -259,7 +271,7 @@ func TestScaleParts(t *testing.T) {
 // TestConcurrency is for the race detector: one evaluator, everything at once.
 func TestConcurrency(t *testing.T) {
 	a := newParty(t, parameters(t, 12, []int{38, 28}, []int{38}, 28, "standard"), 1, 2)
-	lt := must(NewLinearTransformation(a.p, 1, 2, Int32, 0))
+	lt := must(NewLinearTransformation(a.p, 1, 2, [2]int{2, a.p.Slots()}, Int32, 0))
 	if err := lt.Add([]int{0, 1, 2}, noise(3*16), 1); err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package core
 
 import (
+	"cmp"
 	"maps"
 	"math/cmplx"
 	"slices"
@@ -14,24 +15,32 @@ import (
 // and giant steps (Halevi and Shoup, CRYPTO 2014 and 2018): k = giant + baby with
 // baby below the giant step, so that the rotated inputs serve all giant steps, and
 // all matrices that are applied to one input.
+//
+// Either may be made in two stages: a baby step of a multiple of babyStage and what is
+// left, a giant step of a multiple of giantStage and what is left. There are as many
+// rotations then, with far fewer keys: a + b of them for a times b steps.
 type LinearTransformation struct {
-	Params  *Parameters
-	Level   int
-	giant   int
-	storage Storage
-	scale   rlwe.Scale
-	rescale bool // the product
-	lock    sync.Mutex
-	rows    map[int][]*diagonal // by giant step
-	taken   map[int]bool
+	Params     *Parameters
+	Level      int
+	giant      int
+	babyStage  int
+	giantStage int
+	storage    Storage
+	scale      rlwe.Scale
+	rescale    bool // the product
+	lock       sync.Mutex
+	rows       map[int][]*diagonal // by giant step
+	taken      map[int]bool
 }
 
 // NewLinearTransformation makes an empty matrix for inputs at a level. With scale 0 the
 // diagonals are encoded at the scale of the level's last prime, so that the product,
 // rescaled, has the scale of the input: such a matrix takes one level. With another
 // scale the product stays at the level of the input, and its scale is that of the
-// input times this one: for a product that nothing follows.
-func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storage, scale float64) (*LinearTransformation, error) {
+// input times this one: for a product that nothing follows. The stage of baby steps
+// divides the giant step, and that of giant steps is a multiple of it; with the giant
+// step and the number of slots, there is one stage of each.
+func NewLinearTransformation(p *Parameters, level, giantStep int, stages [2]int, storage Storage, scale float64) (*LinearTransformation, error) {
 	if err := p.checkLevel(level); err != nil {
 		return nil, err
 	}
@@ -44,6 +53,10 @@ func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storag
 	if giantStep < 1 || giantStep > p.Slots() || p.Slots()%giantStep != 0 {
 		return nil, failure(Invalid, "the giant step must divide the %d slots, not %d", p.Slots(), giantStep)
 	}
+	babies, giants := stages[0], stages[1]
+	if babies < 1 || giantStep%babies != 0 || giants < 1 || giants%giantStep != 0 || p.Slots()%giants != 0 {
+		return nil, failure(Invalid, "stages of %d and %d do not go with a giant step of %d", babies, giants, giantStep)
+	}
 	if storage < Int16 || storage > Residues {
 		return nil, failure(Invalid, "unknown storage %d", storage)
 	}
@@ -52,7 +65,7 @@ func NewLinearTransformation(p *Parameters, level, giantStep int, storage Storag
 		scale = float64(p.Q()[level])
 	}
 	return &LinearTransformation{
-		Params: p, Level: level, giant: giantStep, storage: storage, scale: rlwe.NewScale(scale), rescale: rescale,
+		Params: p, Level: level, giant: giantStep, babyStage: babies, giantStage: giants, storage: storage, scale: rlwe.NewScale(scale), rescale: rescale,
 		rows: map[int][]*diagonal{}, taken: map[int]bool{},
 	}, nil
 }
@@ -201,8 +214,9 @@ type step struct {
 	sums          []*Ciphertext // of baby steps, one for each input
 }
 
-// Transform applies matrices to inputs and returns results[matrix][input]. The baby steps of an input are computed once for all matrices, and a
-// diagonal is transformed once for all inputs.
+// Transform applies matrices to inputs and returns results[matrix][input]. The baby
+// steps of an input are computed once for all matrices, and a diagonal is transformed
+// once for all inputs.
 func (e *Evaluator) Transform(inputs []*Ciphertext, matrices []*LinearTransformation) ([][]*Ciphertext, error) {
 	level, steps, babies, err := e.plan(inputs, matrices)
 	if err != nil {
@@ -210,19 +224,43 @@ func (e *Evaluator) Transform(inputs []*Ciphertext, matrices []*LinearTransforma
 	}
 	rotated := make([]map[int]*Ciphertext, len(inputs))
 	for i, input := range inputs {
-		copies, err := e.rotations(input, babies, level)
-		if err != nil {
+		if rotated[i], err = e.babySteps(input, babies, matrices[0].babyStage, level); err != nil {
 			return nil, err
-		}
-		rotated[i] = map[int]*Ciphertext{}
-		for j, baby := range babies {
-			rotated[i][baby] = copies[j]
 		}
 	}
 	if err := e.sumBabies(level, steps, rotated); err != nil {
 		return nil, err
 	}
 	return e.sumGiants(level, inputs, matrices, steps)
+}
+
+// babySteps returns rotations of an input by what they rotate by, in two stages where
+// they are not all below one.
+func (e *Evaluator) babySteps(input *Ciphertext, babies []int, stage, level int) (map[int]*Ciphertext, error) {
+	rotated := make(map[int]*Ciphertext, len(babies))
+	fine := map[int][]int{}
+	for _, baby := range babies {
+		coarse := baby - baby%stage
+		fine[coarse] = append(fine[coarse], baby%stage)
+	}
+	coarse := slices.Sorted(maps.Keys(fine))
+	starts := []*Ciphertext{input}
+	if len(coarse) > 1 || coarse[0] != 0 {
+		var err error
+		if starts, err = e.rotations(input, coarse, level); err != nil {
+			return nil, err
+		}
+	}
+	for i, at := range coarse {
+		copies, err := e.rotations(starts[i], fine[at], level)
+		if err != nil {
+			return nil, err
+		}
+		for j, baby := range fine[at] {
+			rotated[at+baby] = copies[j]
+		}
+	}
+	return rotated, nil
 }
 
 // plan checks levels and keys and lists the giant steps of all matrices.
@@ -233,23 +271,25 @@ func (e *Evaluator) plan(inputs []*Ciphertext, matrices []*LinearTransformation)
 	if err := e.own(true, inputs...); err != nil {
 		return 0, nil, nil, err
 	}
-	level := matrices[0].Level
+	level, stage := matrices[0].Level, matrices[0].babyStage
 	var steps []*step
 	union := map[int]bool{}
 	for i, matrix := range matrices {
 		if err := e.Params.same(matrix.Params); err != nil {
 			return 0, nil, nil, err
 		}
-		if matrix.Level != level {
-			return 0, nil, nil, failure(Level, "matrices for levels %d and %d on one input", level, matrix.Level)
+		if matrix.Level != level || matrix.babyStage != stage {
+			return 0, nil, nil, failure(Level, "matrices for levels %d and %d, with stages of %d and %d, on one input", level, matrix.Level, stage, matrix.babyStage)
 		}
 		for _, baby := range matrix.Babies() {
 			union[baby] = true
 		}
 		for _, giant := range matrix.Giants() {
 			steps = append(steps, &step{matrix: i, giant: giant, row: matrix.rows[giant]})
-			if err := e.checkRotation(e.Params.RotationElement(giant), level, "giant step", giant); err != nil {
-				return 0, nil, nil, err
+			for _, part := range []int{giant % matrix.giantStage, giant - giant%matrix.giantStage} {
+				if err := e.checkRotation(e.Params.RotationElement(part), level, "giant step", part); err != nil {
+					return 0, nil, nil, err
+				}
 			}
 		}
 	}
@@ -307,10 +347,67 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 	})
 }
 
-// sumGiants rotates the inner sums and adds them up. The key switches are summed
-// modulo QP and divided by P once (Bossuat et al., EUROCRYPT 2021).
+// sumGiants rotates the inner sums and adds them up, in one or two stages.
 func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices []*LinearTransformation, steps []*step) ([][]*Ciphertext, error) {
-	p, outputs := e.Params, len(matrices)*len(inputs)
+	// An output is one of a matrix and an input; before the second stage there is one for each multiple of it.
+	type part struct{ output, coarse int }
+	first := map[part][]turned{}
+	for _, s := range steps {
+		coarse := s.giant - s.giant%matrices[s.matrix].giantStage
+		for input, sum := range s.sums {
+			at := part{s.matrix*len(inputs) + input, coarse}
+			first[at] = append(first[at], turned{sum, s.giant - coarse})
+		}
+	}
+	parts := slices.SortedFunc(maps.Keys(first), func(a, b part) int {
+		return cmp.Or(cmp.Compare(a.output, b.output), cmp.Compare(a.coarse, b.coarse))
+	})
+	sums := make([][]turned, len(parts))
+	for i, at := range parts {
+		sums[i] = first[at]
+	}
+	inner, err := e.sumTurned(level, sums)
+	if err != nil {
+		return nil, err
+	}
+	second := make([][]turned, len(matrices)*len(inputs))
+	for i, at := range parts {
+		second[at.output] = append(second[at.output], turned{inner[i], at.coarse})
+	}
+	outer, err := e.sumTurned(level, second)
+	if err != nil {
+		return nil, err
+	}
+	results := make([][]*Ciphertext, len(matrices))
+	for matrix := range results {
+		results[matrix] = make([]*Ciphertext, len(inputs))
+	}
+	return results, parallel(len(outer), func(output int) (err error) {
+		matrix, input := output/len(inputs), output%len(inputs)
+		result := outer[output]
+		if result == nil { // a matrix without diagonals
+			result = inputs[input].like(1, level)
+		}
+		result.Scale = inputs[input].Scale.Mul(matrices[matrix].scale)
+		if matrices[matrix].rescale {
+			result, err = e.Rescale(result, result)
+		}
+		results[matrix][input] = result
+		return err
+	})
+}
+
+// turned is a ciphertext that is still to be rotated.
+type turned struct {
+	ciphertext *Ciphertext
+	rotation   int
+}
+
+// sumTurned returns the sum of each group, nil for an empty one. Key switches are summed
+// modulo QP and divided by P once (Bossuat et al., EUROCRYPT 2021). One ciphertext that
+// is not rotated is returned as it is.
+func (e *Evaluator) sumTurned(level int, groups [][]turned) ([]*Ciphertext, error) {
+	p := e.Params
 	extended := p.RingQP().AtLevel(level, p.MaxLevelP())
 	add := func(sum, more pair) {
 		for i := range sum {
@@ -318,20 +415,28 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices []*Linea
 		}
 		e.switcher.releasePair(more, level)
 	}
+	type job struct {
+		turned
+		group int
+	}
+	var jobs []job
+	for i, group := range groups {
+		for _, one := range group {
+			if one.rotation != 0 {
+				jobs = append(jobs, job{one, i})
+			}
+		}
+	}
 	partial := make([][]*pair, Threads())
-	err := parallelWorkers(len(partial), len(steps)*len(inputs), func(worker, job int) error {
-		s, input := steps[job/len(inputs)], job%len(inputs)
-		if s.giant == 0 {
-			return nil
-		}
+	err := parallelWorkers(len(partial), len(jobs), func(worker, i int) error {
 		if partial[worker] == nil {
-			partial[worker] = make([]*pair, outputs)
+			partial[worker] = make([]*pair, len(groups))
 		}
-		rotated, err := e.rotateExtended(s.sums[input], s.giant, level)
+		rotated, err := e.rotateExtended(jobs[i].ciphertext, jobs[i].rotation, level)
 		if err != nil {
 			return err
 		}
-		sum := &partial[worker][s.matrix*len(inputs)+input]
+		sum := &partial[worker][jobs[i].group]
 		if *sum == nil {
 			*sum = &rotated
 		} else {
@@ -342,21 +447,24 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices []*Linea
 	if err != nil {
 		return nil, err
 	}
-	results := make([][]*Ciphertext, len(matrices))
-	for matrix := range results {
-		results[matrix] = make([]*Ciphertext, len(inputs))
-	}
-	return results, parallel(outputs, func(output int) (err error) {
-		matrix, input := output/len(inputs), output%len(inputs)
-		result := inputs[input].like(1, level)
+	results := make([]*Ciphertext, len(groups))
+	return results, parallel(len(groups), func(group int) error {
+		if len(groups[group]) == 0 {
+			return nil
+		}
+		if only := groups[group][0]; len(groups[group]) == 1 && only.rotation == 0 {
+			results[group] = only.ciphertext
+			return nil
+		}
+		result := groups[group][0].ciphertext.like(1, level)
 		var total *pair
 		for _, sums := range partial {
 			switch {
-			case sums == nil || sums[output] == nil:
+			case sums == nil || sums[group] == nil:
 			case total == nil:
-				total = sums[output]
+				total = sums[group]
 			default:
-				add(*total, *sums[output])
+				add(*total, *sums[group])
 			}
 		}
 		if total != nil {
@@ -368,19 +476,15 @@ func (e *Evaluator) sumGiants(level int, inputs []*Ciphertext, matrices []*Linea
 				return err
 			}
 		}
-		for _, s := range steps {
-			if s.matrix == matrix && s.giant == 0 {
+		for _, one := range groups[group] {
+			if one.rotation == 0 {
 				ringQ := p.RingQ().AtLevel(level)
-				ringQ.Add(result.Value[0], s.sums[input].Value[0], result.Value[0])
-				ringQ.Add(result.Value[1], s.sums[input].Value[1], result.Value[1])
+				ringQ.Add(result.Value[0], one.ciphertext.Value[0], result.Value[0])
+				ringQ.Add(result.Value[1], one.ciphertext.Value[1], result.Value[1])
 			}
 		}
-		result.Scale = inputs[input].Scale.Mul(matrices[matrix].scale)
-		if matrices[matrix].rescale {
-			result, err = e.Rescale(result, result)
-		}
-		results[matrix][input] = result
-		return err
+		results[group] = result
+		return nil
 	})
 }
 

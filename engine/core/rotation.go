@@ -1,6 +1,7 @@
 package core
 
 import (
+	"slices"
 	"strconv"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
@@ -101,11 +102,14 @@ func (e *Evaluator) rotations(a *Ciphertext, rotations []int, level int) ([]*Cip
 			return nil, err
 		}
 	}
-	digits, err := e.switcher.decompose(a.Value[1], level, len(rotations) > 1)
-	if err != nil {
-		return nil, err
+	var digits *decomposition
+	if slices.ContainsFunc(rotations, func(by int) bool { return e.Params.normal(by) != 0 }) {
+		var err error
+		if digits, err = e.switcher.decompose(a.Value[1], level, len(rotations) > 1); err != nil {
+			return nil, err
+		}
+		defer digits.release()
 	}
-	defer digits.release()
 	results := make([]*Ciphertext, len(rotations))
 	return results, parallel(len(rotations), func(i int) error {
 		results[i] = a.like(1, level)

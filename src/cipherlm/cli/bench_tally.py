@@ -232,9 +232,9 @@ _COEFFICIENT_BYTES = {"int16": 2, "int32": 4}
 def _matrices(inputs: Sequence[Ciphertext], matrices: Sequence[LinearTransformation]) -> Iterable[Part]:
     """Yield what matrices consist of: the baby steps of an input are shared by all of them."""
     level, count = matrices[0].level, len(inputs)
-    babies = {step for m in matrices for step in m.rotations if step < m.giant_step}
-    yield "hoisted_rotation", level, count * len(babies)
-    yield "rotation", level, count * sum(step >= m.giant_step for m in matrices for step in m.rotations)
+    babies = frozenset[int]().union(*(m.baby_steps for m in matrices))
+    yield "hoisted_rotation", level, count * len(babies - {0})
+    yield "rotation", level, count * sum(len(m.giant_steps - {0}) for m in matrices)
     # A diagonal that repeats takes so much less memory and work. Further inputs share the work on it.
     whole = sum(m.nbytes / _COEFFICIENT_BYTES[m.storage] for m in matrices) / matrices[0].parameters.degree
     yield "diagonal", level, whole

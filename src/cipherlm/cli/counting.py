@@ -29,7 +29,7 @@ from cipherlm.engine import (
     SecretKey,
 )
 from cipherlm.engine.evaluator import Operand, is_number
-from cipherlm.engine.linear import Storage, split_rotations
+from cipherlm.engine.linear import Storage
 from cipherlm.nn.blocks import Blocks
 from cipherlm.nn.module import Linear
 from cipherlm.nn.ranges import Interval
@@ -117,16 +117,17 @@ class HollowTransformation(LinearTransformation):
         giant_step: int,
         storage: Any,
         scale: float | None = None,
+        stages: tuple[int, int] | None = None,
     ) -> None:
         self.parameters, self.level, self.giant_step = parameters, level, giant_step
-        self.storage, self.scale = storage, scale
+        self.storage, self.scale, self.stages = storage, scale, stages or (giant_step, parameters.slots)
         self._count, self._values, used = 0, 0, set()
         for rotation, vector in diagonals:
             used.add(rotation % parameters.slots)
             if np.any(vector):  # the engine keeps no others
                 self._count += 1
                 self._values += len(vector)
-        self.rotations = split_rotations(used, giant_step)
+        self._split(used)
 
     @property
     def nbytes(self) -> int:
@@ -290,6 +291,7 @@ class _HollowEncodings(Encodings):
         giant_step: int,
         scale: float | None = None,
         storage: Storage | None = None,
+        stages: tuple[int, int] | None = None,
     ) -> LinearTransformation:
         """See :class:`Encodings`."""
         return HollowTransformation(
@@ -299,6 +301,7 @@ class _HollowEncodings(Encodings):
             giant_step=giant_step,
             storage=storage or self.storage,
             scale=scale,
+            stages=stages,
         )
 
 

@@ -76,7 +76,7 @@ SIGNATURES = {
     "cl_rotate_hoisted": "hhpip",
     "cl_dot": "hppip",
     "cl_dot_plain": "hppip",
-    "cl_lintrans_new": "hiiidp",
+    "cl_lintrans_new": "hiiiiidp",
     "cl_lintrans_stored": "hppp",
     "cl_lintrans_restore": "hppip",
     "cl_lintrans_add": "hpipii",

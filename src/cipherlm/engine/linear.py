@@ -27,7 +27,10 @@ class LinearTransformation(_native.Handle):
     much faster; repeated values do not have that.
 
     Diagonals are split into baby steps below ``giant_step`` and giant steps, its
-    multiples. Rotation keys are needed for :attr:`rotations`, at ``level``.
+    multiples. Rotation keys are needed for :attr:`rotations`, at ``level``. With ``stages``,
+    which divide the giant step and are a multiple of it, either are made in two rotations:
+    by a multiple of its stage, and by the rest. That takes no longer and far fewer keys.
+    All matrices that are applied to one input together have the same stage of baby steps.
 
     ``storage`` says how the diagonals are kept. ``"int16"`` and ``"int32"`` keep their
     coefficients as integers, with one common factor a diagonal, and transform them on
@@ -40,7 +43,17 @@ class LinearTransformation(_native.Handle):
     scales. That suits the last step of a computation, at level 0 even.
     """
 
-    __slots__ = ("_memory", "giant_step", "level", "parameters", "rotations", "scale", "storage")
+    __slots__ = (
+        "_memory",
+        "baby_steps",
+        "giant_step",
+        "giant_steps",
+        "level",
+        "parameters",
+        "scale",
+        "stages",
+        "storage",
+    )
 
     def __init__(
         self,
@@ -52,20 +65,34 @@ class LinearTransformation(_native.Handle):
         inner: int = 1,
         storage: Storage = "int32",
         scale: float | None = None,
+        stages: tuple[int, int] | None = None,
     ) -> None:
+        stages = stages or (giant_step, parameters.slots)
         handle = _native.create(
-            "cl_lintrans_new", parameters.handle, level, giant_step, _STORAGE[storage], scale or 0.0
+            "cl_lintrans_new", parameters.handle, level, giant_step, *stages, _STORAGE[storage], scale or 0.0
         )
         super().__init__(handle)
         self._memory: NDArray[Any] | None = None  # what the library reads coefficients from
         self.parameters, self.level, self.giant_step, self.storage = parameters, level, giant_step, storage
-        self.scale = scale
+        self.scale, self.stages = scale, stages
         used: set[int] = set()
         items = iter(diagonals.items() if isinstance(diagonals, Mapping) else diagonals)
         while chunk := list(itertools.islice(items, _CHUNK)):
             used.update(rotation % parameters.slots for rotation, _ in chunk)
             self._add(chunk, inner)
-        self.rotations = split_rotations(used, giant_step)
+        self._split(used)
+
+    def _split(self, used: Iterable[int]) -> None:
+        """Remember which baby steps and giant steps diagonals are made of."""
+        parts = {(k % self.giant_step, k - k % self.giant_step) for k in used}
+        self.baby_steps = frozenset(baby for baby, _ in parts)
+        self.giant_steps = frozenset(giant for _, giant in parts)
+
+    @property
+    def rotations(self) -> frozenset[int]:
+        """The rotations that need keys."""
+        fine, coarse = self.stages
+        return split_rotations(self.baby_steps, fine) | split_rotations(self.giant_steps, coarse)
 
     def _add(self, chunk: list[tuple[int, ArrayLike]], inner: int) -> None:
         vectors = np.ascontiguousarray([np.asarray(vector) for _, vector in chunk], np.complex128)
@@ -166,7 +193,7 @@ class LinearTransformation(_native.Handle):
             len(places),
             coefficients.ctypes.data,
         )
-        matrix.rotations = split_rotations(map(int, places), giant_step)
+        matrix._split(map(int, places))
         return matrix
 
     @property

@@ -102,6 +102,7 @@ class Encodings:
         giant_step: int,
         scale: float | None = None,
         storage: Storage | None = None,
+        stages: tuple[int, int] | None = None,
     ) -> LinearTransformation:
         """Encode a matrix by its diagonals; see :class:`~cipherlm.engine.LinearTransformation`.
 
@@ -114,6 +115,7 @@ class Encodings:
             giant_step=giant_step,
             storage=storage or self.storage,
             scale=scale,
+            stages=stages,
         )
 
     def key_masks(self, rotary: Rotary | None, position: int) -> list[list[Plaintext]]:

@@ -30,6 +30,9 @@ MOST_COPIES = 8
 DECODING_BABY_STEPS = 16
 """How many rotations of its input a matrix on one token takes, at most."""
 
+DECODING_STAGES = 4, 8 * DECODING_BABY_STEPS
+"""The stages of its rotations; see :class:`~cipherlm.engine.LinearTransformation`."""
+
 
 @dataclass(frozen=True)
 class DecodingLayout:
@@ -156,8 +159,11 @@ class DecodingLayout:
         ):
             shape = DecodingShape(self.prompt.slots, inputs, outputs)
             need(level + 1, *(copy * shape.diagonals for copy in range(shape.copies)))
-            need(level, *range(min(shape.diagonals, DECODING_BABY_STEPS)))
-            need(level, *range(0, shape.diagonals, DECODING_BABY_STEPS))
+            fine, coarse = DECODING_STAGES
+            need(level, *range(min(shape.diagonals, fine)))
+            need(level, *range(0, min(shape.diagonals, DECODING_BABY_STEPS), fine))
+            need(level, *range(0, min(shape.diagonals, coarse), DECODING_BABY_STEPS))
+            need(level, *range(0, shape.diagonals, coarse))
             need(level - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
         need(ATTENTION_LEVEL - 1, *(rotation for rotation, _ in self.transposition(1)))
         need(ATTENTION_LEVEL - 1, self.group_step, *inner_sum_rotations(*self.tokens_of_group))

@@ -122,6 +122,12 @@ class Layout:
         """How many rotations of its input a matrix takes; its other rotations are of results."""
         return 1 << (self.period.bit_length() // 2)
 
+    @property
+    def stages(self) -> tuple[int, int]:
+        """The stages of both: each is about the root of a number of steps, which takes the fewest keys."""
+        babies, giants = self.baby_steps, self.period // self.baby_steps
+        return (self.tokens << (babies.bit_length() // 2), babies * self.tokens << (giants.bit_length() // 2))
+
     def chunks(self, features: int) -> int:
         """Return how many ciphertexts hold this many features."""
         return -(-features // self.period)
@@ -150,7 +156,6 @@ class Layout:
 
         ``decoding`` stands for all that comes behind a first chunk.
         """
-        babies = self.baby_steps
         levels: dict[int, int] = {}
 
         def need(level: int, *rotations: int) -> None:
@@ -160,8 +165,9 @@ class Layout:
             for rotation, level in behind.rotations(max_level).items():
                 need(level, rotation)
 
-        need(ATTENTION_LEVEL, *(step * self.tokens for step in range(1, babies)))
-        need(ATTENTION_LEVEL, *(step * self.tokens for step in range(0, self.period, babies)))
+        giant, (fine, coarse) = self.baby_steps * self.tokens, self.stages
+        need(ATTENTION_LEVEL, *range(0, fine, self.tokens), *range(0, giant, fine))
+        need(ATTENTION_LEVEL, *range(0, coarse, giant), *range(0, self.period * self.tokens, coarse))
         need(ATTENTION_LEVEL - 1, self.half_turn, *(-k for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 2, *(k * self.distance_step for k in range(1, self.tokens)))
         if self.prefix:

@@ -16,7 +16,7 @@ from cipherlm.engine import (
     paired,
 )
 from cipherlm.schemes.ckks.arithmetic import Encodings
-from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DecodingShape
+from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DECODING_STAGES, DecodingShape
 from cipherlm.schemes.ckks.evaluator import Evaluator
 
 Float64 = NDArray[np.float64]
@@ -57,6 +57,7 @@ class Matrix:
             ),
             level=level,
             giant_step=self.layout.baby_steps * tokens,
+            stages=self.layout.stages,
         )
 
     @property
@@ -100,6 +101,7 @@ class DecodingMatrix:
             self._folded(matrix) if self.real else self._diagonals(matrix, 0, self.shape.diagonals),
             level=level,
             giant_step=DECODING_BABY_STEPS,
+            stages=DECODING_STAGES,
         )
         self._masks = [
             encodings.mask((self.shape.copy == copy) * 1.0, level + 1) for copy in range(self.shape.copies)
