@@ -32,7 +32,7 @@ def key(parameters):
     ],
 )
 def test_polynomials(parameters, key, polynomial):
-    """Within a factor of three, in the mean and at its greatest."""
+    """Within a factor of three in the mean, and of five at its greatest."""
     low, high = polynomial.interval
     x = np.random.default_rng(1).uniform(low, high, parameters.slots)
     scale = parameters.scale * 2 / (high - low)  # at which the interval takes no level
@@ -41,8 +41,8 @@ def test_polynomials(parameters, key, polynomial):
     got = key.decrypt(evaluator.polynomial(encrypted, polynomial)).real - polynomial(x)
     noise = Noise.of(parameters.degree, float(np.log2(parameters.scale)), 2)
     simulated = ClearTensor(x, noise).polynomial(polynomial).values - polynomial(x)
-    for size in (np.std, lambda error: np.abs(error).max()):
-        assert 1 / 3 < size(got) / size(simulated) < 3
+    for size, factor in ((np.std, 3), (lambda error: np.abs(error).max(), 5)):
+        assert 1 / factor < size(got) / size(simulated) < factor
 
 
 def test_matrices_and_results():

@@ -97,11 +97,11 @@ class FittedNorm(Module):
         return cost.of_polynomial(self.start) + self.steps * (3 + 2 * cost.REFRESH)
 
     def __call__(self, x: T) -> T:
-        """Return the normalised hidden states."""
+        """Return the normalised hidden states, for a linear layer."""
         square = x.mean_square(self.start, self.gain) + self.gain * self.epsilon
         x.ready(depth(self.start) + 1, square, before=self.start)
         root = square.polynomial(self.start)
         for _ in range(self.steps):
             x.ready(3, square, root)
             root = root * 1.5 - (root * root) * (square * root)
-        return x * root * math.sqrt(2 * self.gain)
+        return (x * math.sqrt(2 * self.gain)).scaled(root)

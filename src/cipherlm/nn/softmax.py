@@ -203,7 +203,7 @@ class SquaringSoftmax:
         for _ in range(1, self.steps):
             quotient = quotient * (total * quotient * -1 + 2.0)
             mixed.ready(2, total, quotient)
-        return (mixed * quotient) * (total * quotient * -1 + 2.0)
+        return mixed.scaled(quotient, total * quotient * -1 + 2.0)
 
 
 def _exponential(interval: Interval, tolerance: float) -> Chebyshev:

@@ -45,6 +45,13 @@ class Tensor(ABC):
     def __matmul__(self: T, linear: Linear) -> T:
         """Return ``x @ weight + bias`` of hidden states, or of heads side by side."""
 
+    def scaled(self: T, *columns: T) -> T:
+        """Return the product with columns, for a linear layer: nothing else takes it."""
+        result = self
+        for column in columns:
+            result = result * column
+        return result
+
     @abstractmethod
     def polynomial(self: T, polynomial: Chebyshev) -> T:
         """Return the polynomial's values."""

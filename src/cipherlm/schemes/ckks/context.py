@@ -178,9 +178,12 @@ class Context:
             group.apart, group.unrefreshed = ciphertext, None
 
     def add(self, token: Ciphertext) -> None:
-        """Take one token's keys and values, masked to its place in the last group, at the default scale."""
+        """Take one token's keys and values, masked to its place in the last group.
+
+        They have the level and the scale of a group.
+        """
         self.ready_apart()
-        added = self.arithmetic.refresh_complex([token], CONTEXT_LEVEL)[0]
+        added = token
         if self.tokens % self.arithmetic.layout.tokens:
             last = self.groups.pop().apart
             assert last is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,12 @@ from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Encodings
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context
-from cipherlm.schemes.ckks.decoding_layout import DecodingLayout
+from cipherlm.schemes.ckks.decoding_layout import (
+    MOST_COPIES,
+    SHIFT_LEVEL,
+    DecodingLayout,
+    DecodingShape,
+)
 from cipherlm.schemes.ckks.encrypted import CiphertextTensor
 from cipherlm.schemes.ckks.layout import LINEAR_LEVEL
 from cipherlm.schemes.ckks.matrices import DecodingMatrix
@@ -39,6 +44,9 @@ class EncryptedToken(CiphertextTensor):
     position: int
     heads: bool = False
     rotation: Rotary | None = None
+    factors: tuple[Ciphertext, ...] = ()
+    """Columns that this is still to be multiplied with, where a linear layer takes it."""
+    _inputs: dict[Any, Ciphertext] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layout(self) -> DecodingLayout:
@@ -49,18 +57,70 @@ class EncryptedToken(CiphertextTensor):
     def _features(self) -> tuple[int, int]:
         return self.layout.features
 
+    def scaled(self, *columns: EncryptedToken) -> EncryptedToken:
+        """See :class:`Tensor`: the products wait for what a linear layer makes of them."""
+        return self._with(self.parts, factors=tuple(column._one() for column in columns))
+
     def __matmul__(self, linear: Linear) -> EncryptedToken:
-        self.ready(LINEAR_LEVEL + 1 - MASK_LEVEL, last=True)
         encoded = self.arithmetic.encodings.layer(linear)
         order = self.layout.head_order if self.heads else None
+        copies = MOST_COPIES
+        if self._left == LINEAR_LEVEL and not self._shifts_first(self._shape(linear)):
+            copies = 1  # more diagonals, for a refresh less
 
         def make(encodings: Encodings) -> DecodingMatrix:
             weight = self._placed(self._placed(linear.weight, 0, order), 1)
-            return DecodingMatrix(encodings, weight.T, level=LINEAR_LEVEL)
+            return DecodingMatrix(encodings, weight.T, level=LINEAR_LEVEL, most_copies=copies)
 
-        result = encoded.matrix(("decoding", self.heads), make).apply(self._evaluator, self._one())
+        matrix = encoded.matrix(("decoding", self.heads, copies), make)
+        result = matrix.apply(self._evaluator, self._inputs_of(matrix))
         bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
-        return self._with([self._evaluator.add(result, bias)], heads=False, unit=1.0)
+        return self._with([self._evaluator.add(result, bias)], heads=False, unit=1.0, factors=())
+
+    def _shape(self, linear: Linear) -> DecodingShape:
+        inputs, outputs = map(self.layout.inner_period, linear.weight.shape)
+        return DecodingShape(
+            self.layout.prompt.slots, self.layout.heads_period if self.heads else inputs, outputs
+        )
+
+    def _inputs_of(self, matrix: DecodingMatrix) -> Ciphertext:
+        """Return this as the inputs of a matrix, shifted for its copies: see :meth:`DecodingMatrix.shifted`.
+
+        The shift takes a level. Where products with columns leave too few, what they are multiplied with is
+        shifted before them.
+        """
+        about = matrix.shape, matrix.level
+        if about not in self._inputs:
+            self._inputs[about] = self._shifted(matrix)
+        return self._inputs[about]
+
+    def _shifted(self, matrix: DecodingMatrix) -> Ciphertext:
+        evaluator, shape, start = self._evaluator, matrix.shape, self._one()
+        first = self._left < matrix.level + 1 and self._shifts_first(shape)
+        if first:
+            start = matrix.shifted(evaluator, start, self.factors[0].level)
+        product = self._with([self._product(start)], factors=(), unit=1.0) if self.factors else self
+        levels = matrix.level + (not first and shape.copies > 1)
+        product.ready(levels - MASK_LEVEL, last=True)
+        return product._one() if first else matrix.shifted(evaluator, product._one(), matrix.level)
+
+    def _shifts_first(self, shape: DecodingShape) -> bool:
+        """Say whether there is a level for a shift before products with columns, which it does not change."""
+        same = not self.heads or shape.diagonals % self.layout.group_step == 0
+        return bool(self.factors) and same and self.factors[0].level < min(self.level, SHIFT_LEVEL)
+
+    def _product(self, result: Ciphertext) -> Ciphertext:
+        for factor in self.factors:
+            result = self._evaluator.multiply(result, factor)
+        return result
+
+    @property
+    def _left(self) -> int:
+        """The level that the products with all columns have."""
+        level = self.level
+        for factor in self.factors:
+            level = min(level, factor.level) - 1
+        return level
 
     def _placed(self, values: NDArray[Any], axis: int, order: NDArray[np.int_] | None = None) -> NDArray[Any]:
         """Return features along an axis at their positions in a period, zero where there is none."""
@@ -77,7 +137,6 @@ class EncryptedToken(CiphertextTensor):
         evaluator, layout = self._evaluator, self.layout
         if heads != layout.prompt.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.prompt.heads}")
-        self.ready(layout.attention_level + 1 - MASK_LEVEL, last=True)
         encoded = self.arithmetic.encodings.layer(linear)
 
         def joined(which: str, values: Float64) -> NDArray[Any]:
@@ -94,12 +153,12 @@ class EncryptedToken(CiphertextTensor):
             return DecodingMatrix(encodings, weight.T, level=layout.attention_level)
 
         query, pair = (encoded.matrix((name,), partial(make, name)) for name in ("query", "key and value"))
-        shifted = query.start(evaluator, self._one())
+        shifted = self._inputs_of(query)
         results = []
         for name, matrix in (("query", query), ("key and value", pair)):
-            result = matrix.finish(evaluator, shifted)
+            result = matrix.apply(evaluator, shifted)
             bias = encoded.bias((name,), result, partial(shift, name))
-            results.append(self._with([evaluator.add(result, bias)], heads=True))
+            results.append(self._with([evaluator.add(result, bias)], heads=True, unit=1.0, factors=()))
         return results[0], results[1], results[1]
 
     def rotary(self, rotary: Rotary) -> EncryptedToken:

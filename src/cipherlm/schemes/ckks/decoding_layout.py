@@ -30,6 +30,9 @@ MOST_COPIES = 8
 DECODING_BABY_STEPS = 16
 """How many rotations of its input a matrix on one token takes, at most."""
 
+SHIFT_LEVEL = ATTENTION_LEVEL + 2
+"""Where inputs are shifted for the copies of a matrix, at most."""
+
 DECODING_STAGES = 4, 8 * DECODING_BABY_STEPS
 """The stages of its rotations; see :class:`~cipherlm.engine.LinearTransformation`."""
 
@@ -52,8 +55,12 @@ class DecodingLayout:
 
     @property
     def attention_level(self) -> int:
-        """Where queries, keys and values are computed: rotating queries takes one more."""
-        return ATTENTION_LEVEL + self.prompt.rotary
+        """Where queries, keys and values are computed: one more than in a prompt.
+
+        There keys and values are masked once more, to the place of their token; with rotary positions, that
+        rotates them too, and queries take the level to be rotated.
+        """
+        return ATTENTION_LEVEL + 1
 
     @property
     def half_turns(self) -> tuple[int, int]:
@@ -151,6 +158,7 @@ class DecodingLayout:
         levels: dict[int, int] = {}
         need = partial(need_rotations, levels, self.prompt.slots)
         inner = self.inner_period(self.prompt.inner)
+        fine, coarse = DECODING_STAGES
         for level, inputs, outputs in (
             (self.attention_level, self.period, self.heads_period),
             (LINEAR_LEVEL, self.heads_period, self.period),
@@ -158,13 +166,17 @@ class DecodingLayout:
             (LINEAR_LEVEL, inner, self.period),
         ):
             shape = DecodingShape(self.prompt.slots, inputs, outputs)
-            need(level + 1, *(copy * shape.diagonals for copy in range(shape.copies)))
-            fine, coarse = DECODING_STAGES
+            need(SHIFT_LEVEL, *(copy * shape.diagonals for copy in range(shape.copies)))
             need(level, *range(min(shape.diagonals, fine)))
             need(level, *range(0, min(shape.diagonals, DECODING_BABY_STEPS), fine))
             need(level, *range(0, min(shape.diagonals, coarse), DECODING_BABY_STEPS))
             need(level, *range(0, shape.diagonals, coarse))
             need(level - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
+        for inputs, outputs in ((self.heads_period, self.period), (inner, self.period)):
+            shape = DecodingShape(self.prompt.slots, inputs, outputs, most_copies=1)
+            need(LINEAR_LEVEL, *range(0, min(shape.diagonals, coarse), DECODING_BABY_STEPS))
+            need(LINEAR_LEVEL, *range(0, shape.diagonals // 2, coarse))
+            need(LINEAR_LEVEL - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
         need(ATTENTION_LEVEL - 1, *(rotation for rotation, _ in self.transposition(1)))
         need(ATTENTION_LEVEL - 1, self.group_step, *inner_sum_rotations(*self.tokens_of_group))
         for sums in (*self.features_of_head, *self.spreading):
@@ -315,6 +327,8 @@ class DecodingShape:
     slots: int
     inputs: int
     outputs: int
+    most_copies: int = MOST_COPIES
+    """With one, inputs need not be shifted."""
 
     @property
     def longer(self) -> int:
@@ -324,7 +338,7 @@ class DecodingShape:
     @property
     def copies(self) -> int:
         """In how many parts the diagonals are split."""
-        return min(self.slots // self.longer, MOST_COPIES, min(self.inputs, self.outputs) // 2)
+        return min(self.slots // self.longer, self.most_copies, min(self.inputs, self.outputs) // 2)
 
     @property
     def diagonals(self) -> int:

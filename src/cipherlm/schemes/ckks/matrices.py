@@ -16,7 +16,12 @@ from cipherlm.engine import (
     paired,
 )
 from cipherlm.schemes.ckks.arithmetic import Encodings
-from cipherlm.schemes.ckks.decoding_layout import DECODING_BABY_STEPS, DECODING_STAGES, DecodingShape
+from cipherlm.schemes.ckks.decoding_layout import (
+    DECODING_BABY_STEPS,
+    DECODING_STAGES,
+    MOST_COPIES,
+    DecodingShape,
+)
 from cipherlm.schemes.ckks.evaluator import Evaluator
 
 Float64 = NDArray[np.float64]
@@ -92,20 +97,25 @@ class DecodingMatrix:
     ``matrix`` (outputs, inputs) has the two periods as its shape. A real one is folded to half its diagonals.
     """
 
-    def __init__(self, encodings: Encodings, matrix: NDArray[Any], *, level: int) -> None:
+    def __init__(
+        self,
+        encodings: Encodings,
+        matrix: NDArray[Any],
+        *,
+        level: int,
+        most_copies: int = MOST_COPIES,
+    ) -> None:
         outputs, inputs = matrix.shape
-        self.shape = DecodingShape(encodings.parameters.slots, inputs, outputs)
+        self.shape = DecodingShape(encodings.parameters.slots, inputs, outputs, most_copies)
         self.real = not np.iscomplexobj(matrix)
         self.level = level
+        self._encodings = encodings
         self._transformation = encodings.transformation(
             self._folded(matrix) if self.real else self._diagonals(matrix, 0, self.shape.diagonals),
             level=level,
             giant_step=DECODING_BABY_STEPS,
             stages=DECODING_STAGES,
         )
-        self._masks = [
-            encodings.mask((self.shape.copy == copy) * 1.0, level + 1) for copy in range(self.shape.copies)
-        ]
 
     def _diagonals(self, matrix: NDArray[Any], first: int, last: int) -> Iterator[tuple[int, NDArray[Any]]]:
         output, source = np.arange(self.shape.slots) % self.shape.outputs, self.shape.input
@@ -124,18 +134,26 @@ class DecodingMatrix:
         """The memory that the diagonals take."""
         return self._transformation.nbytes
 
-    def apply(self, evaluator: Evaluator, ciphertext: Ciphertext) -> Ciphertext:
-        """Return the outputs of a ciphertext at least one level above the matrix's, one level below it."""
-        return self.finish(evaluator, self.start(evaluator, ciphertext))
+    def shifted(self, evaluator: Evaluator, ciphertext: Ciphertext, level: int) -> Ciphertext:
+        """Return inputs, at a level, with every copy shifted to those that it takes care of.
 
-    def start(self, evaluator: Evaluator, ciphertext: Ciphertext) -> Ciphertext:
-        """Return the inputs with every copy shifted to those that it takes care of, at the matrix's level."""
-        ciphertext = evaluator.drop_level(ciphertext, self.level + 1)
-        steps = [copy * self.shape.diagonals for copy in range(1, self.shape.copies)]
-        return evaluator.dot([ciphertext, *evaluator.rotate_hoisted(ciphertext, steps)], self._masks)
+        Other matrices of this shape take them too. The ciphertext has a level more, where there are copies.
+        """
+        shape = self.shape
+        if shape.copies == 1:
+            return evaluator.drop_level(ciphertext, level)
+        masks = self._encodings.keep(
+            ("copies", shape, level),
+            lambda: [
+                self._encodings.mask((shape.copy == copy) * 1.0, level + 1) for copy in range(shape.copies)
+            ],
+        )
+        ciphertext = evaluator.drop_level(ciphertext, level + 1)
+        steps = [copy * shape.diagonals for copy in range(1, shape.copies)]
+        return evaluator.dot([ciphertext, *evaluator.rotate_hoisted(ciphertext, steps)], masks)
 
-    def finish(self, evaluator: Evaluator, shifted: Ciphertext) -> Ciphertext:
-        """Return the outputs of what :meth:`start` returned, of this matrix or another of its shape."""
+    def apply(self, evaluator: Evaluator, shifted: Ciphertext) -> Ciphertext:
+        """Return the outputs, one level below the matrix's, of :meth:`shifted` inputs."""
         result = evaluator.transform(shifted, self._transformation)
         result = evaluator.inner_sum(result, *self.shape.sums)
         if not self.real:
