@@ -193,10 +193,8 @@ class SquaringSoftmax:
         weights.ready(levels if together else depth(self.exponential), before=self.exponential)
         weights = weights.polynomial(self.exponential)
         for inverse in self.inverses:
-            weights.ready(depth(inverse) + 1)
-            weights = weights * weights.total().polynomial(inverse)
-            weights.ready(1)
-            weights = weights * weights
+            total = weights.ready_total(depth(inverse) + 1)
+            weights = weights.squared_with(total.polynomial(inverse))
         mixed, total = weights.mix(value)
         mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
         quotient = total.polynomial(self.reciprocal)

@@ -104,6 +104,17 @@ class Tensor(ABC):
     def total(self: T) -> T:
         """Return each query's sum over its keys, as one column."""
 
+    def squared_with(self: T, column: T) -> T:
+        """Return the square of the product with a column. It is refreshed where it has no level for that."""
+        product = self * column
+        product.ready(1)
+        return product * product
+
+    def ready_total(self: T, levels: int) -> T:
+        """Return the total; both it and this are then able to go through ``levels`` levels."""
+        self.ready(levels)
+        return self.total()
+
     @abstractmethod
     def mix(self: T, value: Any) -> tuple[T, T]:
         """Return each query's sum of the values (heads, keys, head_dim), weighted by these scores.

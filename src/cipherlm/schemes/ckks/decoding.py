@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,19 @@ from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 Float64 = NDArray[np.float64]
 
 
+MOST_SEPARATED = 4
+"""Up to how many parts of a prefix and groups are masked without a refresh."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Root:
+    """Weights before they were multiplied with a column and squared: ``(parts * column)^2``."""
+
+    parts: tuple[Ciphertext, ...]
+    column: Ciphertext
+    products: tuple[Ciphertext, ...]
+
+
 @dataclass(eq=False)
 class EncryptedToken(CiphertextTensor):
     """Hidden states, heads or scores of the token at ``position``.
@@ -46,6 +59,8 @@ class EncryptedToken(CiphertextTensor):
     rotation: Rotary | None = None
     factors: tuple[Ciphertext, ...] = ()
     """Columns that this is still to be multiplied with, where a linear layer takes it."""
+    root: _Root | None = None
+    """What weights are the square of, where they have not been refreshed since."""
     _inputs: dict[Any, Ciphertext] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -314,27 +329,27 @@ class EncryptedToken(CiphertextTensor):
             total = self._evaluator.inner_sum(total, *sums)
         return self._with([total])
 
+    def squared_with(self, column: EncryptedToken) -> EncryptedToken:
+        """See :class:`Tensor`."""
+        product, factor = self * column, column._one()
+        before = product.parts
+        product.ready(1)
+        kept = product.parts is before and factor.level < self.level
+        root = _Root(self.parts, factor, product.parts) if kept else None
+        return replace(product * product, root=root)
+
     def mix(self, value: Context) -> tuple[EncryptedToken, EncryptedToken]:
         """See :class:`Tensor`."""
-        self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
         evaluator, layout = self._evaluator, self.layout
-        of_prefix, own = self.parts[: layout.prefix_parts], self.parts[layout.prefix_parts :]
-        kept, placed = value.apart, list[Ciphertext]()
-        for index in range(len(kept)):
-            part, group = divmod(index, layout.lower)
-            if group == 0:
-                placed.append(evaluator.drop_level(own[part], CONTEXT_LEVEL))
-            else:
-                placed.append(evaluator.rotate(placed[-1], layout.group_step))
-        mask = self._weight_mask()
+        kept = value.apart
+        of_prefix, separate = self._separate(len(kept))
 
         def spread(weights: Ciphertext) -> Ciphertext:
-            weights = evaluator.multiply(weights, mask)
             for sums in layout.spreading:
                 weights = evaluator.inner_sum(weights, *sums)
             return weights
 
-        weights = self.arithmetic.each(spread, placed)
+        weights = self.arithmetic.each(spread, separate)
         total = weights[0]
         for other in weights[1:]:
             total = evaluator.add(total, other)
@@ -344,10 +359,7 @@ class EncryptedToken(CiphertextTensor):
         if value.prefix is not None:
             scale = mixed.scale / weights[0].scale
             matrices = self._of_prefix(value.prefix, "values", CONTEXT_LEVEL - 1, scale)
-            for before, matrix in zip(of_prefix, matrices, strict=True):
-                weight = evaluator.multiply(
-                    evaluator.drop_level(before, CONTEXT_LEVEL), self._place_mask(CONTEXT_LEVEL)
-                )
+            for weight, matrix in zip(of_prefix, matrices, strict=True):
                 weight = evaluator.inner_sum(weight, *layout.spreading[0])
                 mixed = evaluator.add(mixed, evaluator.transform(weight, matrix))
                 for sums in (layout.tokens_of_group, layout.groups_of_part):
@@ -356,11 +368,53 @@ class EncryptedToken(CiphertextTensor):
         mixed = evaluator.inner_sum(evaluator.rescale(mixed), *layout.tokens_of_group)
         _, imaginary = evaluator.split(mixed)
         imaginary = evaluator.set_scale(imaginary, imaginary.scale * 2)
-        return self._with([imaginary], heads=True), self._with([total], heads=True)
+        return self._with([imaginary], heads=True, root=None), self._with([total], heads=True, root=None)
 
-    def _weight_mask(self) -> Any:
-        encodings = self.arithmetic.encodings
-        tokens = self.layout.prompt.tokens
+    def _separate(self, count: int) -> tuple[list[Ciphertext], list[Ciphertext]]:
+        """Return the weights of each part of a prefix, and those of groups at the place of the first.
+
+        What is no weight is made zero by masks, which take a level. Squares that lack it come from what they
+        are squares of, with the mask in the first factor: for a few that costs less than a refresh.
+        """
+        evaluator, layout = self._evaluator, self.layout
+        first, column = layout.prefix_parts, None
+        if self.level == CONTEXT_LEVEL - 1 and self.root is not None and first + count <= MOST_SEPARATED:
+            column = self.root.column
+            sources = [self._dropped(self.root.parts, column.level + 1), self.root.products]
+        else:
+            self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
+            sources = [self._dropped(self.parts, CONTEXT_LEVEL)]
+
+        def placed(parts: Sequence[Ciphertext]) -> list[Ciphertext]:
+            result: list[Ciphertext] = []
+            for index in range(count):
+                part, group = divmod(index, layout.lower)
+                result.append(
+                    evaluator.rotate(result[-1], layout.group_step) if group else parts[first + part]
+                )
+            return result
+
+        def masked(item: tuple[Ciphertext, ...], mask: Callable[[int], Plaintext]) -> Ciphertext:
+            weights, *others = item
+            weights = evaluator.multiply(weights, mask(weights.level))
+            if column is not None:
+                weights = evaluator.multiply(weights, column)
+            for other in others:
+                weights = evaluator.multiply(weights, other)
+            return weights
+
+        of_prefix = zip(*(parts[:first] for parts in sources), strict=True)
+        own = zip(*map(placed, sources), strict=True)
+        return (
+            [masked(item, self._place_mask) for item in of_prefix],
+            self.arithmetic.each(lambda item: masked(item, self._weight_mask), own),
+        )
+
+    def _dropped(self, parts: Iterable[Ciphertext], level: int) -> list[Ciphertext]:
+        return [self._evaluator.drop_level(part, level) for part in parts]
+
+    def _weight_mask(self, level: int) -> Plaintext:
+        encodings, tokens = self.arithmetic.encodings, self.layout.prompt.tokens
         return encodings.keep(
-            "weights", lambda: encodings.mask(self.layout.score_mask(tokens), CONTEXT_LEVEL)
+            ("weights", level), lambda: encodings.mask(self.layout.score_mask(tokens), level)
         )

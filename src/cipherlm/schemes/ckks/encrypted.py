@@ -112,13 +112,19 @@ class CiphertextTensor(Tensor):
         # Lower values make a lower square: the sum over the width must not outgrow the default scale.
         wanted = self.arithmetic.scale_before(before) * gain
         lower = math.sqrt(wanted * self.arithmetic.parameters.scale / width)
-        if self.level - MASK_LEVEL < depth(before) + 3:
+        # Where another refresh has to follow the square, it takes place at the lowest levels.
+        levels = depth(before) + 2
+        together = levels <= self.most_levels
+        least = MASK_LEVEL + (levels if together else 1)
+        if self.level < least + 1:
             # A refresh can bring a copy in that scale for nothing.
             copy = self._with(self.parts)
-            self._refresh([self, copy], [self._refreshed_scale, lower], shift=MAPPING_SHIFT)
+            scales = [self._refreshed_scale, lower]
+            self._refresh([self, copy], scales, None if together else least, shift=MAPPING_SHIFT)
             scaled = list(copy.parts)
         else:
-            scaled = [evaluator.adjust_scale(part, lower) for part in self.parts]
+            parts = self.parts if together else [evaluator.drop_level(part, least + 1) for part in self.parts]
+            scaled = [evaluator.adjust_scale(part, lower) for part in parts]
         total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
         return self._with([evaluator.set_scale(total, total.scale * width / gain)], unit=1.0)
 
@@ -142,6 +148,17 @@ class CiphertextTensor(Tensor):
             scales[-1] = self.arithmetic.scale_before(before)
         shift = MAPPING_SHIFT if before else PLAIN_SHIFT
         self._refresh(tensors, scales, MASK_LEVEL + levels if last else None, shift=shift)
+
+    def ready_total(self: C, levels: int) -> C:
+        """See :class:`Tensor`.
+
+        Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that.
+        """
+        if self.level - MASK_LEVEL >= levels or len(self.parts) % 2 == 0:
+            return super().ready_total(levels)
+        total = self.total()
+        self.ready(levels, total)
+        return total
 
     def _refresh(
         self,
