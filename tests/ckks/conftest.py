@@ -58,6 +58,15 @@ class Parties:
         ciphertext = self.secret_key.encrypt(self.layout.pack_heads(values), level)
         return EncryptedTensor(self.arithmetic, (ciphertext,), values.shape[1], heads=True, position=position)
 
+    def encrypt_column(self, values, position, level) -> EncryptedToken:
+        """Encrypt what all features of a token, or of each of its heads (heads,), are multiplied with."""
+        decoding = self.layout.decoding
+        shape = (self.layout.tokens, decoding.lower, self.layout.padded_heads, self.layout.tokens)
+        padded = np.zeros(self.layout.padded_heads)
+        padded[: len(values)] = values
+        slots = np.broadcast_to(padded[:, None], shape).ravel()
+        return EncryptedToken(self.arithmetic, (self.secret_key.encrypt(slots, level),), position)
+
     def encrypt_chunk(self, hidden, position, level=8) -> EncryptedChunk:
         ciphertexts = encrypt(self.secret_key, self.layout, hidden, level=level)
         return EncryptedChunk(self.arithmetic, tuple(ciphertexts), len(hidden), position=position)

@@ -11,8 +11,10 @@ from cipherlm.models.gpt2 import Args, Attention, Block
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
+from cipherlm.schemes.ckks.context import CONTEXT_LEVEL
+from cipherlm.schemes.ckks.decoding import MOST_SEPARATED
 from cipherlm.schemes.ckks.decoding_layout import DecodingShape
-from cipherlm.schemes.ckks.layout import Layout
+from cipherlm.schemes.ckks.layout import LINEAR_LEVEL, Layout
 
 from .conftest import Parties
 from .models import behind, filled
@@ -60,6 +62,40 @@ def test_linear_layers(small, features):
     want = hidden @ there.weight + there.bias
     assert np.abs(small.decrypt_token(y, features) - want).max() < 1e-5
     assert np.abs(small.decrypt_token(y @ back) - (want @ back.weight + back.bias)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("features", "level"), [(30, 3), (30, 4), (100, 3), (200, 3), (200, 4)])
+def test_columns_before_linear_layers(small, features, level):
+    """Hidden states times a column that leaves the matrix its level alone: nothing is refreshed."""
+    there, hidden = linear(small.layout.width, features), RANDOM.normal(size=small.layout.width)
+    column = small.encrypt_column([0.7] * small.layout.padded_heads, 5, level)
+    refreshes = small.arithmetic.refreshes
+    y = small.encrypt_token(hidden, 5).scaled(column) @ there
+    assert small.arithmetic.refreshes == refreshes
+    want = 0.7 * hidden @ there.weight + there.bias
+    assert np.abs(small.decrypt_token(y, features) - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("level", [3, 4])
+def test_columns_of_heads_before_a_linear_layer(small, level):
+    back, factors = linear(30, small.layout.width), RANDOM.uniform(0.5, 1, 3)
+    values = RANDOM.normal(size=(3, 10))
+    heads, column = small.encrypt_token_heads(values, 5), small.encrypt_column(factors, 5, level)
+    other = small.encrypt_column(1 / factors, 5, level - 1)
+    for columns, factor in (((column,), factors[:, None]), ((column, other), 1.0)):
+        want = (values * factor).ravel() @ back.weight + back.bias
+        got = small.decrypt_token(heads.scaled(*columns) @ back)
+        assert np.abs(got - want).max() < 2e-5
+
+
+def test_a_matrix_behind_a_function_has_no_copies(small):
+    """At the level of the matrix there is none for a shift: it has all its diagonals instead."""
+    there, hidden = linear(small.layout.width, 200), RANDOM.normal(size=small.layout.width)
+    refreshes = small.arithmetic.refreshes
+    y = small.encrypt_token(hidden, 5, level=LINEAR_LEVEL) @ there
+    assert small.arithmetic.refreshes == refreshes
+    want = hidden @ there.weight + there.bias
+    assert np.abs(small.decrypt_token(y, 200) - want).max() < 1e-5
 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 1])
@@ -170,6 +206,22 @@ def test_scores_and_sums_of_one_token(turning, rotary, prefix_tokens, more, seed
     assert np.abs(got[:, :, :1] - clear_total.values[:, 0]).max() < 2e-6 * scale
     got = parties.decrypt_token_heads(total.parts[0]).real
     assert np.abs(got - clear_total.values[:, 0]).max() < 2e-6 * scale
+
+    # Squares that have no level left: few of them are masked without a refresh.
+    factors = random.uniform(0.2, 0.4, 3)
+    squares = weights.squared_with(parties.encrypt_column(factors, last, 4))
+    assert squares.level == CONTEXT_LEVEL - 1
+    refreshes = parties.arithmetic.refreshes
+    mixed, total = squares.mix(values)
+    many = layout.decoding.prefix_parts + len(values.apart) > MOST_SEPARATED
+    assert (parties.arithmetic.refreshes > refreshes) == many
+    clear = clear.having((clear.values * factors[:, None, None]) ** 2)
+    clear_mixed, clear_total = clear.mix(clear_value)
+    scale = max(1, np.abs(clear.values).sum())
+    got = parties.decrypt_token_heads(mixed.parts[0]).real
+    assert np.abs(got - clear_mixed.values[:, 0]).max() < 1e-5 * scale
+    got = parties.decrypt_token_heads(total.parts[0]).real
+    assert np.abs(got - clear_total.values[:, 0]).max() < 1e-5 * scale
 
 
 @pytest.mark.slow

@@ -41,9 +41,10 @@ def expected(diagonals, x, inner=1):
     inner=st.sampled_from([1, 8]),
     storage=st.sampled_from(sorted(BOUND)),
     level=st.integers(1, 4),
+    stages=st.sampled_from([None, (8, 64), (1, 32), (GIANT, 64)]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_diagonals(each: Party, rotations, length, inner, storage, level, seed):
+def test_diagonals(each: Party, rotations, length, inner, storage, level, stages, seed):
     random = np.random.default_rng(seed)
     if length * inner > each.parameters.slots:
         length //= inner
@@ -53,7 +54,13 @@ def test_diagonals(each: Party, rotations, length, inner, storage, level, seed):
     }
     x = each.values(1, seed)
     matrix = LinearTransformation(
-        each.parameters, diagonals, level=level, giant_step=GIANT, inner=inner, storage=storage
+        each.parameters,
+        diagonals,
+        level=level,
+        giant_step=GIANT,
+        inner=inner,
+        storage=storage,
+        stages=stages,
     )
     assert matrix.diagonals == len(rotations)
     ct = each.secret_key.encrypt(x)
