@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from cipherlm.engine import Chebyshev
-from cipherlm.nn import approximation
-from cipherlm.nn.approximation import Function, gelu_new
+from cipherlm.nn import approximation, cost
+from cipherlm.nn.approximation import Approximation, Function, gelu_new
 from cipherlm.nn.clear import ClearTensor, values_of
-from cipherlm.nn.module import Float64, Module, Nonlinearity
+from cipherlm.nn.fitted import Choice, Fitted, Stage
+from cipherlm.nn.module import Float64, Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
 from cipherlm.nn.tensor import T, depth
 
@@ -53,11 +53,15 @@ class Activation(Nonlinearity):
         return FittedActivation(fitted_curve(ranges["inputs"], self.function))
 
 
-class FittedActivation(Module):
+class FittedActivation(Fitted):
     """An activation as one polynomial."""
 
-    def __init__(self, curve: Chebyshev) -> None:
+    def __init__(self, curve: Approximation) -> None:
         self.curve = curve
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`."""
+        return [Choice((Stage.of("curve", self.curve),), cost.of_polynomial(self.curve))]
 
     def __call__(self, x: T) -> T:
         """Return the function of every value."""
@@ -81,11 +85,15 @@ class Gate(Activation):
         return FittedGate(fitted_curve(ranges["inputs"], self.function))
 
 
-class FittedGate(Module):
+class FittedGate(Fitted):
     """A gate whose activation is one polynomial."""
 
-    def __init__(self, curve: Chebyshev) -> None:
+    def __init__(self, curve: Approximation) -> None:
         self.curve = curve
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`."""
+        return [Choice((Stage.of("curve", self.curve, products=1),), cost.of_polynomial(self.curve) + 1)]
 
     def __call__(self, x: T, other: T) -> T:
         """Return the function of every value of ``x``, times ``other``."""
@@ -99,7 +107,7 @@ class FittedGate(Module):
         return curve * other
 
 
-def fitted_curve(inputs: Interval, function: Function) -> Chebyshev:
+def fitted_curve(inputs: Interval, function: Function) -> Approximation:
     """Return the polynomial of an activation for inputs in an interval.
 
     Smooth ones do with the least degree of :data:`CLOSE`; a kink, as in ReLU, takes the highest. Raises
@@ -110,14 +118,15 @@ def fitted_curve(inputs: Interval, function: Function) -> Chebyshev:
     for degree, close in CLOSE.items():
         curve = approximation.minimax(function, inputs, degree, guard=GUARD)
         error = approximation.largest_error(curve, function, inputs)
-        if error <= close * size:
+        tolerance = (close or COARSEST) * size
+        if error <= tolerance:
             break
-    if error > COARSEST * size:
+    if error > tolerance:
         raise ValueError(
             f"the activation has no polynomial of degree {degree} on inputs from {inputs[0]:.3g} to "
             f"{inputs[1]:.3g}: error {error:.2g}, values up to {size:.2g}"
         )
-    return curve
+    return Approximation.of(curve, function, inputs, tolerance)
 
 
 def activation(name: Any) -> Function:

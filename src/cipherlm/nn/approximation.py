@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -25,6 +26,51 @@ LAWSON_STEPS = 40
 POINTS_PER_COEFFICIENT = 12
 GUARD_WEIGHT = 1e-2
 """How much an error in the guard band counts, next to the same error inside."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Approximation(Chebyshev):
+    """A polynomial that knows what it stands for: a function ``within`` an interval, without guard bands.
+
+    ``tolerance`` is the error that it was chosen for, or that Newton steps behind it were, ``relative`` or
+    absolute.
+    """
+
+    function: Function
+    within: Interval
+    tolerance: float
+    relative: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        polynomial: Chebyshev,
+        function: Function,
+        within: Interval,
+        tolerance: float,
+        *,
+        relative: bool = False,
+    ) -> Approximation:
+        """Say what a polynomial stands for."""
+        return cls(
+            polynomial.coefficients,
+            polynomial.interval,
+            polynomial.drift,
+            function=function,
+            within=within,
+            tolerance=tolerance,
+            relative=relative,
+        )
+
+    def times(self, factor: float) -> Approximation:
+        """Return the polynomial for ``factor`` (positive) times the function."""
+        function = self.function
+        return replace(
+            self,
+            coefficients=self.coefficients * factor,
+            function=lambda x: function(x) * factor,
+            tolerance=self.tolerance if self.relative else self.tolerance * factor,
+        )
 
 
 def minimax(
