@@ -62,6 +62,11 @@ class Approximation(Chebyshev):
             relative=relative,
         )
 
+    @property
+    def error(self) -> float:
+        """The largest error that is found, without Newton steps: see :func:`largest_error`."""
+        return largest_error(self, self.function, self.within, relative=self.relative)
+
     def times(self, factor: float) -> Approximation:
         """Return the polynomial for ``factor`` (positive) times the function."""
         function = self.function
@@ -74,18 +79,23 @@ class Approximation(Chebyshev):
 
 
 def minimax(
-    function: Function, interval: Interval, degree: int, *, relative: bool = False, guard: float = 0.0
+    function: Function,
+    interval: Interval,
+    degree: int,
+    *,
+    relative: bool = False,
+    guard: float | tuple[float, float] = 0.0,
 ) -> Chebyshev:
     """Return the polynomial of least largest error on an interval, absolute or relative.
 
-    ``guard`` is the width of the guard band on each side, in lengths of the interval. Lawson's iteration:
+    ``guard`` is the width of the guard bands below and above, in lengths of the interval. Lawson's iteration:
     weighted least squares, whose weights grow where the error is large (C. L. Lawson, "Contributions to the
     theory of linear least maximum approximation", 1961). Raises ``ValueError`` for an empty interval, and for
     a function that is not finite on the interval and its guard band.
     """
     low, high = _checked(interval)
-    reach = guard * (high - low)
-    wide = (low - reach, high + reach)
+    below, above = guard if isinstance(guard, tuple) else (guard, guard)
+    wide = (low - below * (high - low), high + above * (high - low))
     count = POINTS_PER_COEFFICIENT * (degree + 1)
     unit = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     x = (wide[0] + wide[1]) / 2 + (wide[1] - wide[0]) / 2 * unit
