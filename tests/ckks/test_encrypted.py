@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cipherlm.engine import Chebyshev
 from cipherlm.models.gpt2 import Args, Attention, Block
 from cipherlm.nn.activations import Activation, Curve, EvenCurve, Gate
-from cipherlm.nn.clear import ClearTensor
+from cipherlm.nn.clear import ClearTensor, Noise
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
 
@@ -113,6 +113,19 @@ def test_activations_and_gates_of_any_degree(small, hidden, name, reach, kind, d
         assert largest(small.decrypt(got), exact) < 2e-5 * reach**2
         got = alone(small.encrypt(hidden, level=level))
         assert largest(small.decrypt(got), alone(ClearTensor(hidden)).values) < 2e-5 * reach
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("silu", (-21.0, 20.0)), ("silu", (-46.0, 15.0))])
+def test_the_noise_of_a_square_is_the_simulated_one(small, name, inputs):
+    """What the polynomial of an even part makes of the square's error: the wider the interval, the more."""
+    fitted = Activation(name).fit({"inputs": inputs}, 0)
+    assert isinstance(fitted.curve, EvenCurve)
+    x = RANDOM.uniform(*inputs, (small.layout.tokens, small.layout.width))
+    parameters = small.arithmetic.parameters
+    noise = Noise.of(parameters.degree, float(np.log2(parameters.scale)), 2)
+    exact = fitted(ClearTensor(x)).values
+    got = small.decrypt(fitted(small.encrypt(x, level=1))) - exact
+    assert 0.5 < got.std() / (fitted(ClearTensor(x, noise)).values - exact).std() < 2.5
 
 
 def random_prefix(tokens, heads=3, head_dim=10):
