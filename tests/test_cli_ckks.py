@@ -111,15 +111,31 @@ def test_inspect(capsys, few):
     ranges = figures["ranges"]["transformer.h"]
     names = ("ln_1.squares", "attn.softmax.scores", "attn.softmax.means", "ln_2.squares", "mlp.act.inputs")
     assert list(ranges) == [f"blocks.{block}.{name}" for block in range(4) for name in names]
+    functions = figures["polynomials"]
+    inner = ("ln_1", "attn.softmax", "ln_2", "mlp.act")
+    assert list(functions) == [f"transformer.h.{block}.{name}" for block in range(4) for name in inner]
+    for block in range(4):
+        softmax = functions[f"transformer.h.{block}.attn.softmax"]
+        assert [choice["keys"] for choice in softmax] == [8, 16, 24]  # up to the context
+        for name in ("ln_1", "ln_2", "mlp.act"):
+            (choice,) = functions[f"transformer.h.{block}.{name}"]
+            (stage,) = choice["stages"]
+            assert 0 < stage["error"] <= stage["tolerance"]
     assert figures["evaluation_key_bytes"] is None
     assert main(["inspect", *CKKS, *few]) == 0
     shown = capsys.readouterr().out
+    assert "attn.softmax, 24 keys" in shown
+    assert " + 1 Newton step " in shown
     assert "all blocks, as one" in shown
     assert "'<|endoftext|>', not encrypted" in shown
     assert "the last hidden states" in shown
     assert main(["inspect", *CKKS, *few, "--block", "1"]) == 0
     shown = capsys.readouterr().out
     assert "on the server      transformer.h.1" in shown
+    assert [line.split()[:2] for line in shown.splitlines() if line.startswith("ln_")] == [
+        ["ln_1", "1"],
+        ["ln_2", "1"],
+    ]
     assert "can fit that module" in shown
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 
 import pytest
@@ -18,10 +19,13 @@ from cipherlm.cli.estimate import (
     estimate_whole,
     same_ranges,
 )
+from cipherlm.cli.inspect_choices import table
 from cipherlm.cli.line import Line, duration, rate
 from cipherlm.cli.machine import Machine
 from cipherlm.engine import Parameters, threads
 from cipherlm.models.architecture import architecture_of
+from cipherlm.nn.fitted import Choice
+from cipherlm.nn.norms import FittedNorm
 from cipherlm.schemes.ckks.geometry import Geometry
 
 NO_LINE = Line()
@@ -181,6 +185,28 @@ def test_a_busy_machine_s_overheads_are_not_kept(monkeypatch):
     assert (machine.overheads, machine._values) == ("usual", {})
 
 
+def test_blocks_that_compute_alike_are_on_one_line():
+    narrow, wide = ((fitted(high),) for high in (3.0, 300.0))
+    functions = {f"h.{block}.norm": wide if block in (1, 5) else narrow for block in range(7)}
+    lines = table({**functions, "h.0.other": narrow}).splitlines()
+    assert [re.split(r"  +", line)[:3] for line in lines[2:]] == [
+        ["norm", "0, 2-4, 6", "inverse root 15"],
+        ["norm", "1, 5", "inverse root 63 + 1 Newton step"],
+        ["other", "0", "inverse root 15"],
+    ]
+    (choice,) = wide
+    assert lines[3].split()[-3:] == [
+        str(choice.levels),
+        f"{choice.stages[0].error:.1e}",
+        f"{choice.stages[0].error / 1e-4:.0%}",
+    ]
+
+
+def fitted(high: float) -> Choice:
+    (choice,) = FittedNorm.fit((1.0, high), 1e-5).choices()
+    return choice
+
+
 def test_the_linear_layers_of_a_model(capsys):
     """From the command line, with a machine that is really measured."""
     arguments = ["--placement", "linear", "--rtt", "50ms", "--mbit", "100mbit", "--json"]
@@ -204,6 +230,12 @@ def test_a_whole_model_from_its_configuration(capsys, monkeypatch):
     assert said["ranges"].startswith("typical of trained models")
     assert said["prompt"]["round_trips"] > 4 * 5
     assert said["keys"]["count"] == 50
+    # A prompt of 8 tokens behind one, and two more: the sizes of softmax that these passes met.
+    softmax = said["polynomials"]["transformer.h.3.attn.softmax"]
+    assert [choice["keys"] for choice in softmax] == [8, 16]
+    assert all(choice["keys"] <= choice["places"] for choice in softmax)
+    for name, (choice,) in ((n, c) for n, c in said["polynomials"].items() if not n.endswith("softmax")):
+        assert choice["levels"] > 4, name
     assert main(["inspect", "tiny", "--placement", "whole", "--context", "32", "--prompt-tokens", "40"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 public tokens, 40 of a prompt and two more do not fit a context of 32 tokens" in line

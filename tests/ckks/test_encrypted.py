@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from cipherlm.engine import Chebyshev
 from cipherlm.models.gpt2 import Args, Attention, Block
-from cipherlm.nn.activations import Gate
-from cipherlm.nn.clear import ClearTensor
+from cipherlm.nn.activations import Activation, Curve, EvenCurve, Gate
+from cipherlm.nn.clear import ClearTensor, Noise
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
 
@@ -87,18 +87,45 @@ def test_refresh_keeps_values_and_brings_scales(small, hidden, kind):
         tensors[0].ready(8)
 
 
-@pytest.mark.parametrize("name", ["silu", "relu"])
-def test_a_gate_of_either_degree(small, hidden, name):
-    """The higher degree takes all levels of a refresh: the product with the other layer needs another."""
+@pytest.mark.parametrize(
+    ("name", "reach", "kind", "degree"),
+    [
+        ("silu", 5.0, EvenCurve, 15),
+        ("silu", 10.0, EvenCurve, 31),
+        ("relu", 5.0, EvenCurve, 63),
+        ("tanh", 5.0, Curve, 63),
+        ("gelu_10", 16.0, Curve, 127),
+    ],
+)
+def test_activations_and_gates_of_any_degree(small, hidden, name, reach, kind, degree):
+    """The highest degree takes all levels of a refresh: the product with the other layer needs another."""
+    hidden = reach * np.tanh(hidden)
     gate, other = Gate(name), hidden[::-1].copy()
     want = gate(ClearTensor(hidden), ClearTensor(other)).values
-    fitted = gate.fit({"inputs": (-5.0, 5.0)}, 0)
-    assert fitted.curve.degree == (31 if name == "silu" else 127)
+    ranges = {"inputs": (-reach, reach)}
+    fitted, alone = gate.fit(ranges, 0), Activation(name).fit(ranges, 0)
+    assert (type(fitted.curve), fitted.curve.polynomial.degree) == (kind, degree)
     exact = fitted(ClearTensor(hidden), ClearTensor(other)).values
-    assert largest(exact, want) < (1e-3 if name == "silu" else 0.05)
+    assert largest(exact, want) < (0.05 * reach if name in ("relu", "gelu_10") else 1e-3)
     for level in (1, 4, 8):
-        got = fitted(small.encrypt(hidden, level=level), small.encrypt(other, level=level))
-        assert largest(small.decrypt(got), exact) < 1e-4
+        x = small.encrypt(hidden, level=level)
+        got = fitted(x, small.encrypt(other, level=level))
+        assert largest(small.decrypt(got), exact) < 2e-5 * reach**2
+        got = alone(small.encrypt(hidden, level=level))
+        assert largest(small.decrypt(got), alone(ClearTensor(hidden)).values) < 2e-5 * reach
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("silu", (-21.0, 20.0)), ("silu", (-46.0, 15.0))])
+def test_the_noise_of_a_square_is_the_simulated_one(small, name, inputs):
+    """What the polynomial of an even part makes of the square's error: the wider the interval, the more."""
+    fitted = Activation(name).fit({"inputs": inputs}, 0)
+    assert isinstance(fitted.curve, EvenCurve)
+    x = RANDOM.uniform(*inputs, (small.layout.tokens, small.layout.width))
+    parameters = small.arithmetic.parameters
+    noise = Noise.of(parameters.degree, float(np.log2(parameters.scale)), 2)
+    exact = fitted(ClearTensor(x)).values
+    got = small.decrypt(fitted(small.encrypt(x, level=1))) - exact
+    assert 0.5 < got.std() / (fitted(ClearTensor(x, noise)).values - exact).std() < 2.5
 
 
 def random_prefix(tokens, heads=3, head_dim=10):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
+from cipherlm.engine import Chebyshev
 from cipherlm.nn.activations import (
     ACTIVATIONS,
     CLOSE,
     COARSEST,
     Activation,
+    EvenCurve,
     FittedGate,
     Gate,
     activation,
@@ -19,10 +23,21 @@ from cipherlm.nn.activations import (
 )
 from cipherlm.nn.approximation import gelu_new, largest, largest_error
 from cipherlm.nn.clear import ClearTensor, Noise
+from cipherlm.nn.cost import of_polynomial
+from cipherlm.nn.tensor import depth
 
 REACH = 8.0
 # Those with a kink: no polynomial is as near to them.
 KINKS = {"gelu_10", "hardswish", "leaky_relu", "relu", "relu6"}
+
+
+def cost(degree):
+    return of_polynomial(Chebyshev(np.ones(degree + 1)))
+
+
+def applied(curve):
+    """A curve on clear numbers."""
+    return lambda x: curve(ClearTensor(x)).values
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -35,9 +50,9 @@ def test_the_function_is_that_of_transformers(name):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_polynomial_is_near_the_function(name):
     function, interval = activation(name), (-REACH, REACH)
-    curve = fitted_curve(interval, function)
+    curve = applied(fitted := fitted_curve(interval, function))
     error = largest_error(curve, function, interval) / largest(function, interval)
-    assert error <= (CLOSE[curve.degree] or COARSEST)
+    assert error <= (CLOSE[fitted.before.degree] or COARSEST)
     if name not in KINKS:
         assert error < max(CLOSE.values())
     # A quarter of the interval further out it still is, and does not grow as fast as its degree allows.
@@ -73,13 +88,55 @@ def test_a_fitted_activation_goes_on_outside_its_range():
 
 def test_a_kink_takes_the_higher_degree_and_what_no_degree_serves_is_refused():
     relu, x = activation("relu"), np.linspace(-8, 8, 1000)
-    assert fitted_curve((-8, 8), gelu_new).degree == 63
-    assert fitted_curve((-4, 4), gelu_new).degree == 31
+    assert fitted_curve((-8, 8), gelu_new).before.degree == 63
+    assert fitted_curve((-4, 4), gelu_new).before.degree == 31
     fitted = Activation(relu).fit({"inputs": (-8, 8)}, 0)
-    assert fitted.curve.degree == 127
+    assert fitted.curve.before.degree == 127
     assert np.abs(fitted(ClearTensor(x)).values - relu(x)).max() < 0.02
     with pytest.raises(ValueError, match="no polynomial of degree 127 on inputs from -80 to 80: error"):
         fitted_curve((-80, 80), np.sign)
+
+
+EVEN = {"gelu", "gelu_fast", "gelu_new", "hardswish", "leaky_relu", "quick_gelu", "relu", "silu"}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_line_and_an_even_function(name):
+    """A square takes half of the degree, wherever the rest of the function is a multiple of its input."""
+    curve = fitted_curve((-REACH, REACH), activation(name))
+    assert isinstance(curve, EvenCurve) == any(activation(name) is activation(even) for even in EVEN)
+    if isinstance(curve, EvenCurve):
+        assert curve.slope == pytest.approx(0.505 if name == "leaky_relu" else 0.5)
+        assert curve.reach == 1.5 * REACH
+        assert curve.levels == 1 + depth(curve.polynomial)
+
+
+def test_from_the_cheapest_on():
+    """With and without a square, as they are tried."""
+    costs = [cost(degree) + even for degree in CLOSE for even, degree in ((1, degree // 2), (0, degree))]
+    assert costs == sorted(costs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["gelu_new", "silu", "quick_gelu"]),
+    low=st.floats(-50, 0),
+    high=st.floats(0.5, 30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_interval(name, low, high, seed):
+    """Symmetric or one-sided, whichever form is chosen: the error that is stated, with noise too."""
+    function = activation(name)
+    curve = fitted_curve((low, high), function)
+    x = np.random.default_rng(seed).uniform(low, high, 4000)
+    bound = (CLOSE[curve.before.degree] or COARSEST) * largest(function, (low, high))
+    assert np.abs(applied(curve)(x) - function(x)).max() <= bound * (1 + 1e-6)
+    noisy = curve(ClearTensor(x, Noise.of(1 << 14, 36, seed))).values
+    assert np.abs(noisy - function(x)).max() <= bound + 1e-4
+    # Further out it still is near, and does not grow as fast as its degree allows.
+    reach = 0.2 * (high - low)
+    beyond = np.linspace(low - reach, high + reach, 1001)
+    assert np.abs(applied(curve)(beyond) - function(beyond)).max() < 0.25 * np.abs(function(beyond)).max()
 
 
 @pytest.mark.parametrize(("name", "bound"), [("silu", 2e-4), ("gelu_new", 2e-4), ("relu", 0.03)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from cipherlm.cli.counting import (
     kept_bytes,
     outline,
 )
+from cipherlm.cli.inspect_choices import Functions, functions_dict, functions_of
 from cipherlm.cli.line import Line
 from cipherlm.cli.machine import Machine
 from cipherlm.engine import Evaluator, SecretKey
@@ -108,6 +109,8 @@ class Estimate:
     keys: Keys
     server_memory_bytes: int
     client_memory_bytes: int
+    functions: Functions = field(default_factory=dict)
+    """How the functions of a whole model are computed in these passes, by name."""
 
     def to_dict(self) -> Figures:
         """Return all of it, for JSON."""
@@ -116,6 +119,7 @@ class Estimate:
             "keys": asdict(self.keys),
             "server_memory_bytes": self.server_memory_bytes,
             "client_memory_bytes": self.client_memory_bytes,
+            "polynomials": functions_dict(self.functions),
         }
 
 
@@ -123,13 +127,14 @@ class Estimate:
 class WholeShape:
     """A model whose blocks are all at the server: blocks without weights, ranges, and how they are packed.
 
-    ``own_bytes`` are the client's own weights in memory.
+    ``own_bytes`` are the client's own weights in memory, and ``name`` is that of the list of blocks.
     """
 
     blocks: Any
     geometry: Geometry
     ranges: Mapping[str, Interval]
     own_bytes: int
+    name: str = "blocks"
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,7 @@ def estimate_whole(
         keys,
         round(held * (1 + GC_PERCENT / 100)) + weights * WEIGHT_BYTES,
         round(total("made")) + shape.own_bytes,
+        functions_of(shape.name, module.module),
     )
 
 

@@ -2,16 +2,18 @@
 
 With CKKS: what is remote, the parameters of the encryption, and what each party learns. With TFHE: the
 circuits, which are compiled or read from the cache. With --cache, lists the cache instead. With --placement:
-seconds, memory, keys and traffic of a model at a server, calculated.
+seconds, memory, keys and traffic of a model at a server, calculated. With --ranges, and with --placement
+whole: the polynomials that functions are computed with, chosen by cost for a stated error.
 """
 
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cipherlm.cli import UsageError, inspect_costs
+from cipherlm.cli import UsageError, inspect_choices, inspect_costs
 from cipherlm.cli.circuits import KEYS, circuit_figures, compile_circuits, keys_cached, table_ranges
 from cipherlm.cli.common import (
     add_calibration_option,
@@ -35,12 +37,15 @@ from cipherlm.cli.common import (
 from cipherlm.progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from cipherlm.cli.inspect_choices import Functions
     from cipherlm.models.ckks import CkksModel
     from cipherlm.models.summary import Summary
+    from cipherlm.nn.fitted import Choice
 
 EXAMPLES = """\
 examples:
   cipherlm inspect
+  cipherlm inspect --ranges
   cipherlm inspect --model gpt2 --keys --json
   cipherlm inspect --scheme tfhe --block 0 --heads 0 --n-bits 4 --tokens 8
   cipherlm inspect smollm2 --placement linear --server-cores 8 --rtt 50ms --mbit 100
@@ -73,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranges",
         action="store_true",
-        help="with CKKS, calibrate, and add the ranges that polynomials are fitted to to --json",
+        help="with CKKS, calibrate, and show the polynomials; --json has the ranges, too",
     )
     add_calibration_option(parser)
     group = parser.add_mutually_exclusive_group()
@@ -110,9 +115,9 @@ def _show_remote(options: argparse.Namespace) -> None:
 
     from cipherlm.cli.ckks import described, key_figures, remote_figures, who_learns_what
 
-    told, ranges = _summary(options)
+    told, calibrated = _summary(options)
     keys = key_figures(told) if options.keys else {"keygen_seconds": None, "evaluation_key_bytes": None}
-    result: dict[str, Any] = {"model": options.model, **remote_figures(told), "ranges": ranges, **keys}
+    result: dict[str, Any] = {"model": options.model, **remote_figures(told), **calibrated.to_dict(), **keys}
     if options.json:
         write_json(result)
         return
@@ -122,10 +127,27 @@ def _show_remote(options: argparse.Namespace) -> None:
     print_pairs(
         [*described(result), ("keys, as sent", words), *who_learns_what(result["modules"])], indent="  "
     )
+    if calibrated.functions:
+        print()
+        print(inspect_choices.table(calibrated.functions))
 
 
-def _summary(options: argparse.Namespace) -> "tuple[Summary, dict[str, Any] | None]":
-    """Return what is told of the model, and the ranges if they are asked for.
+@dataclass(frozen=True)
+class _Calibrated:
+    """What a calibration tells: the ranges, and the polynomials for them. None where there was none."""
+
+    ranges: dict[str, Any] | None = None
+    functions: "Functions | None" = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "ranges": self.ranges,
+            "polynomials": self.functions and inspect_choices.functions_dict(self.functions),
+        }
+
+
+def _summary(options: argparse.Namespace) -> "tuple[Summary, _Calibrated]":
+    """Return what is told of the model, and what a calibration tells if that is asked for.
 
     The model is loaded where its small files do not tell, and calibrated for ranges only.
     """
@@ -136,7 +158,7 @@ def _summary(options: argparse.Namespace) -> "tuple[Summary, dict[str, Any] | No
     if not with_ranges:
         told = read_summary(options.model, configured(options))
         if told is not None:
-            return told, None
+            return told, _Calibrated()
 
     from cipherlm.models.loading import load_tokenizer
 
@@ -144,7 +166,13 @@ def _summary(options: argparse.Namespace) -> "tuple[Summary, dict[str, Any] | No
     model = cast("CkksModel", load_encrypted(options, TerminalProgress()))
     if with_ranges:
         calibrate(model, options, tokenizer)
-    return summary(model, tokenizer), range_figures(model) if with_ranges else None
+    told = summary(model, tokenizer)
+    if not with_ranges:
+        return told, _Calibrated()
+    functions: dict[str, list[Choice]] = {}
+    for name, hosted in model.placement.modules.items():
+        functions |= inspect_choices.functions_of(name, hosted.module)
+    return told, _Calibrated(range_figures(model), functions)
 
 
 def _show_circuits(options: argparse.Namespace) -> None:

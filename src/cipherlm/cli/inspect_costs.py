@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from cipherlm.cli import CommandError, UsageError
+from cipherlm.cli import CommandError, UsageError, inspect_choices
 from cipherlm.cli.common import (
     configured,
     human_bytes,
@@ -112,6 +112,9 @@ def show(options: argparse.Namespace) -> None:
         return
     print(f"{about['model']}, {options.placement}, {cores} cores, a line of {line}: calculated")
     print_pairs(_lines(found, ranges, machine), indent="  ")
+    if found.functions:
+        print()
+        print(inspect_choices.table(found.functions))
 
 
 def _lines(found: Estimate, ranges: str, machine: Machine) -> list[tuple[str, str]]:
@@ -180,7 +183,8 @@ def _whole(options: argparse.Namespace, progress: TerminalProgress) -> tuple[Who
     known = _known_ranges(options, blocks.range_names)
     ranges = known or same_ranges(blocks, TYPICAL)
     source = "of the model's calibration" if known else "typical of trained models: this one's are not known"
-    return WholeShape(blocks, geometry, ranges, _own_bytes(model)), source
+    shape = WholeShape(blocks, geometry, ranges, _own_bytes(model), architecture.blocks)
+    return shape, source
 
 
 def _whole_geometry(options: argparse.Namespace) -> tuple[WholeShape, str]:
@@ -203,7 +207,8 @@ def _whole_geometry(options: argparse.Namespace) -> tuple[WholeShape, str]:
         inner=args.inner,
     )
     blocks = architecture.model(args)
-    return WholeShape(blocks, geometry, same_ranges(blocks, RANDOM), 0), "of random weights"
+    shape = WholeShape(blocks, geometry, same_ranges(blocks, RANDOM), 0, architecture.blocks)
+    return shape, "of random weights"
 
 
 def _linear(options: argparse.Namespace, progress: TerminalProgress) -> LinearShape:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 
 from cipherlm.engine import Chebyshev
-from cipherlm.nn import approximation
-from cipherlm.nn.approximation import Function, gelu_new
+from cipherlm.nn import approximation, cost
+from cipherlm.nn.approximation import Approximation, Function, gelu_new
 from cipherlm.nn.clear import ClearTensor, values_of
-from cipherlm.nn.module import Float64, Module, Nonlinearity
+from cipherlm.nn.fitted import Choice, Fitted, Stage
+from cipherlm.nn.module import Float64, Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
 from cipherlm.nn.tensor import T, depth
 
@@ -21,11 +24,15 @@ GUARD = 0.25
 
 CLOSE = {31: 2e-5, 63: 1e-3, 127: 0.0}
 """The degrees of the polynomials (five levels, six, or all seven that a refresh gives), and the error next to
-the largest value of an activation with which each is enough.
+the largest value of an activation with which each is enough. A square and half the degree are cheaper than
+each, and dearer than the one before.
 
 Activations cost the most precision. With 3e-4 for degree 31 the embedded model has the clear model's
 likeliest token at 98 % of positions (``cipherlm evaluate``), and SmolLM2 with 1e-3 at 99.4 %.
 """
+
+STRAIGHT = 1e-12
+"""How far from a line, next to its values, the odd part of a function may be to count as one."""
 
 COARSEST = 0.03
 """The error, next to the largest value of an activation, above which there is no use in it."""
@@ -53,16 +60,82 @@ class Activation(Nonlinearity):
         return FittedActivation(fitted_curve(ranges["inputs"], self.function))
 
 
-class FittedActivation(Module):
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """An activation as a polynomial."""
+
+    polynomial: Approximation
+
+    @property
+    def before(self) -> Chebyshev:
+        """A polynomial of these levels, whose interval is what maps for nothing: for :meth:`Tensor.ready`."""
+        return self.polynomial
+
+    @property
+    def levels(self) -> int:
+        """How many it takes."""
+        return depth(self.before)
+
+    @property
+    def cost(self) -> float:
+        """What it costs on one ciphertext."""
+        return cost.of_polynomial(self.polynomial)
+
+    def __call__(self, x: T) -> T:
+        """Return the activation of every value of a tensor that is ready."""
+        return x.polynomial(self.polynomial)
+
+    def stage(self, products: int = 0) -> Stage:
+        """Describe it, with so many products behind it."""
+        return Stage.of("curve", self.polynomial, products=products)
+
+
+@dataclass(frozen=True, eq=False)
+class EvenCurve(Curve):
+    """``slope x + p(2 (x / reach)^2 - 1)``: for GELU, SiLU and ReLU, which are x/2 and an even function.
+
+    A square halves the degree of the polynomial, on an interval that is symmetric. The square is that of
+    ``sqrt(2) x / reach``: to double it afterwards would double its rounding error.
+    """
+
+    slope: float
+    reach: float
+
+    @cached_property
+    def before(self) -> Chebyshev:
+        """See :class:`Curve`."""
+        far = self.reach / math.sqrt(2)
+        return Chebyshev(np.ones(2 * self.polynomial.degree + 2), (-far, far))
+
+    @property
+    def cost(self) -> float:
+        """See :class:`Curve`."""
+        return super().cost + 1
+
+    def __call__(self, x: T) -> T:
+        """See :class:`Curve`."""
+        scaled = x * (math.sqrt(2) / self.reach)
+        return x * self.slope + (scaled * scaled + -1.0).polynomial(self.polynomial)
+
+    def stage(self, products: int = 0) -> Stage:
+        """See :class:`Curve`."""
+        return Stage.of("even part", self.polynomial, products=products + 1)
+
+
+class FittedActivation(Fitted):
     """An activation as one polynomial."""
 
-    def __init__(self, curve: Chebyshev) -> None:
+    def __init__(self, curve: Curve) -> None:
         self.curve = curve
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`."""
+        return [Choice((self.curve.stage(),), self.curve.cost)]
 
     def __call__(self, x: T) -> T:
         """Return the function of every value."""
-        x.ready(depth(self.curve), before=self.curve)
-        return x.polynomial(self.curve)
+        x.ready(self.curve.levels, before=self.curve.before)
+        return self.curve(x)
 
 
 class Gate(Activation):
@@ -81,26 +154,30 @@ class Gate(Activation):
         return FittedGate(fitted_curve(ranges["inputs"], self.function))
 
 
-class FittedGate(Module):
+class FittedGate(Fitted):
     """A gate whose activation is one polynomial."""
 
-    def __init__(self, curve: Chebyshev) -> None:
+    def __init__(self, curve: Curve) -> None:
         self.curve = curve
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`."""
+        return [Choice((self.curve.stage(products=1),), self.curve.cost + 1)]
 
     def __call__(self, x: T, other: T) -> T:
         """Return the function of every value of ``x``, times ``other``."""
-        levels = depth(self.curve)
+        levels, before = self.curve.levels, self.curve.before
         if levels < x.most_levels:
-            other.ready(levels + 1, x, before=self.curve)
-            return x.polynomial(self.curve) * other
-        x.ready(levels, before=self.curve)
-        curve = x.polynomial(self.curve)
+            other.ready(levels + 1, x, before=before)
+            return self.curve(x) * other
+        x.ready(levels, before=before)
+        curve = self.curve(x)
         curve.ready(1, other, last=True)
         return curve * other
 
 
-def fitted_curve(inputs: Interval, function: Function) -> Chebyshev:
-    """Return the polynomial of an activation for inputs in an interval.
+def fitted_curve(inputs: Interval, function: Function) -> Curve:
+    """Return the cheapest polynomial of an activation for inputs in an interval.
 
     Smooth ones do with the least degree of :data:`CLOSE`; a kink, as in ReLU, takes the highest. Raises
     ``ValueError`` where the error is above :data:`COARSEST` even then, as on an interval that is wide next to
@@ -108,16 +185,45 @@ def fitted_curve(inputs: Interval, function: Function) -> Chebyshev:
     """
     size = approximation.largest(function, inputs)
     for degree, close in CLOSE.items():
-        curve = approximation.minimax(function, inputs, degree, guard=GUARD)
-        error = approximation.largest_error(curve, function, inputs)
-        if error <= close * size:
-            break
-    if error > COARSEST * size:
-        raise ValueError(
-            f"the activation has no polynomial of degree {degree} on inputs from {inputs[0]:.3g} to "
-            f"{inputs[1]:.3g}: error {error:.2g}, values up to {size:.2g}"
-        )
-    return curve
+        tolerance = (close or COARSEST) * size
+        even = _even_curve(inputs, function, degree // 2, tolerance)
+        if even is not None and even.polynomial.error <= tolerance:
+            return even
+        polynomial = approximation.minimax(function, inputs, degree, guard=GUARD)
+        curve = Curve(Approximation.of(polynomial, function, inputs, tolerance))
+        error = curve.polynomial.error
+        if error <= tolerance:
+            return curve
+    raise ValueError(
+        f"the activation has no polynomial of degree {degree} on inputs from {inputs[0]:.3g} to "
+        f"{inputs[1]:.3g}: error {error:.2g}, values up to {size:.2g}"
+    )
+
+
+def _even_curve(inputs: Interval, function: Function, degree: int, tolerance: float) -> EvenCurve | None:
+    """Return the polynomial of the even part, or None where the rest is no multiple of the input."""
+    far = max(-inputs[0], inputs[1])
+    reach = far + GUARD * (inputs[1] - inputs[0])
+    x = np.linspace(0, reach, 1001)
+    odd, even = (function(x) - function(-x)) / 2, (function(x) + function(-x)) / 2
+    slope, least = float(odd[-1] / reach), STRAIGHT * np.abs(function(x)).max()
+    if np.abs(odd - slope * x).max() > least or np.abs(even).max() <= least:
+        return None
+
+    def of_square(square: Float64) -> Float64:
+        root = np.sqrt(np.maximum(square, 0.0))
+        value: Float64 = function(root) - slope * root
+        return value
+
+    band = (0.0, (reach / far) ** 2 - 1)
+    fitted = approximation.minimax(of_square, (0.0, far**2), degree, guard=band)
+    polynomial = Approximation.of(
+        Chebyshev(fitted.coefficients),
+        lambda unit: of_square((unit + 1) / 2 * reach**2),
+        (-1.0, 2 * (far / reach) ** 2 - 1),
+        tolerance,
+    )
+    return EvenCurve(polynomial, slope, reach)
 
 
 def activation(name: Any) -> Function:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -27,19 +28,74 @@ GUARD_WEIGHT = 1e-2
 """How much an error in the guard band counts, next to the same error inside."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Approximation(Chebyshev):
+    """A polynomial that knows what it stands for: a function ``within`` an interval, without guard bands.
+
+    ``tolerance`` is the error that it was chosen for, or that Newton steps behind it were, ``relative`` or
+    absolute.
+    """
+
+    function: Function
+    within: Interval
+    tolerance: float
+    relative: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        polynomial: Chebyshev,
+        function: Function,
+        within: Interval,
+        tolerance: float,
+        *,
+        relative: bool = False,
+    ) -> Approximation:
+        """Say what a polynomial stands for."""
+        return cls(
+            polynomial.coefficients,
+            polynomial.interval,
+            polynomial.drift,
+            function=function,
+            within=within,
+            tolerance=tolerance,
+            relative=relative,
+        )
+
+    @property
+    def error(self) -> float:
+        """The largest error that is found, without Newton steps: see :func:`largest_error`."""
+        return largest_error(self, self.function, self.within, relative=self.relative)
+
+    def times(self, factor: float) -> Approximation:
+        """Return the polynomial for ``factor`` (positive) times the function."""
+        function = self.function
+        return replace(
+            self,
+            coefficients=self.coefficients * factor,
+            function=lambda x: function(x) * factor,
+            tolerance=self.tolerance if self.relative else self.tolerance * factor,
+        )
+
+
 def minimax(
-    function: Function, interval: Interval, degree: int, *, relative: bool = False, guard: float = 0.0
+    function: Function,
+    interval: Interval,
+    degree: int,
+    *,
+    relative: bool = False,
+    guard: float | tuple[float, float] = 0.0,
 ) -> Chebyshev:
     """Return the polynomial of least largest error on an interval, absolute or relative.
 
-    ``guard`` is the width of the guard band on each side, in lengths of the interval. Lawson's iteration:
+    ``guard`` is the width of the guard bands below and above, in lengths of the interval. Lawson's iteration:
     weighted least squares, whose weights grow where the error is large (C. L. Lawson, "Contributions to the
     theory of linear least maximum approximation", 1961). Raises ``ValueError`` for an empty interval, and for
     a function that is not finite on the interval and its guard band.
     """
     low, high = _checked(interval)
-    reach = guard * (high - low)
-    wide = (low - reach, high + reach)
+    below, above = guard if isinstance(guard, tuple) else (guard, guard)
+    wide = (low - below * (high - low), high + above * (high - low))
     count = POINTS_PER_COEFFICIENT * (degree + 1)
     unit = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     x = (wide[0] + wide[1]) / 2 + (wide[1] - wide[0]) / 2 * unit

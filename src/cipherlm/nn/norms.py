@@ -8,10 +8,11 @@ from typing import cast
 
 import numpy as np
 
-from cipherlm.engine import Chebyshev
 from cipherlm.nn import approximation, cost
+from cipherlm.nn.approximation import Approximation, Float64
 from cipherlm.nn.clear import ClearTensor, values_of
-from cipherlm.nn.module import Module, Nonlinearity
+from cipherlm.nn.fitted import Choice, Fitted, Stage
+from cipherlm.nn.module import Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
 from cipherlm.nn.tensor import T, depth
 
@@ -53,14 +54,14 @@ class Norm(Nonlinearity):
         return FittedNorm.fit(ranges["squares"], self.epsilon)
 
 
-class FittedNorm(Module):
+class FittedNorm(Fitted):
     """The root as a polynomial, then Newton's iteration ``y (3 - x y^2) / 2``, which squares its error.
 
     Mean squares are multiplied by ``gain``, so that they are of the size of one whatever the model's are.
     The iteration is on ``y / sqrt(2)``, where its cubic term has no factor: factors would add up in scales.
     """
 
-    def __init__(self, start: Chebyshev, steps: int, epsilon: float, gain: float) -> None:
+    def __init__(self, start: Approximation, steps: int, epsilon: float, gain: float) -> None:
         self.start, self.steps, self.epsilon, self.gain = start, steps, epsilon, gain
 
     @classmethod
@@ -76,15 +77,15 @@ class FittedNorm(Module):
         ways = []
         for degree in DEGREES:
             start = approximation.inverse_square_root(interval, degree, guard=GUARD)
-            error = approximation.largest_error(start, lambda x: x**-0.5, interval, relative=True)
+            error = approximation.largest_error(start, _root, interval, relative=True)
             if error > ROUGHEST:
                 continue
             steps = 0
             while error > tolerance:
                 error = 1.5 * error**2 + 0.5 * error**3
                 steps += 1
-            scaled = Chebyshev(start.coefficients / math.sqrt(2), start.interval)
-            ways.append(cls(scaled, steps, epsilon, gain))
+            stated = Approximation.of(start, _root, interval, tolerance, relative=True)
+            ways.append(cls(stated.times(math.sqrt(0.5)), steps, epsilon, gain))
             if not steps:
                 break
         if not ways:
@@ -99,9 +100,29 @@ class FittedNorm(Module):
     def __call__(self, x: T) -> T:
         """Return the normalised hidden states, for a linear layer."""
         square = x.mean_square(self.start, self.gain) + self.gain * self.epsilon
+        return (x * math.sqrt(2 * self.gain)).scaled(self._inverse_root(square, x))
+
+    def _inverse_root(self, square: T, x: T) -> T:
+        """Return ``1 / sqrt(2 square)``, ready for a product with ``x``."""
         x.ready(depth(self.start) + 1, square, before=self.start)
         root = square.polynomial(self.start)
         for _ in range(self.steps):
             x.ready(3, square, root)
             root = root * 1.5 - (root * root) * (square * root)
-        return (x * math.sqrt(2 * self.gain)).scaled(root)
+        return root
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`."""
+
+        def refined(square: Float64) -> Float64:
+            return self._inverse_root(ClearTensor(square), ClearTensor(square)).values
+
+        # Beside the Newton steps: the square, and the product with what is normalised.
+        products = 2 + 2 * self.steps
+        root = Stage.of("inverse root", self.start, products=products, steps=self.steps, refined=refined)
+        return [Choice((root,), self.cost)]
+
+
+def _root(square: Float64) -> Float64:
+    root: Float64 = square**-0.5
+    return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import cast
 
 import numpy as np
 
-from cipherlm.engine import Chebyshev
 from cipherlm.nn import approximation, cost
+from cipherlm.nn.approximation import Approximation, Float64
 from cipherlm.nn.clear import ClearTensor, values_of, visible
-from cipherlm.nn.module import Module, Nonlinearity
+from cipherlm.nn.fitted import Choice, Fitted, Stage
+from cipherlm.nn.module import Nonlinearity
 from cipherlm.nn.ranges import Interval, Range
 from cipherlm.nn.tensor import T, depth
 
@@ -64,7 +66,7 @@ class Softmax(Nonlinearity):
         return FittedSoftmax(ranges["scores"], ranges["means"], keys)
 
 
-class FittedSoftmax(Module):
+class FittedSoftmax(Fitted):
     """Softmax of scores in an interval, over any number of keys up to ``most``.
 
     The fewer keys, the cheaper: :class:`SquaringSoftmax` is fitted for the next power of two where it is
@@ -89,8 +91,24 @@ class FittedSoftmax(Module):
         keys = min(self.most, max(LEAST_KEYS, 1 << (keys - 1).bit_length()))
         places = max(keys, places)
         if (keys, places) not in self._fitted:
-            self._fitted[keys, places] = SquaringSoftmax.fit(self.scores, self.means[0], keys, places)
+            self._fitted[keys, places] = self._fit(keys, places)
         return self._fitted[keys, places]
+
+    def choices(self) -> list[Choice]:
+        """See :class:`Fitted`: those that were in use so far, by number of keys.
+
+        Before the first use, those that :mod:`cipherlm.nn.clear` would use: rows have as many places as keys.
+        """
+        sizes = sorted(self._fitted)
+        if not sizes:
+            doubled = (LEAST_KEYS << n for n in itertools.count())
+            below = list(itertools.takewhile(lambda keys: keys < self.most, doubled))
+            sizes = [(keys, keys) for keys in (*below, self.most)]
+        fitted = {size: self._fitted.get(size) or self._fit(*size) for size in sizes}
+        return [Choice(softmax.stages, softmax.cost, *size) for size, softmax in fitted.items()]
+
+    def _fit(self, keys: int, places: int) -> SquaringSoftmax:
+        return SquaringSoftmax.fit(self.scores, self.means[0], keys, places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +126,9 @@ class SquaringSoftmax:
 
     squarings: int
     floor: float
-    exponential: Chebyshev
-    inverses: tuple[Chebyshev, ...]
-    reciprocal: Chebyshev
+    exponential: Approximation
+    inverses: tuple[Approximation, ...]
+    reciprocal: Approximation
     steps: int
 
     @classmethod
@@ -170,7 +188,7 @@ class SquaringSoftmax:
         sums = (math.exp(least * factor), math.exp(ceiling) + HIDDEN)
         gain = _unit_gain(sums)
         # What is wrong with weights is squared as often as they are.
-        exponential = _times(_exponential((floor, ceiling), TOLERANCE * factor * sums[0] / keys), gain)
+        exponential = _exponential((floor, ceiling), TOLERANCE * factor * sums[0] / keys).times(gain)
         inverses = []
         for _ in range(squarings):
             sums = (gain * sums[0], gain * sums[1])
@@ -178,7 +196,7 @@ class SquaringSoftmax:
             # Noise, and keys that are not seen, may take a little more.
             sums = ((1 - 2 * HIDDEN) * (1 - error) ** 2 / keys, 1.01 * (1 + error) ** 2)
             gain = _unit_gain(sums)
-            inverses.append(_times(inverse, math.sqrt(gain)))
+            inverses.append(inverse.times(math.sqrt(gain)))
         reciprocal, error = _inverse((gain * sums[0], gain * sums[1]), PRECISE)
         steps = 1
         while (error := error**2) > tolerance:
@@ -195,7 +213,10 @@ class SquaringSoftmax:
         for inverse in self.inverses:
             total = weights.ready_total(depth(inverse) + 1)
             weights = weights.squared_with(total.polynomial(inverse))
-        mixed, total = weights.mix(value)
+        return self._quotient(*weights.mix(value))
+
+    def _quotient(self, mixed: T, total: T) -> T:
+        """Return ``mixed / total``."""
         mixed.ready(depth(self.reciprocal) + 2, total, before=self.reciprocal)
         quotient = total.polynomial(self.reciprocal)
         for _ in range(1, self.steps):
@@ -203,30 +224,42 @@ class SquaringSoftmax:
             mixed.ready(2, total, quotient)
         return mixed.scaled(quotient, total * quotient * -1 + 2.0)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The polynomials; each inverse with the normalisation and the squaring behind it."""
 
-def _exponential(interval: Interval, tolerance: float) -> Chebyshev:
+        def refined(total: Float64) -> Float64:
+            return self._quotient(ClearTensor(np.ones_like(total)), ClearTensor(total)).values
+
+        return (
+            Stage.of("exponential", self.exponential),
+            *(Stage.of("inverse", inverse, products=2) for inverse in self.inverses),
+            Stage.of(
+                "reciprocal", self.reciprocal, products=2 * self.steps, steps=self.steps, refined=refined
+            ),
+        )
+
+
+def _exponential(interval: Interval, tolerance: float) -> Approximation:
     """Return the cheapest exponential, up to degree 31, with an absolute error below ``tolerance``."""
     x = np.linspace(*interval, 1001)
     for degree in (7, 15, 31):
         polynomial = approximation.exponential(interval, degree, guard=0.05)
         if np.abs(polynomial(x) - np.exp(x)).max() < tolerance:
             break
-    return polynomial
+    return Approximation.of(polynomial, np.exp, interval, tolerance)
 
 
-def _inverse(interval: Interval, tolerance: float) -> tuple[Chebyshev, float]:
+def _inverse(interval: Interval, tolerance: float) -> tuple[Approximation, float]:
     """Return the cheapest inverse, up to degree 31, with an error below ``tolerance``, and its error."""
     for degree in (3, 7, 15, 31):
         error = approximation.inverse_error(interval, degree)
         if error < tolerance:
             break
-    return approximation.inverse(interval, degree), error
+    inverse = approximation.inverse(interval, degree)
+    return Approximation.of(inverse, np.reciprocal, interval, tolerance, relative=True), error
 
 
 def _unit_gain(interval: Interval) -> float:
     """Return the factor that brings an interval to length 2."""
     return 2 / (interval[1] - interval[0])
-
-
-def _times(polynomial: Chebyshev, factor: float) -> Chebyshev:
-    return Chebyshev(polynomial.coefficients * factor, polynomial.interval)
