@@ -37,9 +37,10 @@ const (
 	typeEnd
 )
 
-// version is that of the type's format. Seeds of version 2 have a generator for each prime.
+// version is that of the type's format. Seeds of version 2 have a generator for each prime,
+// and refresh requests of version 2 have rounded coefficients.
 func (t Type) version() uint16 {
-	if t == TypeCiphertext || t == TypeRefreshReply {
+	if t == TypeCiphertext || t == TypeRefreshRequest || t == TypeRefreshReply {
 		return 2
 	}
 	return 1

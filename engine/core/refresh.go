@@ -3,6 +3,7 @@ package core
 import (
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync/atomic"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
@@ -19,10 +20,32 @@ const maxShift = 60
 type RefreshRequest struct {
 	Params *Parameters
 	Key    ID
-	Level  int  // of the masked ciphertexts
-	To     int  // the level to encrypt at
-	Shift  uint // the client divides by 2^Shift
-	Masked []*rlwe.Ciphertext
+	Level  int            // of the masked ciphertexts
+	To     int            // the level to encrypt at
+	Shift  uint           // the client divides by 2^Shift
+	Masked [][2]ring.Poly // residues in NTT form, or digits of coefficients: see grids
+}
+
+// grids are where the coefficients of each component lie, or nothing where they are not
+// rounded. The error of rounding is, after the division by 2^Shift, at most 0.3 times that
+// of a rescaling, for any ring; it depends on nothing but level and shift.
+//
+// A rescaling rounds to integers, r0 + r1 s, and the second term is by far the greater:
+// of N coefficients of the secret s, 2/3 are not zero. Rounding to multiples of
+// 2^(Shift-2) makes a fourth of that. The first component, without the factor s, loses
+// half of log2(N) bits more, less one bit, for 0.6 times the error of the second.
+func (r *RefreshRequest) grids() []*grid {
+	if r.Level >= roundedLevels || r.Shift < 2 {
+		return nil
+	}
+	second := int(r.Shift) - 2
+	first := second + (r.Params.LogN()-2)/2
+	grids := make([]*grid, 2)
+	for i, dropped := range [2]int{first, second} {
+		// Something must be left, however absurd the shift.
+		grids[i] = newGrid(r.Params, r.Level, uint8(min(dropped, maxShift, r.Params.RingQ().ModulusAtLevel[r.Level].BitLen()-2)))
+	}
+	return grids
 }
 
 // RefreshReply is the client's answer: fresh seeded encryptions of (m + r) / 2^Shift.
@@ -71,7 +94,7 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	if shift > maxShift {
 		return nil, nil, failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift)
 	}
-	request := &RefreshRequest{p, pk.ID, level, to, shift, make([]*rlwe.Ciphertext, len(inputs))}
+	request := &RefreshRequest{p, pk.ID, level, to, shift, make([][2]ring.Poly, len(inputs))}
 	mask := &RefreshMask{params: p, key: pk.ID, to: to, masks: make([]ring.Poly, len(inputs)), scales: make([]rlwe.Scale, len(inputs))}
 	divisor := rlwe.NewScale(uint64(1) << shift)
 	for i, input := range inputs {
@@ -95,8 +118,8 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		i := job / 2
 		if job%2 == 1 {
 			masked := newCiphertext(p, pk.ID, 1, level, p.DefaultScale()).Ciphertext
-			masked.IsNTT = false // transformed below, with the mask in it
-			request.Masked[i] = masked
+			masked.IsNTT = false // the mask comes in first
+			request.Masked[i] = [2]ring.Poly{masked.Value[0], masked.Value[1]}
 			return pk.encryptor.EncryptZero(masked)
 		}
 		r := low.NewPoly()
@@ -108,19 +131,25 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, masked := range request.Masked {
-		masked.IsNTT = true
-	}
-	return request, mask, parallel(len(inputs)*(level+1), func(job int) error {
-		i, limb := job/(level+1), job%(level+1)
-		r := p.RingQ().SubRings[limb]
-		for component, value := range request.Masked[i].Value {
-			residues := value.Coeffs[limb]
+	grids := request.grids()
+	return request, mask, parallel(2*len(inputs), func(job int) error {
+		i, component := job/2, job%2
+		masked := request.Masked[i][component].Coeffs
+		for limb, residues := range masked {
+			r, input := p.RingQ().SubRings[limb], inputs[i].Value[component].Coeffs[limb]
 			if component == 0 {
 				r.Add(residues, drawn[i].Coeffs[limb], residues)
 			}
-			p.forward(limb, residues)
-			r.Add(residues, inputs[i].Value[component].Coeffs[limb], residues)
+			if grids == nil {
+				p.forward(limb, residues)
+			} else {
+				input = slices.Clone(input)
+				p.backward(limb, input)
+			}
+			r.Add(residues, input, residues)
+		}
+		if grids != nil {
+			grids[component].round(masked)
 		}
 		return nil
 	})
@@ -137,14 +166,18 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	}
 	reply := &RefreshReply{p, sk.ID, make([]*Ciphertext, len(request.Masked))}
 	convert := newCentred(p.RingQ(), request.Level, request.To, request.Shift)
-	high := p.RingQ().AtLevel(request.To)
+	low, high := p.RingQ().AtLevel(request.Level), p.RingQ().AtLevel(request.To)
+	grids := request.grids()
 	return reply, parallel(len(request.Masked), func(i int) error {
-		plaintext := sk.decryptor.DecryptNew(request.Masked[i])
-		if err := p.each(plaintext.Value, p.backward); err != nil {
+		masked, lifted := low.NewPoly(), high.NewPoly()
+		err := parallel(request.Level+1, func(limb int) error {
+			sk.unlock(request.Masked[i], grids, limb, masked.Coeffs[limb])
+			return nil
+		})
+		if err != nil {
 			return err
 		}
-		lifted := high.NewPoly()
-		if err := convert.convert(plaintext.Value, lifted); err != nil {
+		if err := convert.convert(masked, lifted); err != nil {
 			return err
 		}
 		if err := p.each(lifted, p.forward); err != nil {
@@ -158,6 +191,25 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 		reply.Fresh[i] = fresh
 		return nil
 	})
+}
+
+// unlock decrypts a masked ciphertext to coefficients modulo one prime.
+func (sk *SecretKey) unlock(masked [2]ring.Poly, grids []*grid, limb int, out []uint64) {
+	p, r := sk.Params, sk.Params.RingQ().SubRings[limb]
+	secret := sk.Value.Q.Coeffs[limb]
+	if grids == nil {
+		r.MulCoeffsMontgomery(masked[1].Coeffs[limb], secret, out)
+		r.Add(out, masked[0].Coeffs[limb], out)
+		p.backward(limb, out)
+		return
+	}
+	grids[1].residues(masked[1].Coeffs, limb, out)
+	p.forward(limb, out)
+	r.MulCoeffsMontgomery(out, secret, out)
+	p.backward(limb, out)
+	first := make([]uint64, p.N())
+	grids[0].residues(masked[0].Coeffs, limb, first)
+	r.Add(out, first, out)
 }
 
 // Unmask is the server's second half: it subtracts the masks.

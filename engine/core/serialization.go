@@ -5,7 +5,6 @@ import (
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 	"github.com/tuneinsight/lattigo/v6/ring"
-	"github.com/tuneinsight/lattigo/v6/schemes/ckks"
 )
 
 const (
@@ -268,7 +267,7 @@ func (ct *Ciphertext) Write(to io.Writer) error {
 		if ct.rounding == (rounding{}) {
 			size += packedSize(rings)
 		} else {
-			size += ct.rounding.size(p, i)
+			size += newGrid(p, 0, ct.rounding[i]).size()
 		}
 	}
 	h := Header{Type: TypeCiphertext, Params: p.ID, Key: ct.Key}
@@ -321,7 +320,7 @@ func (in *decoder) roundedCiphertext(p *Parameters, key ID, kind, level int, r r
 		in.fail("a rounded ciphertext of kind %d at level %d that lost %d and %d bits", kind, level, r[0], r[1])
 		return nil, in.err
 	}
-	if !in.need(r.size(p, 0)) {
+	if !in.need(newGrid(p, 0, r[0]).size()) {
 		return nil, in.err
 	}
 	ct := newCiphertext(p, key, 1, level, scale)
@@ -355,19 +354,33 @@ func (in *decoder) seeded(p *Parameters, key ID, level int, scale rlwe.Scale) (*
 	return ct, expandSeed(p, *ct.Seed, ct.Value[1])
 }
 
-// Write writes what the client must know and the masked ciphertexts.
+// Write writes what the client must know and the masked ciphertexts. How they are rounded
+// follows from level and shift.
 func (r *RefreshRequest) Write(to io.Writer) error {
-	rings := r.Params.RingQ().SubRings[:r.Level+1]
-	size := 8 + 2*uint64(len(r.Masked))*packedSize(rings)
+	rings, grids := r.Params.RingQ().SubRings[:r.Level+1], r.grids()
+	size := 8 + uint64(len(r.Masked))*maskedSize(rings, grids)
 	h := Header{Type: TypeRefreshRequest, Params: r.Params.ID, Key: r.Key}
 	return writeFrame(to, h, size, func(out *encoder) {
 		out.bytes([]byte{byte(r.Level), byte(r.To), byte(r.Shift), 0})
 		out.u32(uint32(len(r.Masked)))
 		for _, masked := range r.Masked {
-			out.limbs(rings, masked.Value[0].Coeffs)
-			out.limbs(rings, masked.Value[1].Coeffs)
+			for component, polynomial := range masked {
+				if grids == nil {
+					out.limbs(rings, polynomial.Coeffs)
+				} else {
+					out.digits(grids[component], polynomial.Coeffs)
+				}
+			}
 		}
 	})
+}
+
+// maskedSize is the bytes of a masked ciphertext.
+func maskedSize(rings []*ring.SubRing, grids []*grid) uint64 {
+	if grids == nil {
+		return 2 * packedSize(rings)
+	}
+	return grids[0].size() + grids[1].size()
 }
 
 func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
@@ -378,15 +391,22 @@ func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
 	if in.err != nil {
 		return nil, in.err
 	}
-	rings := p.RingQ().SubRings[:level+1]
-	if !in.need(2 * uint64(count) * packedSize(rings)) {
+	request := &RefreshRequest{Params: p, Key: h.Key, Level: level, To: to, Shift: uint(shift)}
+	rings, grids := p.RingQ().SubRings[:level+1], request.grids()
+	if !in.need(uint64(count) * maskedSize(rings, grids)) {
 		return nil, in.err
 	}
-	request := &RefreshRequest{p, h.Key, level, to, uint(shift), make([]*rlwe.Ciphertext, count)}
+	request.Masked = make([][2]ring.Poly, count)
 	for i := range request.Masked {
-		request.Masked[i] = ckks.NewCiphertext(p.Parameters, 1, level)
-		in.limbs(rings, request.Masked[i].Value[0].Coeffs)
-		in.limbs(rings, request.Masked[i].Value[1].Coeffs)
+		for component := range request.Masked[i] {
+			polynomial := p.RingQ().AtLevel(level).NewPoly()
+			request.Masked[i][component] = polynomial
+			if grids == nil {
+				in.limbs(rings, polynomial.Coeffs)
+			} else {
+				in.digits(grids[component], polynomial.Coeffs)
+			}
+		}
 		if in.err != nil { // no memory for what did not come
 			return nil, in.err
 		}
