@@ -17,6 +17,7 @@ from cipherlm import EncryptionConfig, get_encrypted_model
 from cipherlm.engine import Ciphertext, Plaintext, RefreshRequest, SecretKey
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
+from tests.encryption.opener import Opener
 from tests.encryption.rings import PrimeRing
 
 from .parties import InProcessRefresh
@@ -29,7 +30,7 @@ class Decryption:
     """Decrypts as the mathematics says, from the bytes of keys and ciphertexts."""
 
     def __init__(self, secret_key: SecretKey) -> None:
-        self.parameters = secret_key.parameters
+        self.parameters, self.opener = secret_key.parameters, Opener(secret_key)
         self.size = self.parameters.degree
         packed = np.frombuffer(secret_key.to_bytes()[64:-32], np.uint8)
         codes = (packed[:, None] >> np.arange(0, 8, 2) & 3).reshape(-1)
@@ -54,17 +55,9 @@ class Decryption:
 
     def request(self, request: RefreshRequest) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
         """Return the components of the ciphertexts in a request, each by prime, in NTT form."""
-        data = request.to_bytes()
-        assert (data[64], int.from_bytes(data[68:72], "little")) == (1, request.size)
-        limbs, at = [], 72
-        for _ in range(2 * request.size):
-            component = []
-            for prime in self.primes:
-                component.append(self._unpacked(data, at, prime.bit_length()))
-                at += self.size * prime.bit_length() // 8
-            limbs.append(component)
-        assert at == len(data) - 32
-        return list(zip(limbs[::2], limbs[1::2], strict=True))
+        masked = self.opener.request(request.to_bytes())
+        assert (request.level, request.size) == (1, len(masked))
+        return masked
 
     def ciphertext(self, ciphertext: Ciphertext) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the components of a computed ciphertext modulo Q, in NTT form."""
@@ -226,11 +219,13 @@ def fraction(integers: np.ndarray, modulus: int) -> np.ndarray:
 
 
 def features(integers: np.ndarray, modulus: int) -> dict[str, np.ndarray]:
-    """Several views of integers modulo Q, each of which is uniform on BINS values if they are uniform."""
+    """Several views of integers modulo Q, each of which is uniform on BINS values if they are uniform.
+
+    The lowest bits are not sent: 20 of the first component where a refresh divides by 2^16.
+    """
     return {
         "high": (integers * BINS // modulus).astype(int),
-        "low": (integers % BINS).astype(int),
-        **{f"bits {bit}": (integers >> bit).astype(object) % BINS for bit in (16, 36, 48, 64)},
+        **{f"bits {bit}": (integers >> bit).astype(object) % BINS for bit in (20, 26, 36, 48, 64)},
     }
 
 

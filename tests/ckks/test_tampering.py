@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import pytest
 
 from cipherlm.engine import Plaintext, RefreshRequest
 from tests.ckks.test_secrecy import Decryption, hidden, parties  # noqa: F401
+from tests.encryption.frames import Payload, dropped, frame, packed_rounded
 
 
 def offset(decryption: Decryption, request: RefreshRequest, slots: np.ndarray) -> RefreshRequest:
     """Return a request with numbers added under the mask of its first ciphertext: so is the reply then."""
-    parameters = request.parameters
-    data = bytearray(request.to_bytes())
+    parameters, data = request.parameters, request.to_bytes()
     scale = parameters.scale * 2.0**request.shift
-    added = Plaintext.encode(parameters, slots, 1, scale).to_bytes()
-    at, source = 64 + 8, 64 + 8 + 20
-    for prime in decryption.primes:
-        width = prime.bit_length()
-        size = decryption.size * width // 8
-        total = decryption._unpacked(bytes(data), at, width) + decryption._unpacked(added, source, width)
-        bits = (total % prime)[:, None] >> np.arange(width) & 1
-        data[at : at + size] = np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
-        at, source = at + size, source + size
-    body = bytes(data[:-32])
-    return RefreshRequest.from_bytes(body + hashlib.blake2b(body, digest_size=32).digest(), parameters)
+    added = decryption.opener.plaintext(Plaintext.encode(parameters, slots, 1, scale).to_bytes())
+    zero = [np.zeros_like(residues) for residues in added]
+    payload = Payload(data, 7)
+    lost = dropped(decryption.size, 1, request.shift)[0]
+    head, first = payload.bytes(8), payload.rounded(decryption.rings, lost)
+    first = (first + decryption.integers(added, zero)) % decryption.modulus
+    changed = head + packed_rounded(first, decryption.rings, lost) + payload.rest()
+    return RefreshRequest.from_bytes(frame(data[:64], changed), parameters)
 
 
 @pytest.mark.slow

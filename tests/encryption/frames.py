@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 
 import numpy as np
@@ -10,7 +11,16 @@ import numpy as np
 from .rings import PrimeRing
 
 HEADER, CHECKSUM, SEED, SCALE = 64, 32, 32, 20
-VERSIONS = {6: 2, 8: 2}  # of the format of types that are not of version 1: ciphertexts, replies to refreshes
+VERSIONS = {6: 2, 7: 2, 8: 2}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
+DIGIT = 61
+"""The bits of a digit, of which numbers below the product of two primes have two."""
+
+
+def dropped(degree: int, level: int, shift: int) -> tuple[int, int] | None:
+    """Return the bits that the coefficients of a refresh request have lost, by component, if any."""
+    if level > 1 or shift < 2:
+        return None
+    return shift - 2 + (degree.bit_length() - 3) // 2, shift - 2
 
 
 class Payload:
@@ -37,17 +47,24 @@ class Payload:
         """Read residues, each of the bits of its prime, by prime."""
         return [self._residues(ring) for ring in rings]
 
+    def rounded(self, rings: list[PrimeRing], lost: int) -> np.ndarray:
+        """Read coefficients modulo the product of the primes without the lowest bits, as integers."""
+        modulus, degree = math.prod(ring.prime for ring in rings), rings[0].degree
+        width = ((modulus - 1) >> lost).bit_length()
+        multiples = sum(
+            unpacked(self.bytes(degree * bits // 8), bits).astype(object) << DIGIT * place
+            for place, bits in enumerate(digits(width))
+        )
+        assert (multiples <= (modulus - 1) >> lost).all()
+        return multiples << lost
+
     def skip(self, rings: list[PrimeRing]) -> None:
         for ring in rings:
             self.bytes(ring.degree * ring.prime.bit_length() // 8)
 
     def _residues(self, ring: PrimeRing) -> np.ndarray:
         width = ring.prime.bit_length()
-        packed = np.frombuffer(self.bytes(ring.degree * width // 8), np.uint8)
-        bits = np.unpackbits(packed, bitorder="little").reshape(ring.degree, width)
-        padded = np.zeros((ring.degree, 64), np.uint8)
-        padded[:, :width] = bits
-        residues = np.packbits(padded, axis=1, bitorder="little").view("<i8")[:, 0]
+        residues = unpacked(self.bytes(ring.degree * width // 8), width)
         assert (residues < ring.prime).all()
         return residues
 
@@ -64,8 +81,34 @@ def frame(header: bytes, payload: bytes) -> bytes:
     return body + hashlib.blake2b(body, digest_size=CHECKSUM).digest()
 
 
+def digits(width: int) -> list[int]:
+    """Return the bits of the digits of numbers of so many bits, the lowest first."""
+    return [width] if width <= DIGIT else [DIGIT, width - DIGIT]
+
+
+def unpacked(data: bytes, width: int) -> np.ndarray:
+    """Return numbers that were written in so many bits each."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").reshape(-1, width)
+    padded = np.zeros((len(bits), 64), np.uint8)
+    padded[:, :width] = bits
+    return np.packbits(padded, axis=1, bitorder="little").view("<i8")[:, 0]
+
+
 def packed(ring: PrimeRing, residues: np.ndarray) -> bytes:
     """Write residues, each in the bits of its prime: the inverse of Payload.polynomial for one prime."""
-    width = ring.prime.bit_length()
-    bits = np.unpackbits(residues.astype("<i8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    return packed_bits(residues, ring.prime.bit_length())
+
+
+def packed_rounded(integers: np.ndarray, rings: list[PrimeRing], lost: int) -> bytes:
+    """Write coefficients without the lowest bits: the inverse of Payload.rounded."""
+    width = ((math.prod(ring.prime for ring in rings) - 1) >> lost).bit_length()
+    multiples, written = integers >> lost, b""
+    for bits in digits(width):
+        written += packed_bits((multiples % (1 << bits)).astype(np.int64), bits)
+        multiples = multiples >> bits
+    return written
+
+
+def packed_bits(values: np.ndarray, width: int) -> bytes:
+    bits = np.unpackbits(values.astype("<i8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
     return np.packbits(bits[:, :width], bitorder="little").tobytes()

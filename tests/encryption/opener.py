@@ -14,7 +14,7 @@ import numpy as np
 from cipherlm.engine import Parameters, SecretKey
 
 from .expansion import Expansion, limbs
-from .frames import SCALE, SEED, Payload
+from .frames import SCALE, SEED, Payload, dropped
 from .rings import Polynomial, PrimeRing, RealRing, minus, small
 
 
@@ -90,11 +90,18 @@ class Opener:
     def request(self, request: bytes) -> list[tuple[Polynomial, Polynomial]]:
         """Return the masked ciphertexts of a refresh request, in NTT form."""
         payload = Payload(request, 7)
-        level, _to_level, _shift, padding = payload.bytes(4)
+        level, _to_level, shift, padding = payload.bytes(4)
         (count,) = payload.integers("I")
         assert padding == 0
-        rings = self.q[: level + 1]
-        masked = [(payload.polynomial(rings), payload.polynomial(rings)) for _ in range(count)]
+        rings, lost = self.q[: level + 1], dropped(self.parameters.degree, level, shift)
+
+        def component(place: int) -> Polynomial:
+            if lost is None:
+                return payload.polynomial(rings)
+            integers = payload.rounded(rings, lost[place])
+            return [ring.ntt((integers % ring.prime).astype(np.int64)) for ring in rings]
+
+        masked = [(component(0), component(1)) for _ in range(count)]
         payload.end()
         return masked
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 
 import numpy as np
@@ -25,7 +26,7 @@ from cipherlm.engine import (
 )
 
 from .expansion import Expansion, limbs, stream
-from .frames import VERSIONS, Payload, packed
+from .frames import VERSIONS, Payload, dropped, packed, packed_rounded
 from .opener import Opener
 from .rings import PrimeRing, minus
 
@@ -119,7 +120,7 @@ def payloads(parameters: Parameters) -> dict[type, tuple[int, bytes]]:
         Ciphertext: (6, struct.pack("<II", 1, 1) + SCALE + written(q, 0) + written(q, 5)),
         RefreshRequest: (
             7,
-            bytes([0, 1, 3, 0]) + struct.pack("<I", 1) + written(q[:1], 0) + written(q[:1], 5),
+            bytes([0, 1, 0, 0]) + struct.pack("<I", 1) + written(q[:1], 0) + written(q[:1], 5),
         ),
         RefreshReply: (8, struct.pack("<II", 1, 2) + reply),
     }
@@ -132,6 +133,27 @@ def test_frames_are_written_and_read_by_their_description(parameters: Parameters
     number, payload = payloads(parameters)[kind]
     frame = handmade(parameters, number, payload, bytes(16) if kind is Plaintext else KEY)
     assert kind.from_bytes(frame, parameters).to_bytes() == frame
+
+
+@pytest.mark.parametrize(("level", "shift", "lost"), [(0, 8, (11, 6)), (1, 2, (5, 0)), (1, 16, (19, 14))])
+def test_a_rounded_request_by_its_description(
+    parameters: Parameters, level: int, shift: int, lost: tuple[int, int]
+):
+    """Multiples of powers of two: digits of 61 bits, all the lowest before those of what is left."""
+    rings_used = rings(parameters)[0][: level + 1]
+    modulus = math.prod(ring.prime for ring in rings_used)
+    places = np.arange(parameters.degree).astype(object)
+    payload = bytes([level, 1, shift, 0]) + struct.pack("<I", 1)
+    for bits in lost:
+        coefficients = (places + 1) * (modulus // 4099) % modulus
+        coefficients[0] = modulus - 1
+        payload += packed_rounded(coefficients, rings_used, bits)
+    assert dropped(parameters.degree, level, shift) == lost
+    frame = handmade(parameters, 7, payload)
+    assert RefreshRequest.from_bytes(frame, parameters).to_bytes() == frame
+    assert len(payload) == 8 + sum(
+        ((modulus - 1) >> bits).bit_length() * parameters.degree // 8 for bits in lost
+    )
 
 
 def test_a_seeded_ciphertext_by_its_description(parameters: Parameters):

@@ -153,11 +153,15 @@ def test_mistakes(party: Party):
         ev.unmask(party.secret_key.refresh(higher), mask)
 
 
-def test_bytes_are_packed(party: Party):
+@pytest.mark.parametrize(
+    ("level", "shift", "lost"),
+    [(1, 0, 0), (1, 1, 0), (1, 2, 5), (1, 8, 6 + 11), (1, 16, 14 + 19), (0, 8, 6 + 11), (2, 8, 0)],
+)
+def test_bytes_are_packed(party: Party, level, shift, lost):
     ct = party.secret_key.encrypt(party.values())
-    request, _ = party.evaluator.mask([ct, ct], party.public_key, level=1, to_level=4)
-    bits = sum(q.bit_length() for q in party.parameters.q[:2])
-    assert len(request.to_bytes()) == 64 + 8 + 2 * 2 * bits * party.parameters.degree // 8 + 32
+    request, _ = party.evaluator.mask([ct, ct], party.public_key, level=level, to_level=4, shift=shift)
+    bits = 2 * sum(q.bit_length() for q in party.parameters.q[: level + 1]) - lost
+    assert len(request.to_bytes()) == 64 + 8 + 2 * bits * party.parameters.degree // 8 + 32
     bits = sum(q.bit_length() for q in party.parameters.q)
     reply = party.secret_key.refresh(request).to_bytes()
     assert len(reply) == 64 + 8 + 2 * (bits * party.parameters.degree // 8 + 32) + 32

@@ -42,7 +42,7 @@ def tiny() -> Party:
 @pytest.fixture(scope="module")
 def blobs(tiny: Party) -> dict[type, bytes]:
     ct = tiny.secret_key.encrypt(tiny.values())
-    request, _ = tiny.evaluator.mask([ct], tiny.public_key)
+    request, _ = tiny.evaluator.mask([ct], tiny.public_key, shift=8)  # which is rounded
     objects = [
         tiny.parameters,
         tiny.secret_key,
@@ -149,6 +149,24 @@ def test_a_version_to_come_is_named(tiny: Party, blobs):
     data[4] = 9
     with pytest.raises(CorruptDataError, match="version 9"):
         Ciphertext.from_bytes(data, tiny.parameters)
+
+
+def test_a_version_that_was_is_refused(tiny: Party, blobs):
+    """Requests of version 1 had whole coefficients, and seeds one generator."""
+    for kind in (Ciphertext, RefreshRequest, RefreshReply):
+        data = bytearray(blobs[kind])
+        data[4] = 1
+        with pytest.raises(CorruptDataError, match="version 1: this engine reads version 2"):
+            kind.from_bytes(data, tiny.parameters)
+
+
+def test_coefficients_beyond_the_modulus_are_refused(tiny: Party, blobs):
+    """Ones in all bits of a coefficient of a request, in either component."""
+    for span in (slice(HEADER + 8, HEADER + 24), slice(-48, -32)):
+        damaged = bytearray(blobs[RefreshRequest])
+        damaged[span] = b"\xff" * 16
+        with pytest.raises(CorruptDataError, match="not below its modulus"):
+            RefreshRequest.from_bytes(sealed(damaged), tiny.parameters)
 
 
 def test_every_flipped_bit_is_found(tiny: Party, blobs):

@@ -17,11 +17,13 @@ from cipherlm.engine import (
     LinearTransformation,
     Parameters,
     Plaintext,
+    RefreshMask,
     RefreshRequest,
     SecretKey,
     set_threads,
     threads,
 )
+from cipherlm.schemes.ckks.arithmetic import PLAIN_SHIFT
 
 Primitive = tuple[str, int]
 """Name and level of the operands; for ``mask``, the level that a refresh goes to."""
@@ -94,8 +96,11 @@ class Primitives:
 
     def request(self, level: int, to_level: int) -> RefreshRequest:
         """Return what a server sends to have a ciphertext refreshed."""
-        inputs = [self._ciphertext(level)]
-        return self._evaluator.mask(inputs, self._public_key, level=level, to_level=to_level)[0]
+        return self._masked(self._ciphertext(level), to_level)[0]
+
+    def _masked(self, ct: Ciphertext, to_level: int) -> tuple[RefreshRequest, RefreshMask]:
+        options = {"level": ct.level, "to_level": to_level, "shift": PLAIN_SHIFT}
+        return self._evaluator.mask([ct], self._public_key, **options)
 
     def _vector(self) -> Any:
         return self._random.uniform(-1, 1, self.parameters.slots)
@@ -133,7 +138,7 @@ class Primitives:
             simple["rescaling"] = lambda: evaluator.rescale(product)
         if name == "mask":
             low = evaluator.drop_level(ct, 1)
-            simple[name] = lambda: evaluator.mask([low], self._public_key, level=1, to_level=level)
+            simple[name] = lambda: self._masked(low, level)
         if name not in simple:
             raise ValueError(f"{name!r} is no primitive operation")
         return self._fastest(simple[name])

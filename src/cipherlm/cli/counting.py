@@ -141,10 +141,11 @@ class HollowTransformation(LinearTransformation):
 
 @dataclass(frozen=True)
 class _Request:
-    """What a refresh asks for: ``size`` ciphertexts at ``to_level``."""
+    """What a refresh asks for: ``size`` ciphertexts at ``to_level``, divided by ``2^shift``."""
 
     size: int
     to_level: int
+    shift: int
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,9 @@ class HollowEvaluator(Evaluator):
 
     def mask(self, inputs: Sequence[Ciphertext], public_key: Any, **options: Any) -> Any:
         """See :class:`Evaluator`."""
-        to_level, divided = options["to_level"], 2 ** options["shift"]
-        results = [self._result(to_level, a.scale / divided) for a in inputs]
-        return _Request(len(inputs), to_level), _Kept(results)
+        to_level, shift = options["to_level"], options["shift"]
+        results = [self._result(to_level, a.scale / 2**shift) for a in inputs]
+        return _Request(len(inputs), to_level, shift), _Kept(results)
 
     def unmask(self, reply: Any, mask: Any) -> list[Ciphertext]:
         """See :class:`Evaluator`."""
@@ -325,15 +326,17 @@ class Sizes:
     def _output(self, level: int) -> int:
         return len(self._evaluator.rerandomize(self._ciphertext(level), self._public_key).to_bytes())
 
-    def refresh(self, size: int, to_level: int) -> tuple[int, int]:
+    def refresh(self, size: int, to_level: int, shift: int) -> tuple[int, int]:
         """Return the bytes of a request for so many ciphertexts at a level, and of the reply."""
-        (one, two) = (self._one_request(count, to_level) for count in (1, 2))
+        (one, two) = (self._one_request(count, to_level, shift) for count in (1, 2))
         down, up = (first + (size - 1) * (second - first) for first, second in zip(one, two, strict=True))
         return down, up
 
-    def _request(self, size: int, to_level: int) -> tuple[int, int]:
+    def _request(self, size: int, to_level: int, shift: int) -> tuple[int, int]:
         inputs = [self._ciphertext(MASK_LEVEL)] * size
-        request, _ = self._evaluator.mask(inputs, self._public_key, level=MASK_LEVEL, to_level=to_level)
+        request, _ = self._evaluator.mask(
+            inputs, self._public_key, level=MASK_LEVEL, to_level=to_level, shift=shift
+        )
         return len(request.to_bytes()), len(self._key.refresh(request).to_bytes())
 
 
@@ -367,7 +370,7 @@ class CountingSession:
         tally.output_bytes += sum(sizes.output(part.level) for part in outputs)
 
     def _exchange(self, request: RefreshRequest) -> RefreshReply:
-        down, up = self._sizes.refresh(request.size, request.to_level)
+        down, up = self._sizes.refresh(request.size, request.to_level, request.shift)
         self._evaluator.tally.refresh_down_bytes += down
         self._evaluator.tally.refresh_up_bytes += up
         return cast(RefreshReply, None)  # which the evaluator does not look at
