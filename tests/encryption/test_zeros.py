@@ -19,7 +19,7 @@ from .distributions import (
     assert_unrelated,
 )
 from .expansion import Expansion
-from .frames import SEED
+from .frames import SEED, dropped
 from .rings import Polynomial, small
 from .zeros import encrypted, masked, refreshed, rerandomised, telltale
 
@@ -114,8 +114,32 @@ def test_masks_are_uniform_and_serve_once(client: Client):
     for ring, values in zip(opener.q, zip(*residues, strict=True), strict=False):
         assert_uniform(np.stack(values), ring.prime)
         assert_unrelated(np.stack([ring.centred(v) for v in values]))
-    p, q = (ring.prime for ring in opener.q[:2])
-    joined = np.stack([a + p * ((b - a) * pow(p, -1, q) % q) for a, b in np.array(residues, object)])
-    assert_uniform(joined, p * q)
+    assert_uniform_apart(client, masks)
+
+
+def assert_uniform_apart(client: Client, values: list[Polynomial], lost: int = 0) -> None:
+    """Assert that polynomials are uniform modulo Q and unlike each other, but for so many low bits."""
+    p, q = (ring.prime for ring in client.opener.q[:2])
+    residues = np.array([coefficients(client, polynomial) for polynomial in values], object)
+    joined = np.stack([a + p * ((b - a) * pow(p, -1, q) % q) for a, b in residues]) >> lost
+    modulus = (p * q - 1 >> lost) + 1
+    assert_uniform(joined, modulus)
     for i in range(1, len(joined)):
-        assert_uniform((joined[i:] - joined[:-i]) % (p * q), p * q)
+        assert_uniform((joined[i:] - joined[:-i]) % modulus, modulus)
+
+
+@pytest.mark.parametrize("shift", [8, 16])
+def test_rounded_requests_have_masks_and_zeros_of_their_own(client: Client, shift: int):
+    """c = K P makes the first component K u and what rounding adds, which is less than half of K."""
+    lost = dropped(client.parameters.degree, 1, shift)
+    assert lost is not None
+    room = 1 << (lost[0] + 2)
+    key = telltale(client, room * client.opener.p[0].prime, os.urandom(SEED))
+    zeros, masks = masked(client, key, client.count, 1, shift)
+    sums = np.stack([integers(client, first) for first, _ in zeros])
+    factors = (sums + room // 2) // room
+    assert_ternary(factors)
+    assert_unrelated(factors)
+    assert np.abs(sums - room * factors).max() < 1 << lost[0]
+    assert_uniform_apart(client, masks, shift)
+    assert_uniform_apart(client, [second for _, second in zeros], lost[1])

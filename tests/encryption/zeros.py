@@ -65,23 +65,27 @@ def refreshed(client: Client, key: PublicKey, count: int, level: int) -> list[Ze
     return masked(client, key, count, level)[0]
 
 
-def masked(client: Client, key: PublicKey, count: int, level: int) -> tuple[list[Zero], list[Polynomial]]:
+def masked(
+    client: Client, key: PublicKey, count: int, level: int, shift: int = 0
+) -> tuple[list[Zero], list[Polynomial]]:
     """Return the zeros, and the masks, of ciphertexts that are masked to be refreshed, in two requests.
 
-    A mask is what taking it off takes off the client's reply.
+    A mask is 2^shift times what taking it off takes off the client's reply: the lowest bits are missing, as
+    they are in what is sent.
     """
     evaluator, opener, before = Evaluator(client.parameters), client.opener, result(client, level)
     c0, c1 = opener.ciphertext(before.to_bytes())
     zeros, masks = [], []
     for size in (count - count // 2, count // 2):
-        request, kept = evaluator.mask([before] * size, key, level=level, to_level=level)
+        request, kept = evaluator.mask([before] * size, key, level=level, to_level=level, shift=shift)
         reply = client.secret_key.refresh(request)
         after = evaluator.unmask(reply, kept)
         for (first, second), (_, fresh, _), new in zip(
             opener.request(request.to_bytes()), opener.reply(reply.to_bytes()), after, strict=True
         ):
             unmasked, _ = opener.ciphertext(new.to_bytes())
-            mask = minus(fresh, unmasked)
+            taken = zip(opener.q, minus(fresh, unmasked), strict=False)
+            mask = [ring.multiply(ring.reduce(values), 1 << shift) for ring, values in taken]
             zeros.append((minus(minus(first, c0), mask), minus(second, c1)))
             masks.append(mask)
     return zeros, masks
