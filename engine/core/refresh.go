@@ -27,13 +27,13 @@ type RefreshRequest struct {
 }
 
 // grids are where the coefficients of each component lie, or nothing where they are not
-// rounded. The error of rounding is, after the division by 2^Shift, at most 0.3 times that
-// of a rescaling, for any ring; it depends on nothing but level and shift.
+// rounded: that follows from level and shift alone. After the division by 2^Shift the error
+// of rounding is at most 0.3 times that of a rescaling, in any ring.
 //
 // A rescaling rounds to integers, r0 + r1 s, and the second term is by far the greater:
 // of N coefficients of the secret s, 2/3 are not zero. Rounding to multiples of
 // 2^(Shift-2) makes a fourth of that. The first component, without the factor s, loses
-// half of log2(N) bits more, less one bit, for 0.6 times the error of the second.
+// half of log2(N) bits more, less one bit, for about half the error of the second.
 func (r *RefreshRequest) grids() []*grid {
 	if r.Level >= roundedLevels || r.Shift < 2 {
 		return nil
@@ -171,7 +171,7 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	return reply, parallel(len(request.Masked), func(i int) error {
 		masked, lifted := low.NewPoly(), high.NewPoly()
 		err := parallel(request.Level+1, func(limb int) error {
-			sk.unlock(request.Masked[i], grids, limb, masked.Coeffs[limb])
+			sk.decryptLimb(request.Masked[i], grids, limb, masked.Coeffs[limb])
 			return nil
 		})
 		if err != nil {
@@ -193,8 +193,8 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	})
 }
 
-// unlock decrypts a masked ciphertext to coefficients modulo one prime.
-func (sk *SecretKey) unlock(masked [2]ring.Poly, grids []*grid, limb int, out []uint64) {
+// decryptLimb decrypts a masked ciphertext to coefficients modulo one prime.
+func (sk *SecretKey) decryptLimb(masked [2]ring.Poly, grids []*grid, limb int, out []uint64) {
 	p, r := sk.Params, sk.Params.RingQ().SubRings[limb]
 	secret := sk.Value.Q.Coeffs[limb]
 	if grids == nil {
