@@ -36,7 +36,7 @@ class Exchange:
         self.evaluator = Evaluator(parameters, keys)
         self.ciphertext = self.evaluator.multiply(self.secret_key.encrypt(self.values, LEVEL), 1.0)
         self.request, self.mask = self.evaluator.mask(
-            [self.ciphertext, self.ciphertext], self.secret_key.public_key(), level=1, to_level=5, shift=3
+            [self.ciphertext, self.ciphertext], self.secret_key.public_key(), level=1, to_level=5, shift=8
         )
         self.requests = [[0, parameters.max_level], *([g, lvl] for g, lvl in keys.galois_levels.items())]
         task = {
