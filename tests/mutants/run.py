@@ -3,8 +3,9 @@
 Example: python tests/mutants/run.py --only fresh-no-error
 
 A mutant is a patch of the engine, of Lattigo or of sessions, in this directory. It computes right results, or
-nearly right ones; what it breaks is what hides them, or bounds their error. The first lines say what that is and which tests must notice: a file of
-tests/encryption, or a test of engine/core where its name begins with Test.
+nearly right ones; what it breaks is what hides them, or bounds their error. The first lines say what that is
+and which tests must notice: a file of tests/encryption, or a test of engine/core where its name begins with
+Test.
 
 Engine, package and Lattigo are copied to a scratch directory; the tree is never touched. It is an error if a
 patch does not apply, if a mutant does not build, or if a test fails on the engine as it is.
