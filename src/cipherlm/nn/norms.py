@@ -100,7 +100,8 @@ class FittedNorm(Fitted):
     def __call__(self, x: T) -> T:
         """Return the normalised hidden states, for a linear layer."""
         square = x.mean_square(self.start, self.gain) + self.gain * self.epsilon
-        return (x * math.sqrt(2 * self.gain)).scaled(self._inverse_root(square, x))
+        root = self._inverse_root(square, x)  # which may refresh x
+        return (x * math.sqrt(2 * self.gain)).scaled(root)
 
     def _inverse_root(self, square: T, x: T) -> T:
         """Return ``1 / sqrt(2 square)``, ready for a product with ``x``."""
