@@ -97,16 +97,17 @@ def test_activations(kind, name, inputs):
     x = Levelled(np.random.default_rng(1).uniform(*inputs, (4, 8)))
     check(choice, fitted(x) if kind is Activation else fitted(x, x))
     points, y = grid(stage, x.met[0])
-    degree = stage.degree
+    degree, size = stage.degree, np.abs(activation(name)(np.linspace(*inputs, POINTS))).max()
     if stage.name == "even part":
         assert stage.interval[0] == -1  # of 2 (x / reach)^2 - 1
         degree, points = 2 * degree + 1, fitted.curve.reach * np.sqrt((points + 1) / 2)
         y += points / 2
+        assert stage.tolerance <= (CLOSE[degree] or 0.03) * size
     else:
         assert stage.interval == inputs
+        assert stage.tolerance == pytest.approx((CLOSE[degree] or 0.03) * size)
     assert stage.error == pytest.approx(np.abs(y - activation(name)(points)).max(), rel=0.05)
-    size = np.abs(activation(name)(np.linspace(*inputs, POINTS))).max()
-    assert stage.error <= stage.tolerance == pytest.approx((CLOSE[degree] or 0.03) * size)
+    assert stage.error <= stage.tolerance
 
 
 @settings(max_examples=25, deadline=None)

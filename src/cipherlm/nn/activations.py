@@ -24,12 +24,14 @@ GUARD = 0.25
 
 CLOSE = {31: 2e-5, 63: 1e-3, 127: 0.0}
 """The degrees of the polynomials (five levels, six, or all seven that a refresh gives), and the error next to
-the largest value of an activation with which each is enough. A square and half the degree are cheaper than
-each, and dearer than the one before.
+the largest value of an activation with which each is enough.
 
 Activations cost the most precision. With 3e-4 for degree 31 the embedded model has the clear model's
 likeliest token at 98 % of positions (``cipherlm evaluate``), and SmolLM2 with 1e-3 at 99.4 %.
 """
+
+AS_CLOSE = 2.0
+"""How many times the error of a polynomial a cheaper way may have, unless that is enough for any degree."""
 
 STRAIGHT = 1e-12
 """How far from a line, next to its values, the odd part of a function may be to count as one."""
@@ -179,21 +181,20 @@ class FittedGate(Fitted):
 def fitted_curve(inputs: Interval, function: Function) -> Curve:
     """Return the cheapest polynomial of an activation for inputs in an interval.
 
-    Smooth ones do with the least degree of :data:`CLOSE`; a kink, as in ReLU, takes the highest. Raises
+    Smooth ones do with the least degree of :data:`CLOSE`; a kink, as in ReLU, takes the highest. A square and
+    half of the degree, where that is about as close, are cheaper and take as many levels. Raises
     ``ValueError`` where the error is above :data:`COARSEST` even then, as on an interval that is wide next to
     what the function does there.
     """
     size = approximation.largest(function, inputs)
     for degree, close in CLOSE.items():
         tolerance = (close or COARSEST) * size
-        even = _even_curve(inputs, function, degree // 2, tolerance)
-        if even is not None and even.polynomial.error <= tolerance:
-            return even
         polynomial = approximation.minimax(function, inputs, degree, guard=GUARD)
         curve = Curve(Approximation.of(polynomial, function, inputs, tolerance))
         error = curve.polynomial.error
         if error <= tolerance:
-            return curve
+            enough = min(tolerance, max(AS_CLOSE * error, CLOSE[31] * size))
+            return _even_curve(inputs, function, degree // 2, enough) or curve
     raise ValueError(
         f"the activation has no polynomial of degree {degree} on inputs from {inputs[0]:.3g} to "
         f"{inputs[1]:.3g}: error {error:.2g}, values up to {size:.2g}"
@@ -201,7 +202,10 @@ def fitted_curve(inputs: Interval, function: Function) -> Curve:
 
 
 def _even_curve(inputs: Interval, function: Function, degree: int, tolerance: float) -> EvenCurve | None:
-    """Return the polynomial of the even part, or None where the rest is no multiple of the input."""
+    """Return the polynomial of the even part.
+
+    None where the rest is no multiple of the input, or where the error is above ``tolerance``.
+    """
     far = max(-inputs[0], inputs[1])
     reach = far + GUARD * (inputs[1] - inputs[0])
     x = np.linspace(0, reach, 1001)
@@ -223,7 +227,7 @@ def _even_curve(inputs: Interval, function: Function, degree: int, tolerance: fl
         (-1.0, 2 * (far / reach) ** 2 - 1),
         tolerance,
     )
-    return EvenCurve(polynomial, slope, reach)
+    return EvenCurve(polynomial, slope, reach) if polynomial.error <= tolerance else None
 
 
 def activation(name: Any) -> Function:
