@@ -22,7 +22,7 @@ from cipherlm.nn.tensor import T, depth
 GUARD = 0.25
 """How far outside their interval, in its lengths, polynomials stay near the function."""
 
-CLOSE = {31: 2e-5, 63: 1e-3, 127: 0.0}
+CLOSE = {31: 2e-5, 63: 3e-4, 127: 0.0}
 """The degrees of the polynomials (five levels, six, or all seven that a refresh gives), and the error next to
 the largest value of an activation with which each is enough.
 
