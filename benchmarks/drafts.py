@@ -1,12 +1,13 @@
 """Count the tokens that a draft gives for each pass of a whole encrypted chat model, on unseen chats.
 
     python benchmarks/drafts.py DRAFT_DIR
-    python benchmarks/drafts.py DRAFT_DIR --lengths 2 4 6 --mode simulate --json
+    python benchmarks/drafts.py DRAFT_DIR --worthwhile 0 0.6 1 --mode simulate --json
 
 DRAFT_DIR has a draft head (training/train_draft.py) or a small model of the same tokenizer. Chats are those
 of the package that nothing was calibrated on. They are answered by `generate` with drafts of each length, in
 the arithmetic of ciphertexts on clear numbers, and each answer must be the one without drafts. Seconds are
-calculated from the passes, with what a pass of one token and each further token take on a server.
+calculated from what a pass of one token and one of several take on a server: these cost the same for any
+number up to eight.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def measured(
     """Return tokens a pass behind the prompt's, and the seconds that follow."""
     tokens = sum(len(answer) - 1 for answer, _ in drafted)
     passes = [count for _, counts in drafted for count in counts]
-    seconds = sum(options.pass_seconds + options.token_seconds * (count - 1) for count in passes)
+    seconds = sum(options.one_seconds if count == 1 else options.several_seconds for count in passes)
     return {
         "equal_answers": sum(answer == same for (answer, _), same in zip(drafted, plain, strict=True)),
         "answers": len(plain),
@@ -65,7 +66,7 @@ def measured(
 
 
 def main() -> int:
-    """Print a row for each length of drafts."""
+    """Print a row for each number of tokens that a head has to expect."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,10 +75,14 @@ def main() -> int:
     parser.add_argument("--chats", type=Path, help="JSONL file of chats (default: the package's)")
     parser.add_argument("--limit", type=int, help="only the first chats")
     parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4], help="tokens of a draft (default: 4)")
+    parser.add_argument(
+        "--worthwhile", type=float, nargs="+", help="tokens that a head has to expect, or it proposes none"
+    )
     parser.add_argument("--mode", choices=("disable", "simulate"), default="disable")
-    parser.add_argument("--pass-seconds", type=float, default=27.7, help="what a pass of one token takes")
-    parser.add_argument("--token-seconds", type=float, default=1.4, help="what each further token takes")
+    parser.add_argument("--one-seconds", type=float, default=27.7, help="what a pass of one token takes")
+    parser.add_argument(
+        "--several-seconds", type=float, default=43.4, help="what one of several tokens takes"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
@@ -89,20 +94,22 @@ def main() -> int:
     model.set_fhe_mode(options.mode)
     plain = [answer for answer, _ in answers(model, tokenizer, prompts, options.max_new_tokens)]
     rows, equal = {}, True
-    for length in options.lengths:
-        draft.generation_config.num_assistant_tokens = length
+    for least in options.worthwhile or [getattr(draft, "worthwhile", 0.0)]:
+        draft.worthwhile = least
         drafted = answers(model, tokenizer, prompts, options.max_new_tokens, draft)
-        row = rows[length] = measured(plain, drafted, options)
+        row = rows[least] = measured(plain, drafted, options)
         equal = equal and row["equal_answers"] == row["answers"]
         if not options.json:
             print(
-                f"drafts of {length}: {row['tokens_per_pass']:.2f} tokens a pass ({row['tokens']} in "
+                f"expecting {least}: {row['tokens_per_pass']:.2f} tokens a pass ({row['tokens']} in "
                 f"{row['passes']}), calculated {row['calculated_seconds_per_token']:.1f} s a token; "
                 f"{row['equal_answers']} of {row['answers']} answers as without drafts",
                 flush=True,
             )
     if options.json:
-        json.dump({"mode": options.mode, "model": options.model, "by_length": rows}, sys.stdout, indent=1)
+        json.dump(
+            {"mode": options.mode, "model": options.model, "by_least_expected": rows}, sys.stdout, indent=1
+        )
         print()
     return 0 if equal else 1
 

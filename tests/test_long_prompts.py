@@ -118,7 +118,7 @@ class Oracle(DraftHead):
 
     def __init__(self, kind, right=10):
         super().__init__(head(kind).config)
-        self.clear, self.right, self.calls = clear_model(kind), right, 0
+        self.clear, self.right, self.calls, self.worthwhile = clear_model(kind), right, 0, 0.0
         self.base, self.first = architecture_of(kind), PREFIXES[kind][0]
 
     def forward(self, features, embeddings):
@@ -137,9 +137,16 @@ class Oracle(DraftHead):
 def test_a_head_reads_last_hidden_states(kind):
     """Drafts begin behind the prompt's pass. What a head gets wrong is taken back, and changes no text."""
     passes = [drafted(kind, "simulate", 9, 16, assistant_model=Oracle(kind, right)) for right in (10, 6, 0)]
-    assert passes[0] == 4  # the prompt's, and three of five tokens
+    assert passes[0] == 3  # the prompt's, and two of eight tokens
     assert passes[0] < passes[1] < passes[2] == 16
     assert drafted(kind, "simulate", 9, 16, assistant_model=head(kind)) > 8
+
+
+def test_a_head_that_expects_little_proposes_nothing():
+    oracle = Oracle("gpt2")
+    oracle.worthwhile = 7.1
+    assert drafted("gpt2", "simulate", 9, 6, assistant_model=oracle) == 6
+    assert oracle.calls > 0
 
 
 def test_a_head_in_a_conversation():
@@ -183,7 +190,7 @@ def test_a_head_needs_the_whole_model():
 
 
 def test_a_head_on_ciphertexts():
-    assert drafted("gpt2", "execute", 10, 7, assistant_model=Oracle("gpt2")) == 3
+    assert drafted("gpt2", "execute", 10, 7, assistant_model=Oracle("gpt2")) == 2
 
 
 @pytest.mark.parametrize("kind", PREFIXES)

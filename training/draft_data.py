@@ -1,9 +1,10 @@
 """Write conversations for training a draft: a chat model asks, and answers its own questions.
 
 The model samples what users say behind the user's header of its chat template, and answers greedily.
-Questions start with openings and words of its vocabulary, so that they differ. Conversations that come with
-the package are left out: drafts are measured on them. Each batch is a file, with the features that the
-output layer read: hidden states behind the final normalisation. A directory that has some gets more.
+Questions start with openings and words of its vocabulary, so that they differ; a share of them are forms with
+such words, which cost nothing to write. Conversations that come with the package are left out: drafts are
+measured on them. Each batch is a file, with the features that the output layer read: hidden states behind the
+final normalisation. A directory that has some gets more.
 
 Example: python training/draft_data.py chats --chats 4000
 """
@@ -51,6 +52,52 @@ OPENINGS = (
         "Help me",
     ),
     *("Summarize", "Translate", "Rewrite", "Correct", "Recommend", "Define", "Solve", "Calculate", "Convert"),
+)
+
+FORMS = (
+    *(
+        "What is {}?",
+        "What does {} mean?",
+        "Explain {} to a child.",
+        "Why is {} important?",
+        "Who invented {}?",
+    ),
+    *("What is the difference between {} and {}?", "How does {} work?", "Tell me about {}.", "Define {}."),
+    *(
+        "How do I choose {} for my {}?",
+        "Give me three tips about {}.",
+        "Write a short story about {} and {}.",
+    ),
+    *(
+        "Write a poem about {}.",
+        "Is {} good for {}?",
+        "What are the benefits of {}?",
+        "List five kinds of {}.",
+    ),
+    *(
+        "I am worried about my {}. What should I do?",
+        "How can I learn {} quickly?",
+        "Suggest a name for a {}.",
+    ),
+    *("My {} is broken. How do I fix it?", "Write an e-mail to my boss about {}.", "What rhymes with {}?"),
+    *("Can you recommend a book about {}?", "Translate {} into French.", "Use {} in a sentence."),
+    *(
+        "Plan a day with {} and {}.",
+        "How long does {} take?",
+        "What is the history of {}?",
+        "Compare {} and {}.",
+    ),
+    *(
+        "Write a Python function that counts {}.",
+        "How much does {} cost?",
+        "Summarize what you know about {}.",
+    ),
+    *("What should I say to somebody who likes {}?", "When should I use {} instead of {}?", "Where is {}?"),
+    *(
+        "What are common mistakes with {}?",
+        "Write a product description for {}.",
+        "Is it safe to mix {} and {}?",
+    ),
 )
 
 
@@ -109,9 +156,13 @@ def questions(model: Any, tokenizer: Any, args: argparse.Namespace, source: rand
     """Yield what users might say."""
     known = {m["content"].lower() for chat in calibration_chats() + evaluation_chats() for m in chat}
     head, end = public_head(tokenizer), model.config.eos_token_id
+    vocabulary = words(tokenizer)
     while True:
+        for _ in range(round(args.batch_size * 4 * args.forms)):
+            form = source.choice(FORMS)
+            yield form.format(*source.choices(vocabulary, k=form.count("{}")))
         # Beginnings of one length go together, so that there is little padding.
-        beginnings = sorted(starts(tokenizer, args.batch_size * 8, source), key=len)
+        beginnings = sorted(starts(tokenizer, round(args.batch_size * 8 * (1 - args.forms)), source), key=len)
         for first in range(0, len(beginnings), args.batch_size):
             given = [
                 [*head, *tokenizer(text).input_ids] for text in beginnings[first : first + args.batch_size]
@@ -158,6 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--question-tokens", type=int, default=40, help="longer questions are dropped")
     parser.add_argument("--answer-tokens", type=int, default=64, help="where answers are cut off")
+    parser.add_argument("--forms", type=float, default=0.5, help="share of questions made of forms")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

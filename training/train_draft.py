@@ -202,14 +202,10 @@ def kept_tokens(head: DraftHead, model: Any, texts: list[Text], steps: int) -> l
     return [count / drafts for count in right]
 
 
-def told(shares: list[float], pass_seconds: float, token_seconds: float) -> str:
-    """Say what drafts of so many tokens give for each pass, and what a token then takes."""
-    lengths = []
-    for count in range(1, len(shares) + 1):
-        tokens = 1 + sum(shares[:count])
-        seconds = (pass_seconds + token_seconds * count) / tokens
-        lengths.append(f"{count}: {tokens:.2f} ({seconds:.1f} s)")
-    return f"first token right {shares[0]:.0%}; tokens a pass by length of drafts {', '.join(lengths)}"
+def told(shares: list[float]) -> str:
+    """Say how much of drafts is right, and what they give for each pass."""
+    right = ", ".join(f"{share:.0%}" for share in shares)
+    return f"first tokens right {right}; {1 + sum(shares):.2f} tokens a pass"
 
 
 def train(head: DraftHead, model: Any, texts: list[Text], held: list[Text], args: argparse.Namespace) -> None:
@@ -242,7 +238,7 @@ def train(head: DraftHead, model: Any, texts: list[Text], held: list[Text], args
         head.train(False)
         head.save_pretrained(args.out_dir)
         shares = kept_tokens(head, model, held, args.most)
-        print(f"epoch {epoch}: {told(shares, args.pass_seconds, args.token_seconds)}", flush=True)
+        print(f"epoch {epoch}: {told(shares)}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -269,8 +265,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=24, help="tokens that all chats start with")
     parser.add_argument("--held-out", type=int, default=100, help="conversations to measure on")
     parser.add_argument("--most", type=int, default=7, help="tokens of a draft that is measured")
-    parser.add_argument("--pass-seconds", type=float, default=27.7, help="what a pass of one token takes")
-    parser.add_argument("--token-seconds", type=float, default=1.4, help="what each further token takes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -290,7 +284,7 @@ def main() -> None:
     held = [texts[i] for i in order[: args.held_out]]
     rest = [texts[i] for i in order[args.held_out :]]
     head = DraftHead.from_pretrained(args.start) if args.start else new_head(model, rest)
-    print(f"before: {told(kept_tokens(head, model, held, args.most), args.pass_seconds, args.token_seconds)}")
+    print(f"before: {told(kept_tokens(head, model, held, args.most))}")
     train(head, model, rest, held, args)
 
 

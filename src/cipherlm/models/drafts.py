@@ -15,11 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cipherlm.models.eagle import CONFIG_NAME, DraftHead
+from cipherlm.models.eagle import CONFIG_NAME, DRAFT_TOKENS, DraftHead
 from cipherlm.models.loading import load_model
-
-DRAFT_TOKENS = 4
-"""How many tokens a draft of a bundle proposes at once, if it is a model of transformers."""
 
 
 def load_draft(directory: str | os.PathLike[str], config: Any) -> Any:
@@ -38,7 +35,7 @@ def load_draft(directory: str | os.PathLike[str], config: Any) -> Any:
                 f"model's is {ours}. A draft needs the model's own tokenizer"
             )
     if not head:
-        # By default, transformers proposes up to 20 tokens: each costs an encrypted model something.
+        # By default, transformers proposes up to 20 tokens, and fewer where the assistant is not sure.
         draft.generation_config.num_assistant_tokens = DRAFT_TOKENS
         draft.generation_config.assistant_confidence_threshold = 0.0
     return draft
