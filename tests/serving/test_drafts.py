@@ -195,7 +195,8 @@ def test_drafts_and_hidden_lengths(verb, capsys):
 
 
 def test_draft_without_a_server(capsys):
-    assert main(["generate", "A", "--draft"]) == 2
-    assert "--draft goes with --server" in capsys.readouterr().err
+    for verb in ("generate", "chat"):
+        assert main([verb, "A", "--draft"]) == 2
+        assert "--draft goes with --server" in capsys.readouterr().err
     assert main(["export", "tiny", "nowhere", "--target-modules", "linear", "--draft", "tiny"]) == 2
     assert "--draft is for blocks on ciphertexts" in capsys.readouterr().err

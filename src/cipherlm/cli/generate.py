@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_server_options(options: argparse.Namespace) -> None:
     """Refuse what a client's bundle settles, and what needs a server where there is none."""
     if not options.server:
-        for name in [*server_options_given(options), *(["--draft"] if options.draft else [])]:
+        for name in server_options_given(options):
             raise UsageError(f"{name} goes with --server")
         return
     settled = (

@@ -129,6 +129,7 @@ def server_options_given(options: argparse.Namespace) -> list[str]:
         "passphrase_file",
         "ask_passphrase",
         "reveal_length",
+        "draft",
     )
     return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
 
@@ -140,6 +141,10 @@ def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel |
     if options.bundle:
         bundle = Bundle.read(options.bundle, "client")
         # Before keys are made and sent, which takes a while.
+        if getattr(options, "draft", False) and bundle.is_linear:
+            raise UsageError(
+                "--draft is for blocks on ciphertexts: with linear layers, use --prompt-lookup N"
+            )
         if getattr(options, "draft", False) and not bundle.has_draft:
             raise UsageError(_NO_DRAFT)
         if bundle.is_linear:
