@@ -175,14 +175,16 @@ def test_a_bundle_whose_draft_is_damaged(tmp_path):
 def test_the_verbs(tmp_path, capsys):
     asked = ["generate", small.PROMPT, "--max-new-tokens", str(NEW_TOKENS), "--json"]
     clear = small.tokenizer().decode([*small.prompt_ids()[0], *small.continuation(count=NEW_TOKENS)])
+    bundles_of = [str(exported("model") / "client"), str(small.exported("all") / "client")]
     with small.serving("all", tmp_path) as (url, _):
+        capsys.readouterr()  # what making them has printed
         server = ["--server", url, "--keys", small.unused(), "--reveal-length", "--draft", "--bundle"]
-        assert main([*asked, *server, str(exported("model") / "client")]) == 0
+        assert main([*asked, *server, bundles_of[0]]) == 0
         figures = json.loads(capsys.readouterr().out)
         assert figures["text"] == clear
         assert figures["passes"] < NEW_TOKENS
         for verb in (asked, ["chat", "Hello"], ["proxy"]):
-            assert main([*verb, *server, str(small.exported("all") / "client")]) == 2
+            assert main([*verb, *server, bundles_of[1]]) == 2
             assert "has no draft. The model's owner adds one" in capsys.readouterr().err
 
 
