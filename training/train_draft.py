@@ -251,7 +251,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="the chat model (default: smollm2)")
     parser.add_argument("--start", type=Path, help="go on from this head")
     parser.add_argument("--epochs", type=float, default=8.0)
-    parser.add_argument("--batch-size", type=int, default=16, help="conversations a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the cosine schedule")
     parser.add_argument("--warm-up", type=int, default=50, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.01)
