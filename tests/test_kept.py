@@ -5,6 +5,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cipherlm import load_model
+from cipherlm.linear.prefix import public_prefix_cache
 from cipherlm.models.kept import KeptCache, in_common
 
 
@@ -73,3 +74,25 @@ def test_in_common():
     assert in_common([1, 2, 3], [1, 2, 4]) == 2
     assert in_common([1, 2], [1, 2, 4]) == 2
     assert in_common([], [1]) == 0
+
+
+def test_drafts_in_a_text_that_goes_on(model, read):
+    """Assisted decoding reads only what is new, too, and the text is the same as without."""
+    ids, drafts = [500, 600, 700, 500, 600, 700, 500, 600], {"prompt_lookup_num_tokens": 3}
+    kept = KeptCache(model)
+    first = kept.generate(ids, max_new_tokens=5, do_sample=False, **drafts)
+    following, proposed = [*first, 500, 600], 3
+    read.clear()
+    second = kept.generate(following, max_new_tokens=6, do_sample=False, **drafts)
+    assert read[0] <= len(following) - kept.shared(first) + proposed
+    assert first == plain(model, ids, 5)
+    assert second == plain(model, following, 6)
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+def test_drafts_behind_a_public_prefix(model):
+    ids = torch.tensor([500, 600, 700, 500, 600, 700, 500, 600, 700, 500, 600])
+    prefix = public_prefix_cache(model, ids[:4])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    proposed = prefix.generate(model, ids[None, 4:], prompt_lookup_num_tokens=3, **options)
+    assert proposed[0].tolist() == plain(model, ids.tolist(), 8)

@@ -10,6 +10,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 from transformers.generation.streamers import BaseStreamer
 
 from cipherlm import EncryptionConfig, get_encrypted_model
+from cipherlm.linear.prefix import cache_name
+from cipherlm.models.architecture import architecture_of
+from cipherlm.models.eagle import DraftHead
 
 VOCABULARY, PROMPT = 60, 22
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "initializer_range": 0.5}
@@ -100,6 +103,94 @@ def drafted(kind, mode, tokens, new, **drafts):
         encrypted.set_fhe_mode("execute")
     assert torch.equal(got, want)
     return counted.passes
+
+
+def head(kind, seed=5):
+    """Return a draft head that has learned nothing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DraftHead(LlamaConfig(**COMMON, **sizes, max_position_embeddings=64))
+
+
+class Oracle(DraftHead):
+    """A head that knows the clear model, and is right in so many of ten drafts."""
+
+    def __init__(self, kind, right=10):
+        super().__init__(head(kind).config)
+        self.clear, self.right, self.calls, self.worthwhile = clear_model(kind), right, 0, 0.0
+        self.base, self.first = architecture_of(kind), PREFIXES[kind][0]
+
+    def forward(self, features, embeddings):
+        self.calls += 1
+        table = self.clear.get_submodule(self.base.embedding).weight
+        ids = torch.cdist(embeddings[0], table).argmin(-1)
+        true = self.clear(torch.cat([ids.new_tensor([self.first]), ids])[None], output_hidden_states=True)
+        following = true.hidden_states[-1][:, 1:]
+        # What came from evaluations is what the clear model has, up to the error of the arithmetic.
+        known = min(features.shape[1], following.shape[1]) - 8
+        assert (features[:, 1:known] - following[:, : known - 1]).abs().max() < 0.05 * following.abs().max()
+        return following if self.calls % 10 < self.right else -following
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_head_reads_last_hidden_states(kind):
+    """Drafts begin behind the prompt's pass. What a head gets wrong is taken back, and changes no text."""
+    passes = [drafted(kind, "simulate", 9, 16, assistant_model=Oracle(kind, right)) for right in (10, 6, 0)]
+    assert passes[0] == 3  # the prompt's, and two of eight tokens
+    assert passes[0] < passes[1] < passes[2] == 16
+    assert drafted(kind, "simulate", 9, 16, assistant_model=head(kind)) > 8
+
+
+def test_a_head_that_expects_little_proposes_nothing():
+    oracle = Oracle("gpt2")
+    oracle.worthwhile = 7.1
+    assert drafted("gpt2", "simulate", 9, 6, assistant_model=oracle) == 6
+    assert oracle.calls > 0
+
+
+def test_a_head_in_a_conversation():
+    """A cache that is kept has hidden states of the turn before."""
+    encrypted, cache = model("gpt2"), DynamicCache()
+    encrypted.set_fhe_mode("simulate")
+    ids, oracle = prompt("gpt2", 9), Oracle("gpt2")
+    for _turn in range(2):
+        options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        want = clear_model("gpt2").generate(ids, **options)
+        got = encrypted.generate(ids, assistant_model=oracle, **{cache_name(encrypted): cache}, **options)
+        assert torch.equal(got, want)
+        ids = torch.cat([got, ids.new_tensor([[7, 8, 9]])], dim=1)
+    encrypted.set_fhe_mode("execute")
+    assert oracle.calls > 4
+
+
+def test_sampling_with_a_head_keeps_the_distribution():
+    """A token of a draft stays if it is the one that was drawn."""
+    encrypted, ids, drawn = model("gpt2"), prompt("gpt2", 9), []
+    encrypted.set_fhe_mode("disable")
+    for drafts in ({}, {"assistant_model": Oracle("gpt2")}):
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": True, "top_k": 2}
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            texts = [tuple(encrypted.generate(ids, **drafts, **options)[0, -3:].tolist()) for _ in range(60)]
+        drawn.append(texts)
+    encrypted.set_fhe_mode("execute")
+    for place in range(3):
+        counts = [{text[: place + 1] for text in texts} for texts in drawn]
+        common = max(counts[0] | counts[1], key=lambda start: sum(t[: place + 1] == start for t in drawn[0]))
+        shares = [sum(t[: place + 1] == common for t in texts) / len(texts) for texts in drawn]
+        assert abs(shares[0] - shares[1]) < 0.3
+
+
+def test_a_head_needs_the_whole_model():
+    encrypted = get_encrypted_model(clear_model("gpt2"), EncryptionConfig("transformer.h.0", scheme="ckks"))
+    encrypted.calibrate([torch.arange(1, 30)])
+    with pytest.raises(ValueError, match="all blocks encrypted"):
+        encrypted.generate(prompt("gpt2", 9), max_new_tokens=3, assistant_model=head("gpt2"))
+
+
+def test_a_head_on_ciphertexts():
+    assert drafted("gpt2", "execute", 10, 7, assistant_model=Oracle("gpt2")) == 2
 
 
 @pytest.mark.parametrize("kind", PREFIXES)

@@ -296,13 +296,13 @@ def test_proposals(model, tokenizer):
         return model.generate(ids, **options)
 
     spy = SimpleNamespace(config=model.config, generate=generate)
-    with pytest.raises(ValueError, match="needs reveal_length"):
-        create_proxy(spy, tokenizer, name="tiny", prompt_lookup=3)
+    with pytest.raises(ValueError, match="need reveal_length"):
+        create_proxy(spy, tokenizer, name="tiny", drafts={"prompt_lookup_num_tokens": 3})
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
     with served(model, tokenizer) as url, openai_client(url) as client:
         plain = client.completions.create(**asked)
     with (
-        served(spy, tokenizer, prompt_lookup=3, reveal_length=True) as url,
+        served(spy, tokenizer, drafts={"prompt_lookup_num_tokens": 3}, reveal_length=True) as url,
         openai_client(url) as client,
     ):
         proposed = client.completions.create(**asked)

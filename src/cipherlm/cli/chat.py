@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cipherlm.cli import CommandError, UsageError
 from cipherlm.cli.common import add_json_option, positive_integer, quiet_libraries, write_json
 from cipherlm.cli.server_options import (
-    add_prompt_lookup_option,
+    add_draft_options,
     add_reveal_length_option,
     add_server_options,
-    check_prompt_lookup,
+    check_drafts,
     connect,
+    drafts_of,
     server_options_given,
 )
 from cipherlm.cli.whole import CONTEXT, whole_chat_model
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server_options(parser, required=False)
     add_reveal_length_option(parser)
-    add_prompt_lookup_option(parser)
+    add_draft_options(parser)
     add_json_option(parser)
 
 
@@ -99,14 +100,15 @@ def run(options: argparse.Namespace) -> None:
         for name in ("model", "placement", "context"):
             if getattr(options, name):
                 raise UsageError(f"--{name} was settled when the model was exported: leave it out")
-    check_prompt_lookup(options)
+    check_drafts(options)
     if options.context and options.placement == "linear":
         raise UsageError("--context is for the placement whole: linear layers take a text of any length")
     options.max_new_tokens = options.max_new_tokens or MOST_NEW_TOKENS
     turns = []
     with quiet_libraries(), _conversation(options) as chat:
+        drafts = drafts_of(options, chat.model)
         for text in _questions(options):
-            turn = _answer(chat, text, options)
+            turn = _answer(chat, text, options, drafts)
             turns.append({"question": text, "answer": turn.text, **_costs(turn)})
     if options.json:
         write_json({"turns": turns})
@@ -172,14 +174,12 @@ def _questions(options: argparse.Namespace) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(chat: Chat, text: str, options: argparse.Namespace) -> Turn:
+def _answer(chat: Chat, text: str, options: argparse.Namespace, drafts: dict[str, Any]) -> Turn:
     def show(piece: str) -> None:
         if not options.json:
             print(piece, end="", flush=True)
 
-    choice: dict[str, Any] = {"reveal_length": True} if options.reveal_length else {}
-    if options.prompt_lookup:
-        choice["prompt_lookup_num_tokens"] = options.prompt_lookup
+    choice = {**drafts, **({"reveal_length": True} if options.reveal_length else {})}
     try:
         turn = chat.reply(text, max_new_tokens=options.max_new_tokens, on_text=show, **choice)
     except ValueError as error:

@@ -82,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="linear layers: let clients have gradients too, which takes twice the matrices",
     )
+    parser.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        help="put a draft into the clients' bundle, for several tokens a pass (their --draft): a directory "
+        "with a small model of the same tokenizer, or with a draft head",
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the model for clients (default: MODEL)")
     add_calibration_option(parser)
     add_json_option(parser)
@@ -118,6 +124,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     progress = TerminalProgress()
     tokenizer = load_tokenizer(options.model)
     name = options.name or Path(options.model).name
+    draft = _draft(options)
     linear = _linear_layers(options)
     if linear is not None:
         from cipherlm.serving.linear_bundle import export_linear
@@ -136,8 +143,20 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     model = _whole_chat_model(options, tokenizer, progress) or load_encrypted(options, progress)
     _READY[model.encryption_config.scheme](model, options, tokenizer, progress)
     with progress("writing bundles"):
-        description = export(model, root, tokenizer, name=name)
+        description = export(model, root, tokenizer, name=name, draft=draft)
     return _told(root, description)
+
+
+def _draft(options: argparse.Namespace) -> Any:
+    """Return the draft for the bundle, or None. What cannot be is refused before the model is loaded."""
+    from cipherlm.models.drafts import load_draft
+    from cipherlm.models.loading import load_config
+
+    if options.draft is None:
+        return None
+    if configured(options).is_linear or options.scheme == "tfhe":
+        raise UsageError("--draft is for blocks on ciphertexts (CKKS): leave it out")
+    return load_draft(options.draft, load_config(options.model))
 
 
 def _ready_ckks(model: Any, options: argparse.Namespace, tokenizer: Any, progress: TerminalProgress) -> None:

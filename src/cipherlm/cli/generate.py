@@ -27,11 +27,12 @@ from cipherlm.cli.common import (
     write_json,
 )
 from cipherlm.cli.server_options import (
-    add_prompt_lookup_option,
+    add_draft_options,
     add_reveal_length_option,
     add_server_options,
-    check_prompt_lookup,
+    check_drafts,
     connect,
+    drafts_of,
     server_options_given,
 )
 from cipherlm.progress import TerminalProgress
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration_option(parser)
     add_server_options(parser, required=False)
     add_reveal_length_option(parser)
-    add_prompt_lookup_option(parser)
+    add_draft_options(parser)
     add_json_option(parser)
 
 
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is about drawing: add --sample")
     existing_file(options.calibration)
     _check_server_options(options)
-    check_prompt_lookup(options)
+    check_drafts(options)
     with quiet_libraries():
         result = _generate_at_server(options) if options.server else _generate(options)
     if options.json:
@@ -235,7 +236,7 @@ def _continued(
         options.top_k or 50,
         options.seed or 0,
     )
-    stream = TokenStream(tokenizer, show)
+    stream, drafts = TokenStream(tokenizer, show), drafts_of(options, model)
     generated = generate(
         model,
         ids,
@@ -243,9 +244,9 @@ def _continued(
         stream=stream,
         sampling=sampling,
         reveal_length=options.reveal_length,
-        prompt_lookup=options.prompt_lookup,
+        drafts=drafts,
     )
-    if options.prompt_lookup and sys.stderr.isatty():
+    if drafts and sys.stderr.isatty():
         print(f"{len(stream.tokens)} tokens in {stream.passes} passes", file=sys.stderr)
     return {
         "model": options.model,

@@ -20,10 +20,11 @@ from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer, quiet_libraries
 from cipherlm.cli.listening import add_tls_options, listen, port_argument, tls_files
 from cipherlm.cli.server_options import (
-    add_prompt_lookup_option,
+    add_draft_options,
     add_reveal_length_option,
     add_server_options,
-    check_prompt_lookup,
+    check_drafts,
+    drafts_of,
 )
 from cipherlm.cli.server_options import connect as open_remote
 from cipherlm.progress import TerminalProgress
@@ -100,14 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a reply when a request does not say (default: 16; in a chat what the context leaves)",
     )
     add_reveal_length_option(parser)
-    add_prompt_lookup_option(parser)
+    add_draft_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from cipherlm.serving.auth import is_loopback
 
-    check_prompt_lookup(options)
+    check_drafts(options)
     if not is_loopback(options.host) and not options.allow_remote:
         raise UsageError(
             f"{options.host} can be reached from other machines, and prompts are in the clear here: "
@@ -161,7 +162,7 @@ def serve(
         default_max_tokens=options.max_tokens,
         context_length=model.context_length,
         reveal_length=options.reveal_length,
-        prompt_lookup=options.prompt_lookup or 0,
+        drafts=drafts_of(options, model),
     )
     certfile, keyfile = tls
     url = f"http{'s' if certfile else ''}://{host}:{listener.getsockname()[1]}/v1"

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cipherlm.cli import UsageError
 from cipherlm.cli.common import positive_integer
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from cipherlm.progress import Progress
     from cipherlm.serving.remote import RemoteModel
     from cipherlm.serving.remote_linear import RemoteLinearModel
+
+
+_NO_DRAFT = (
+    "--draft: the client's bundle has no draft. The model's owner adds one (cipherlm export --draft); "
+    "--prompt-lookup N needs none"
+)
 
 
 def add_server_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -66,25 +72,49 @@ def add_reveal_length_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prompt_lookup_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--prompt-lookup``."""
-    parser.add_argument(
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--draft`` and ``--prompt-lookup``."""
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--draft",
+        action="store_true",
+        help="propose tokens with the draft in the bundle, and verify them in one pass: the same text in "
+        "fewer passes. A server sees how many were right, so with one this needs --reveal-length",
+    )
+    drafts.add_argument(
         "--prompt-lookup",
         type=positive_integer,
         metavar="N",
-        help="propose up to N tokens that followed the last ones earlier in the text, and verify them in one "
-        "pass: the same text in fewer passes where it repeats itself. A server sees how many were right, so "
-        "with one this needs --reveal-length",
+        help="as --draft, with up to N tokens that followed the last ones earlier in the text: no draft is "
+        "needed, and it helps where a text repeats itself",
     )
 
 
-def check_prompt_lookup(options: argparse.Namespace) -> None:
-    """Refuse ``--prompt-lookup`` where the length of texts is hidden from a server."""
-    if options.prompt_lookup and options.server and not options.reveal_length:
-        raise UsageError(
-            "--prompt-lookup shows the server how many proposals are right, and so how long a text is: "
-            "add --reveal-length"
-        )
+def check_drafts(options: argparse.Namespace) -> None:
+    """Refuse drafts where the length of texts is hidden from a server."""
+    if not options.server or options.reveal_length:
+        return
+    for name in ("draft", "prompt_lookup"):
+        if getattr(options, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} shows the server how many proposals are right, and so how long "
+                "a text is: add --reveal-length"
+            )
+
+
+def drafts_of(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Return the options of ``generate`` with which tokens are proposed for a model, if any are.
+
+    Raises ``UsageError`` for ``--draft`` with a bundle that has none.
+    """
+    if options.prompt_lookup:
+        return {"prompt_lookup_num_tokens": options.prompt_lookup}
+    if not options.draft:
+        return {}
+    draft = getattr(model, "draft", None)
+    if draft is None:
+        raise UsageError(_NO_DRAFT)
+    return {"assistant_model": draft}
 
 
 def server_options_given(options: argparse.Namespace) -> list[str]:
@@ -99,6 +129,7 @@ def server_options_given(options: argparse.Namespace) -> list[str]:
         "passphrase_file",
         "ask_passphrase",
         "reveal_length",
+        "draft",
     )
     return ["--" + name.replace("_", "-") for name in names if getattr(options, name)]
 
@@ -107,8 +138,17 @@ def connect(options: argparse.Namespace, progress: "Progress") -> "RemoteModel |
     """Return the model at the server that the options name."""
     from cipherlm.serving.bundle import Bundle
 
-    if options.bundle and Bundle.read(options.bundle, "client").is_linear:
-        return _connect_linear(options, progress)
+    if options.bundle:
+        bundle = Bundle.read(options.bundle, "client")
+        # Before keys are made and sent, which takes a while.
+        if getattr(options, "draft", False) and bundle.is_linear:
+            raise UsageError(
+                "--draft is for blocks on ciphertexts: with linear layers, use --prompt-lookup N"
+            )
+        if getattr(options, "draft", False) and not bundle.has_draft:
+            raise UsageError(_NO_DRAFT)
+        if bundle.is_linear:
+            return _connect_linear(options, progress)
     from cipherlm.serving.key_use import BUDGET
     from cipherlm.serving.remote import RemoteModel
 

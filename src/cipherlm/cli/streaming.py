@@ -1,7 +1,7 @@
 """Tokens as they come out of ``generate``, with the time each took."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,12 @@ def generate(
     stream: TokenStream,
     sampling: Sampling | None = None,
     reveal_length: bool = False,
-    prompt_lookup: int | None = None,
+    drafts: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """Continue the token ids (1, tokens) and return all of them.
 
-    ``reveal_length`` is for a model at a server; see transformers' ``prompt_lookup_num_tokens``.
+    ``reveal_length`` is for a model at a server. ``drafts`` are the options of transformers' ``generate``
+    by which tokens are proposed, ``assistant_model`` or ``prompt_lookup_num_tokens``.
     """
     choice: dict[str, Any] = {"do_sample": False}
     if sampling is not None and sampling.sample:
@@ -74,8 +75,7 @@ def generate(
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     if reveal_length:
         choice["reveal_length"] = True
-    if prompt_lookup:
-        choice["prompt_lookup_num_tokens"] = prompt_lookup
+    choice.update(drafts or {})
     generated: torch.Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -64,12 +67,13 @@ class PublicPrefix:
         # generate repeats the texts for beams, and leaves a cache as it is given.
         given = options.get("generation_config") or model.generation_config
         copies = [options.get(name) or getattr(given, name, None) or 1 for name in _COPIES]
-        return model.generate(  # type: ignore[no-any-return]
-            torch.cat([prefix, input_ids], dim=1),
-            attention_mask=torch.cat([torch.ones_like(prefix), mask], dim=1),
-            **{cache_name(model): self.cache(model, rows * max(copies))},
-            **options,
-        )
+        with reading_new_tokens(model):
+            return model.generate(  # type: ignore[no-any-return]
+                torch.cat([prefix, input_ids], dim=1),
+                attention_mask=torch.cat([torch.ones_like(prefix), mask], dim=1),
+                **{cache_name(model): self.cache(model, rows * max(copies))},
+                **options,
+            )
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the prefix to a safetensors file."""
@@ -98,6 +102,38 @@ class PublicPrefix:
 
 
 _COPIES = ("num_beams", "num_return_sequences")
+
+
+@contextmanager
+def reading_new_tokens(model: Any) -> Iterator[None]:
+    """Let ``generate`` read only what its cache lacks of whole texts, for as long as the context lasts.
+
+    With drafts, some versions of transformers read all of a text at first, whatever is in the cache that they
+    were given. Does nothing for what is no model of transformers.
+    """
+    name = "prepare_inputs_for_generation"
+    prepare = getattr(model, name, None)
+    if prepare is None:
+        yield
+        return
+
+    @wraps(prepare)
+    def prepared(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache")
+        # Where a cut is there already it is right, as it is in versions without this argument.
+        if cache is not None and kwargs.get("next_sequence_length", 0) is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return prepare(input_ids, *args, **kwargs)
+
+    own = vars(model).get(name)
+    setattr(model, name, prepared)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)
 
 
 def cache_name(model: Any) -> str:

@@ -3,15 +3,42 @@
 transformers has this as assisted decoding (Leviathan, Kalman and Matias, "Fast inference from transformers
 via speculative decoding", 2023): ``generate(prompt_lookup_num_tokens=...)`` proposes what followed the last
 tokens earlier in the text (Saxena, "Prompt lookup decoding", 2023), ``generate(assistant_model=...)`` what a
-small model in the clear at the client goes on with. What a model generates greedily is the same with drafts
-and without.
+small model in the clear at the client goes on with, or a :class:`~cipherlm.models.eagle.DraftHead`. What a
+model generates greedily is the same with drafts and without.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from cipherlm.models.eagle import CONFIG_NAME, DRAFT_TOKENS, DraftHead
+from cipherlm.models.loading import load_model
+
+
+def load_draft(directory: str | os.PathLike[str], config: Any) -> Any:
+    """Return the draft in a directory, for a model of this configuration: a ``DraftHead``, or a causal model.
+
+    Raises ``FileNotFoundError`` if there is none, and ``ValueError`` if it is damaged or has another
+    vocabulary or, a head, another width.
+    """
+    head = Path(directory, CONFIG_NAME).is_file()
+    draft: Any = DraftHead.from_pretrained(directory) if head else load_model(directory)
+    for name in ("vocab_size", "hidden_size") if head else ("vocab_size",):
+        ours, theirs = getattr(config, name), getattr(draft.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the draft {os.fspath(directory)!r} is for another model: its {name} is {theirs}, and the "
+                f"model's is {ours}. A draft needs the model's own tokenizer"
+            )
+    if not head:
+        # By default, transformers proposes up to 20 tokens, and fewer where the assistant is not sure.
+        draft.generation_config.num_assistant_tokens = DRAFT_TOKENS
+        draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
 
 
 def drafts_asked(options: Mapping[str, Any], generation_config: Any) -> bool:

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cipherlm.linear.prefix import reading_new_tokens
 from cipherlm.models.architecture import architecture_of
 from cipherlm.models.config import EncryptionConfig
-from cipherlm.models.drafts import bounded_drafts, refuse_drafts
+from cipherlm.models.drafts import bounded_drafts, drafts_asked, refuse_drafts
+from cipherlm.models.eagle import DraftHead, HeadCandidates
 from cipherlm.models.length import at_full_length, evaluated_tokens
 from cipherlm.models.loading import load_model
-from cipherlm.models.modules import MODES, EncryptedModule, FheMode
+from cipherlm.models.modules import MODES, EncryptedModule, FheMode, cache_of
 from cipherlm.models.schemes import model_class_of
 from cipherlm.models.targets import match
 from cipherlm.progress import Progress, silent
@@ -115,13 +117,17 @@ class EncryptedModel(nn.Module):
         text before began as this one does. With ``reveal_length`` a generation ends with its text; see
         docs/security.md for what a server that cheats reads from that.
 
-        Drafts (``prompt_lookup_num_tokens``, ``assistant_model``) have at most :attr:`most_drafts` tokens.
-        Raises ``ValueError`` for drafts where lengths are not to be revealed.
+        Drafts (``prompt_lookup_num_tokens``, ``assistant_model``, which may be a ``DraftHead`` where all
+        blocks are encrypted) have at most :attr:`most_drafts` tokens. Raises ``ValueError`` for drafts where
+        lengths are not to be revealed.
         """
         own: Any = super()
         generate = own.generate
         if reveal_length or not self.is_elsewhere:
-            with bounded_drafts(kwargs, self.generation_config, self.most_drafts) as options:
+            if not drafts_asked(kwargs, self.generation_config):
+                return generate(*args, **kwargs)
+            bounded = bounded_drafts(kwargs, self.generation_config, self.most_drafts)
+            with bounded as options, reading_new_tokens(self):
                 return generate(*args, **options)
         refuse_drafts(kwargs, self.generation_config)
         self._longest = 0
@@ -261,6 +267,19 @@ class EncryptedModel(nn.Module):
         for module in self.encrypted_modules.values():
             # The last token is generated, but never read.
             module.check_ready(generation_config.max_length - 1)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what proposes drafts: transformers asks for it, and knows no heads."""
+        head, own = kwargs.get("assistant_model"), super()
+        if not isinstance(head, DraftHead):
+            return cast(Any, own)._get_candidate_generator(*args, **kwargs)
+        if not self.encryption_config.is_whole:
+            raise ValueError(
+                "a DraftHead reads last hidden states: it is for models with all blocks encrypted"
+            )
+        return HeadCandidates(
+            self, head, cache_of(kwargs["model_kwargs"]), kwargs["generation_config"].max_length
+        )
 
     def _checked_ids(self, calibration_ids: CalibrationIds) -> list[torch.Tensor]:
         """Return the calibration texts as a list of (n, tokens) batches."""

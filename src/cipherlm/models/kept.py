@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cipherlm.linear.prefix import PublicPrefix, cache_name
+from cipherlm.linear.prefix import PublicPrefix, cache_name, reading_new_tokens
 
 
 class KeptCache:
@@ -39,12 +39,13 @@ class KeptCache:
             self._cache.crop(-surplus)
         self._cached = self._cached[:kept]
         given = torch.tensor([list(ids)], device=self._model.device)
-        generated: list[int] = self._model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            **options,
-            **{cache_name(self._model): self._cache},
-        )[0].tolist()
+        with reading_new_tokens(self._model):
+            generated: list[int] = self._model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                **options,
+                **{cache_name(self._model): self._cache},
+            )[0].tolist()
         self._cached = generated[: self._cache.get_seq_length()]
         return generated
 

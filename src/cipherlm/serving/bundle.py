@@ -10,6 +10,7 @@
               config.json, model.safetensors       the model without the remote modules' weights
               encryption_config.json, tokenizer files
               remote.safetensors                   CKKS: what remote modules make of the public prefix
+              draft/                               a draft model or head, if the owner has put one there
               circuits/                            TFHE: scales and parameters
               linear_plan.json, remote_layers.json, public_prefix.safetensors   linear layers
 
@@ -43,6 +44,7 @@ LINEAR = "linear"
 """The placement of bundles that :mod:`cipherlm.serving.linear_bundle` writes."""
 STATE_NAME = "model.safetensors"
 CONSTANTS_NAME = "remote.safetensors"
+DRAFT_NAME = "draft"
 _MOST_BYTES = 4 << 20
 
 
@@ -104,6 +106,11 @@ class Bundle:
                 raise BundleError(f"{file} is missing or damaged: export the model or copy the bundle again")
 
     @property
+    def has_draft(self) -> bool:
+        """Whether a client's bundle has a draft."""
+        return any(name.startswith(f"{DRAFT_NAME}/") for name in self.about["files"])
+
+    @property
     def scheme(self) -> str:
         """The scheme of the encryption."""
         return str(self.about["scheme"])
@@ -120,10 +127,16 @@ class Bundle:
 
 
 def export(
-    model: EncryptedModel, directory: str | os.PathLike[str], tokenizer: Any, *, name: str
+    model: EncryptedModel,
+    directory: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    name: str,
+    draft: Any = None,
 ) -> dict[str, Any]:
     """Write a calibrated model (with TFHE, a compiled one) as ``server`` and ``client`` in a directory.
 
+    ``draft`` is what :func:`~cipherlm.models.drafts.load_draft` returns, for clients to propose tokens with.
     Returns the description that clients get from the server. Raises ``RuntimeError`` for a model that is not
     ready, and ``ValueError`` for a directory that is not empty.
     """
@@ -137,6 +150,8 @@ def export(
     model.encryption_config.save_pretrained(client)
     tokenizer.save_pretrained(client)
     _save_state(scheme.client_state(model), client / STATE_NAME)
+    if draft is not None:
+        draft.save_pretrained(client / DRAFT_NAME)
     common = {"scheme": model.encryption_config.scheme, "name": name, **about}
     seal(server, {**common, "party": "server"})
     description = load_hosted_model(server).description

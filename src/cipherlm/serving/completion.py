@@ -6,7 +6,7 @@ loop that asked for it, piece by piece.
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,8 +40,8 @@ class Settings:
     choices: int = 1
     reveal_length: bool = False
     """Let a generation end with its text, for the server to see."""
-    prompt_lookup: int = 0
-    """How many tokens to propose at most of what followed the last ones earlier in the text."""
+    drafts: Mapping[str, Any] = field(default_factory=dict)
+    """The options of ``generate`` by which tokens are proposed, such as ``assistant_model``."""
     strip: bool = False
     """Leave out the white space that the text begins with."""
 
@@ -232,7 +232,7 @@ def _complete_one(
         "stopping_criteria": StoppingCriteriaList([listener]),
         **_sampling(settings),
         **({"reveal_length": True} if settings.reveal_length else {}),
-        **({"prompt_lookup_num_tokens": settings.prompt_lookup} if settings.prompt_lookup else {}),
+        **settings.drafts,
     }
     if kept is not None:
         generated = torch.tensor(kept.generate(prompt.ids, **options))

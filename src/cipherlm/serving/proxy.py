@@ -8,7 +8,7 @@ loopback as their host, which stops DNS rebinding, and carry no foreign origin.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +61,7 @@ def create_proxy(
     default_max_tokens: int | None = None,
     context_length: int | None = None,
     reveal_length: bool = False,
-    prompt_lookup: int = 0,
+    drafts: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """Return an ASGI application that serves ``model`` as OpenAI's API does, under the name ``name``.
 
@@ -74,9 +74,9 @@ def create_proxy(
     A reply is given when its text ends. A model at a server is then asked on until the limit of tokens is
     reached, so that the server does not learn how long the text is; the next request waits for that. So it
     is behind a request whose client has gone. With ``reveal_length``, nothing is asked behind the end of a
-    text, and a request whose client has gone ends after its current token. With ``prompt_lookup``, so many
-    tokens that followed the last ones earlier in the text are proposed and verified together; that goes with
-    ``reveal_length`` only.
+    text, and a request whose client has gone ends after its current token. ``drafts`` are options of
+    ``generate`` by which tokens are proposed that are verified together (``assistant_model``,
+    ``prompt_lookup_num_tokens``); they go with ``reveal_length`` only.
 
     Endpoints: ``GET /v1/models``, ``GET /v1/models/{id}``, ``POST /v1/completions`` and
     ``POST /v1/chat/completions``. What cannot be honoured is refused with an error that names the field.
@@ -97,8 +97,8 @@ def create_proxy(
     """
     if allowed_hosts is None and not api_key:
         raise ValueError("an endpoint that answers to any host needs an API key, as it sees plaintext")
-    if prompt_lookup and not reveal_length:
-        raise ValueError("prompt_lookup shows a server how many proposals are right: it needs reveal_length")
+    if drafts and not reveal_length:
+        raise ValueError("drafts show a server how many proposals are right: they need reveal_length")
     keys = Tokens([("API key", api_key)] if api_key else [])
     proxy = _Proxy(
         model,
@@ -108,7 +108,7 @@ def create_proxy(
         default_max_tokens,
         context_length or _context_length(model),
         reveal_length,
-        prompt_lookup,
+        drafts or {},
         int(time.time()),
         # What is no model of transformers has no cache to keep.
         KeptCache(model, getattr(model, "public_prefix", None)) if hasattr(model, "forward") else None,
@@ -155,7 +155,7 @@ class _Proxy:
     default_max_tokens: int | None
     context_length: int
     reveal_length: bool
-    prompt_lookup: int
+    drafts: Mapping[str, Any]
     created: int
     kept: KeptCache | None
 
@@ -266,7 +266,7 @@ class _Proxy:
             stop=request.stop,
             choices=request.n,
             reveal_length=self.reveal_length,
-            prompt_lookup=self.prompt_lookup,
+            drafts=self.drafts,
         )
 
     async def _respond(

@@ -6,7 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -19,10 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from cipherlm.models.client import client_model
 from cipherlm.models.config import EncryptionConfig
+from cipherlm.models.drafts import load_draft
 from cipherlm.models.encrypted import EncryptedModel
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.progress import Progress, silent
 from cipherlm.serving.bundle import (
+    DRAFT_NAME,
     LINEAR,
     STATE_NAME,
     Bundle,
@@ -51,8 +53,9 @@ class RemoteModel:
         connection: Connection,
         name: str,
         keys: Keys | None = None,
+        bundle: Bundle | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer, self.name, self._bundle = model, tokenizer, name, bundle
         self._connection, self._keys = connection, keys
         # A connection that is still open would keep the interpreter from ending.
         self._ended = weakref.finalize(self, connection.close)
@@ -113,7 +116,21 @@ class RemoteModel:
         except BaseException:
             connection.close()
             raise
-        return cls(model, load_tokenizer(opened.directory), connection, str(opened.about["name"]), used)
+        tokenizer = load_tokenizer(opened.directory)
+        return cls(model, tokenizer, connection, str(opened.about["name"]), used, opened)
+
+    @cached_property
+    def draft(self) -> Any:
+        """The draft in the client's bundle, an ``assistant_model`` for :meth:`generate`, or None.
+
+        Raises ``BundleError`` for one that is damaged or of another model.
+        """
+        if self._bundle is None or not self._bundle.has_draft:
+            return None
+        try:
+            return load_draft(self._bundle.directory / DRAFT_NAME, self.config)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{self._bundle.directory} is damaged: {error}") from error
 
     @property
     def prefix(self) -> list[int]:

@@ -6,7 +6,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cipherlm.linear.model import load_client_model, load_groups
-from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix
+from cipherlm.linear.prefix import PREFIX_NAME, PublicPrefix, reading_new_tokens
 from cipherlm.models.chat import template_ids
-from cipherlm.models.drafts import refuse_drafts
+from cipherlm.models.drafts import drafts_asked, refuse_drafts
 from cipherlm.models.loading import load_tokenizer
 from cipherlm.progress import Progress, counted, silent
 from cipherlm.serving.bundle import Bundle, BundleError
@@ -203,7 +203,9 @@ class RemoteLinearModel:
         prefix = self._shared_prefix(input_ids, mask) if _keeps_no_cache(options) else None
         if prefix is None:
             model: Any = self.model
-            return model.generate(input_ids, **options)  # type: ignore[no-any-return]
+            drafted = drafts_asked(options, model.generation_config)
+            with reading_new_tokens(model) if drafted else nullcontext():
+                return model.generate(input_ids, **options)  # type: ignore[no-any-return]
         behind = len(prefix.ids)
         rest = {name: value for name, value in options.items() if name != "attention_mask"}
         mask = None if mask is None else mask[:, behind:]
