@@ -40,8 +40,8 @@ BUDGET = 0.04
 """Seconds for each primitive operation: it is run three times at least."""
 RUNS = 3
 USUAL = {
-    "whole": {"chunk": (1.25, 0.35), "token": (1.35, 0.65)},
-    "linear": {"chunk": (1.15, 0.25), "token": (1.4, 0.5)},
+    "whole": {"chunk": (1.4, 0.34), "token": (1.5, 0.6)},
+    "linear": {"chunk": (1.2, 0.22), "token": (1.5, 0.31)},
 }
 """Overheads on two quiet cores (see :meth:`Machine.server_seconds`), for machines that are busy."""
 SERIAL = 0.25
