@@ -159,24 +159,19 @@ class DecodingLayout:
         need = partial(need_rotations, levels, self.prompt.slots)
         inner = self.inner_period(self.prompt.inner)
         fine, coarse = DECODING_STAGES
-        for level, inputs, outputs in (
-            (self.attention_level, self.period, self.heads_period),
-            (LINEAR_LEVEL, self.heads_period, self.period),
-            (LINEAR_LEVEL, self.period, inner),
-            (LINEAR_LEVEL, inner, self.period),
-        ):
-            shape = DecodingShape(self.prompt.slots, inputs, outputs)
+        layers = (self.heads_period, self.period), (self.period, inner), (inner, self.period)
+        shapes = [
+            DecodingShape(self.prompt.slots, *layer, most) for layer in layers for most in (MOST_COPIES, 1)
+        ]
+        attention = DecodingShape(self.prompt.slots, self.period, self.heads_period)
+        for level, shape in ((self.attention_level, attention), *((LINEAR_LEVEL, shape) for shape in shapes)):
+            steps = shape.diagonals if shape is attention else shape.diagonals // 2  # the others are folded
             need(SHIFT_LEVEL, *(copy * shape.diagonals for copy in range(shape.copies)))
-            need(level, *range(min(shape.diagonals, fine)))
-            need(level, *range(0, min(shape.diagonals, DECODING_BABY_STEPS), fine))
-            need(level, *range(0, min(shape.diagonals, coarse), DECODING_BABY_STEPS))
-            need(level, *range(0, shape.diagonals, coarse))
+            need(level, *range(min(steps, fine)))
+            need(level, *range(0, min(steps, DECODING_BABY_STEPS), fine))
+            need(level, *range(0, min(steps, coarse), DECODING_BABY_STEPS))
+            need(level, *range(0, steps, coarse))
             need(level - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
-        for inputs, outputs in ((self.heads_period, self.period), (inner, self.period)):
-            shape = DecodingShape(self.prompt.slots, inputs, outputs, most_copies=1)
-            need(LINEAR_LEVEL, *range(0, min(shape.diagonals, coarse), DECODING_BABY_STEPS))
-            need(LINEAR_LEVEL, *range(0, shape.diagonals // 2, coarse))
-            need(LINEAR_LEVEL - 1, shape.diagonals // 2, *inner_sum_rotations(*shape.sums))
         need(ATTENTION_LEVEL - 1, *(rotation for rotation, _ in self.transposition(1)))
         need(ATTENTION_LEVEL - 1, self.group_step, *inner_sum_rotations(*self.tokens_of_group))
         for sums in (*self.features_of_head, *self.spreading):
