@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import add_run_options, begin
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -210,16 +211,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--question-tokens", type=int, default=40, help="longer questions are dropped")
     parser.add_argument("--answer-tokens", type=int, default=64, help="where answers are cut off")
     parser.add_argument("--forms", type=float, default=0.5, help="share of questions made of forms")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_run_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Write batches until all conversations are there."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    begin(args)
     args.out.mkdir(parents=True, exist_ok=True)
     done = sum(1 for _ in args.out.glob(f"{args.seed}-*.safetensors"))
     source = random.Random(f"{args.seed} {done}")

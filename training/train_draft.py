@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import add_run_options, begin
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 from transformers import LlamaConfig
@@ -265,17 +266,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=24, help="tokens that all chats start with")
     parser.add_argument("--held-out", type=int, default=100, help="conversations to measure on")
     parser.add_argument("--most", type=int, default=7, help="tokens of a draft that is measured")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_run_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Train the head."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     model = load_model(args.model)
     texts = read(args.chats)
     tokens = sum(len(text.ids) - text.prompt for text in texts)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from corpus import Windows, read_books, split_book
+from options import add_run_options, begin
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy, linear
@@ -168,8 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out_dir", type=Path, help="where the model and the tokeniser are written")
     parser.add_argument("--epochs", type=float, default=8.0, help="passes over the books (default: 8)")
     parser.add_argument("--steps", type=int, help="optimiser steps, instead of --epochs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add_run_options(parser)
     parser.add_argument("--held-out", type=float, default=0.05, help="share of each book not trained on")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens, <|endoftext|> included")
     parser.add_argument("--blocks", type=int, default=4)
@@ -196,9 +196,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train the tokeniser, then the model, and save both."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     books = read_books(args.corpus_dir)
     texts = [split_book(text, args.held_out)[0] for text in books.values()]
     tokenizer = train_tokenizer(texts, args.vocabulary, args.context, args.out_dir)

@@ -28,9 +28,10 @@ class LinearTransformation(_native.Handle):
 
     Diagonals are split into baby steps below ``giant_step`` and giant steps, its
     multiples. Rotation keys are needed for :attr:`rotations`, at ``level``. With ``stages``,
-    which divide the giant step and are a multiple of it, either are made in two rotations:
-    by a multiple of its stage, and by the rest. That takes no longer and far fewer keys.
-    All matrices that are applied to one input together have the same stage of baby steps.
+    a divisor of the giant step and a multiple of it, a baby step is two rotations: by a
+    multiple of the first stage, and by the rest; and so is a giant step with the second.
+    That takes as many rotations in all, and far fewer keys. All matrices that are applied
+    to one input together have the same stage of baby steps.
 
     ``storage`` says how the diagonals are kept. ``"int16"`` and ``"int32"`` keep their
     coefficients as integers, with one common factor a diagonal, and transform them on

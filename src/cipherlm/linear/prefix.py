@@ -68,12 +68,13 @@ class PublicPrefix:
         given = options.get("generation_config") or model.generation_config
         copies = [options.get(name) or getattr(given, name, None) or 1 for name in _COPIES]
         with reading_new_tokens(model):
-            return model.generate(  # type: ignore[no-any-return]
+            generated: torch.Tensor = model.generate(
                 torch.cat([prefix, input_ids], dim=1),
                 attention_mask=torch.cat([torch.ones_like(prefix), mask], dim=1),
                 **{cache_name(model): self.cache(model, rows * max(copies))},
                 **options,
             )
+        return generated
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the prefix to a safetensors file."""

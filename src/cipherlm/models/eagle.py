@@ -33,7 +33,7 @@ An encrypted model evaluates up to eight tokens together, and fewer of them cost
 WORTHWHILE = 0.6
 """How many tokens of its draft a head has to expect to be right, or it proposes none.
 
-Several tokens cost a pass of SmolLM2 57 % more than one.
+Several tokens cost a pass of SmolLM2 about 60 % more than one.
 """
 
 _ONE_BLOCK = {
@@ -105,7 +105,7 @@ class DraftHead(nn.Module):
 
 
 class HeadCandidates(CandidateGenerator):  # type: ignore[misc, no-untyped-call, unused-ignore]
-    """Proposes what a :class:`DraftHead` goes on with, for one generation of transformers.
+    """Proposes what a :class:`DraftHead` goes on with: a candidate generator of transformers.
 
     ``cache`` is that of an encrypted model, which has last hidden states in the place of values. A head that
     expects too little of a draft, by its own probabilities, proposes nothing.

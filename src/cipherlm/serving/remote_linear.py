@@ -205,7 +205,8 @@ class RemoteLinearModel:
             model: Any = self.model
             drafted = drafts_asked(options, model.generation_config)
             with reading_new_tokens(model) if drafted else nullcontext():
-                return model.generate(input_ids, **options)  # type: ignore[no-any-return]
+                generated: torch.Tensor = model.generate(input_ids, **options)
+            return generated
         behind = len(prefix.ids)
         rest = {name: value for name, value in options.items() if name != "attention_mask"}
         mask = None if mask is None else mask[:, behind:]

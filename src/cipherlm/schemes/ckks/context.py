@@ -183,12 +183,11 @@ class Context:
         They have the level and the scale of a group.
         """
         self.ready_apart()
-        added = token
         if self.tokens % self.arithmetic.layout.tokens:
             last = self.groups.pop().apart
             assert last is not None
-            added = self.arithmetic.evaluator.add(last, added)
-        self.groups.append(Group(apart=added))
+            token = self.arithmetic.evaluator.add(last, token)
+        self.groups.append(Group(apart=token))
         self.tokens += 1
 
     @property

@@ -16,6 +16,7 @@ from cipherlm.nn.module import Linear
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Encodings
+from cipherlm.schemes.ckks.ciphertext_tensor import CiphertextTensor
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context
 from cipherlm.schemes.ckks.decoding_layout import (
     MOST_COPIES,
@@ -23,7 +24,6 @@ from cipherlm.schemes.ckks.decoding_layout import (
     DecodingLayout,
     DecodingShape,
 )
-from cipherlm.schemes.ckks.encrypted import CiphertextTensor
 from cipherlm.schemes.ckks.layout import LINEAR_LEVEL
 from cipherlm.schemes.ckks.matrices import DecodingMatrix
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
@@ -71,6 +71,11 @@ class EncryptedToken(CiphertextTensor):
     @property
     def _features(self) -> tuple[int, int]:
         return self.layout.features
+
+    def _with(self, parts: Iterable[Ciphertext], **changes: Any) -> EncryptedToken:
+        """Return a tensor of other ciphertexts. What these are the square of does not hold for them."""
+        assert not self.factors or "factors" in changes, "only a linear layer takes products with columns"
+        return super()._with(parts, **{"root": None, **changes})
 
     def scaled(self, *columns: EncryptedToken) -> EncryptedToken:
         """See :class:`Tensor`: the products wait for what a linear layer makes of them."""
@@ -368,7 +373,7 @@ class EncryptedToken(CiphertextTensor):
         mixed = evaluator.inner_sum(evaluator.rescale(mixed), *layout.tokens_of_group)
         _, imaginary = evaluator.split(mixed)
         imaginary = evaluator.set_scale(imaginary, imaginary.scale * 2)
-        return self._with([imaginary], heads=True, root=None), self._with([total], heads=True, root=None)
+        return self._with([imaginary], heads=True), self._with([total], heads=True)
 
     def _separate(self, count: int) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """Return the weights of each part of a prefix, and those of groups at the place of the first.

@@ -124,7 +124,10 @@ class Layout:
 
     @property
     def stages(self) -> tuple[int, int]:
-        """The stages of both: each is about the root of a number of steps, which takes the fewest keys."""
+        """The stages of the steps of a matrix; see :class:`~cipherlm.engine.LinearTransformation`.
+
+        Of n steps, about the root of n are of the first stage, which takes the fewest keys.
+        """
         babies, giants = self.baby_steps, self.period // self.baby_steps
         return (self.tokens << (babies.bit_length() // 2), babies * self.tokens << (giants.bit_length() // 2))
 

@@ -26,8 +26,9 @@ from cipherlm.nn.module import Module
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.chunk import EncryptedChunk
+from cipherlm.schemes.ckks.ciphertext_tensor import CiphertextTensor
 from cipherlm.schemes.ckks.decoding import EncryptedToken
-from cipherlm.schemes.ckks.encrypted import CiphertextTensor, encrypted
+from cipherlm.schemes.ckks.encrypted import encrypted
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
