@@ -60,7 +60,8 @@ class Simulated:
         results, rest = [], hidden
         # The chunks in which ciphertexts go, so that the same polynomials serve each row.
         for position, count in self._geometry.chunks(start, len(hidden)):
-            x = ClearTensor(rest[:count], self._noise, position)
+            places = self._geometry.places(position, count)
+            x = ClearTensor(rest[:count], self._noise, position, places)
             results.append(evaluate(hosted.module, x, known, report).values)
             rest = rest[count:]
         self._seen[name] = known, start + len(hidden)

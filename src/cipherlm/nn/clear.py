@@ -89,6 +89,8 @@ class ClearTensor(Tensor):
     noise: Noise | None = None
     position: int = 0
     """Of the first token."""
+    least_places: int = 0
+    """How many places for keys a row of scores has at least, as in the packing of ciphertexts."""
 
     def having(self, values: Float64) -> ClearTensor:
         """Return a tensor of other values for the same tokens."""
@@ -163,7 +165,7 @@ class ClearTensor(Tensor):
     @property
     def places(self) -> int:
         """See :class:`Tensor`."""
-        return self.values.shape[-1]
+        return max(self.values.shape[-1], self.least_places)
 
     def scores(self, key: ClearTensor) -> ClearTensor:
         """See :class:`Tensor`."""

@@ -30,8 +30,11 @@ HIDDEN = 0.01
 PRECISE = 3e-3
 """The relative error of the last inverse before Newton's iteration squares it."""
 
-FLATTEST, STEEPEST = 3.0, 10.0
-"""Within which power of e exponentials are brought by squarings: few of them leave a wide interval."""
+FLATTEST, STEEPEST = 3.0, 8.0
+"""Within which power of e exponentials are brought by squarings: few of them leave a wide interval.
+
+At the steepest, the sum of a row of low scores is still ten thousand times the noise of ring degree 2^14.
+"""
 
 LEVELS = 7
 """How many there are behind a refresh, as a rule."""

@@ -64,7 +64,7 @@ class EncryptedChunk(EncryptedTensor):
     @property
     def places(self) -> int:
         """See :class:`Tensor`."""
-        return len(self.parts) * self.chunk.keys_per_part
+        return self.chunk.places(self._before)
 
     def scores(self, key: Context) -> EncryptedChunk:
         """See :class:`Tensor`: the real parts of the products of queries with keys and values."""
@@ -83,10 +83,10 @@ class EncryptedChunk(EncryptedTensor):
 
         sums = self.arithmetic.each(of_group, key.together)
         parts = [sums[i : i + self.chunk.blocks] for i in range(0, len(sums), self.chunk.blocks)]
-        factor, scores = math.sqrt(layout.head_dim), []
-        for part in parts:
-            real, _ = evaluator.split(self._turned_back(part, "places", own=part is parts[-1]))
-            scores.append(evaluator.set_scale(real, real.scale * 2 * factor))
+        factor = math.sqrt(layout.head_dim)
+        scores = [
+            self._real(self._turned_back(part, "places", own=part is parts[-1]), factor) for part in parts
+        ]
         if key.prefix is not None:
             query = evaluator.drop_level(query, ATTENTION_LEVEL - 2)
             matrices = self._of_prefix(key.prefix, "keys")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +64,10 @@ class ChunkLayout:
     def parts(self, keys: int) -> int:
         """Return in how many ciphertexts the scores of a chunk behind so many keys are."""
         return -(-(self.groups(keys) + 1) // self.blocks)
+
+    def places(self, before: int) -> int:
+        """Return how many places for keys a row of scores has behind so many private keys."""
+        return (self.parts(before) + self.prompt.prefix_parts) * self.keys_per_part
 
     def rotations(self, max_level: int) -> dict[int, int]:
         """Return the rotations that chunks behind others need, and the highest level of each."""
@@ -130,7 +133,8 @@ class ChunkLayout:
         """Return what is added to scores: -log of the number of keys seen, or ``floor`` where none is.
 
         First that for each part of ``before`` private keys and of the chunk itself, then that for each part
-        of the prefix. Slots of heads that do not exist get what makes their sum one.
+        of the prefix. Heads that do not exist get the same: their scores are zero, and so stay where the
+        polynomials of a softmax are fitted.
         """
         layout = self.prompt
         count, parts, prefix_parts = self.keys_per_part, self.parts(before), layout.prefix_parts
@@ -141,10 +145,8 @@ class ChunkLayout:
         shift = -np.log(layout.prefix + before + np.arange(layout.tokens) + 1.0)
         values = np.zeros((parts * count, layout.padded_heads, layout.tokens))
         values[:] = np.where(seen, shift, floor).reshape(parts * count, 1, layout.tokens)
-        values[:, layout.heads :] = -math.log(parts * count)
         shape = (prefix_parts * count, layout.padded_heads, layout.tokens)
         seen_of_prefix = (np.arange(prefix_parts * count) < layout.prefix)[:, None, None]
-        of_prefix = np.broadcast_to(np.where(seen_of_prefix, shift, floor), shape).copy()
-        of_prefix[:, layout.heads :] = floor
+        of_prefix = np.broadcast_to(np.where(seen_of_prefix, shift, floor), shape)
         all_parts = np.concatenate([values, of_prefix]).reshape(parts + prefix_parts, -1)
         return [layout.repeated(part) for part in all_parts]

@@ -53,6 +53,11 @@ class CiphertextTensor(Tensor):
         """Return the sum of ciphertexts times masks, at the scale of the first."""
         return self._evaluator.dot(parts, [self.arithmetic.encodings.mask(m, parts[0].level) for m in masks])
 
+    def _real(self, ciphertext: Ciphertext, factor: float = 1.0) -> Ciphertext:
+        """Return the real part divided by a factor."""
+        real, _ = self._evaluator.split(ciphertext)
+        return self._evaluator.set_scale(real, real.scale * 2 * factor)
+
     @property
     @abstractmethod
     def _features(self) -> tuple[int, int]:
@@ -145,11 +150,13 @@ class CiphertextTensor(Tensor):
     def ready_total(self: C, levels: int) -> C:
         """See :class:`Tensor`.
 
-        Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that.
+        Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that. The
+        imaginary parts of noise add up in it like the real ones, and would join the real part of the other.
         """
         if self.level - MASK_LEVEL >= levels or len(self.parts) % 2 == 0:
             return super().ready_total(levels)
         total = self.total()
+        total.parts = tuple(map(self._real, total.parts))
         self.ready(levels, total)
         return total
 

@@ -237,7 +237,7 @@ class EncryptedToken(CiphertextTensor):
     @property
     def places(self) -> int:
         """See :class:`Tensor`."""
-        return len(self.parts) * self.layout.keys_per_part
+        return self.layout.places(self._own_keys)
 
     @property
     def _own_keys(self) -> int:
@@ -311,10 +311,6 @@ class EncryptedToken(CiphertextTensor):
         for group in reversed(groups[:-1]):
             placed = self._evaluator.add(self._evaluator.rotate(placed, -self.layout.group_step), group)
         return placed
-
-    def _real(self, ciphertext: Ciphertext, factor: float = 1.0) -> Ciphertext:
-        real, _ = self._evaluator.split(ciphertext)
-        return self._evaluator.set_scale(real, real.scale * 2 * factor)
 
     def exponents(self, factor: float, floor: float) -> EncryptedToken:
         """See :class:`Tensor`."""

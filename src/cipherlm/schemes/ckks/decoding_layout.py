@@ -99,6 +99,14 @@ class DecodingLayout:
         """How many keys have their scores in one ciphertext."""
         return self.lower * self.prompt.tokens
 
+    def parts(self, own: int) -> int:
+        """Return in how many ciphertexts the scores of so many private keys are."""
+        return -(-own // self.keys_per_part)
+
+    def places(self, own: int) -> int:
+        """Return how many places for keys a row of scores has."""
+        return (self.prefix_parts + self.parts(own)) * self.keys_per_part
+
     @property
     def group_step(self) -> int:
         """The rotation from one group's scores to the next, or from a feature of a head to the next."""
@@ -296,18 +304,17 @@ class DecodingLayout:
         """Return what is added to scores: -log of the number of keys, ``floor`` where there is none.
 
         First that for each part of the prefix, then that for ``own`` private keys. Slots that hold no score
-        get what makes their sum one.
+        get the same: they are zero before, and so stay where the polynomials of a softmax are fitted.
         """
-        parts = self.prefix_parts + -(-own // self.keys_per_part)
+        parts = self.prefix_parts + self.parts(own)
         tokens, heads, before = self.prompt.tokens, self.prompt.padded_heads, self.prompt.prefix
         shape = (parts, tokens, self.lower, heads, tokens)
         part, token, group = np.indices(shape[:3])
         place = (part * self.lower + group) * tokens + token
         behind = place - self.prefix_parts * self.keys_per_part
         seen = np.where(behind < 0, place < before, behind < own)
-        values = np.full(shape, -math.log(parts * self.keys_per_part))
-        values[..., 0] = np.where(seen, -math.log(before + own), floor)[..., None]
-        return list(values.reshape(parts, -1))
+        values = np.where(seen, -math.log(before + own), floor)[..., None, None]
+        return list(np.broadcast_to(values, shape).reshape(parts, -1))
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,7 @@ class EncryptedTensor(CiphertextTensor):
     @property
     def places(self) -> int:
         """See :class:`Tensor`."""
-        layout = self.arithmetic.layout
-        return layout.tokens + layout.prefix_parts * len(layout.feature_at)
+        return self.arithmetic.layout.places
 
     def _shifted(self, masks: list[list[Plaintext]]) -> list[Ciphertext]:
         """Return the masked keys or values for every shift of features."""

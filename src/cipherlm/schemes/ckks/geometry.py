@@ -94,6 +94,16 @@ class Geometry:
         """Whether a chunk is one token behind others: it has a packing of its own."""
         return count == 1 and start > self.prefix
 
+    def places(self, start: int, count: int) -> int:
+        """Return how many places for keys a row of scores has, for a chunk at a position of the text."""
+        layout = self.layout
+        if start == self.prefix:
+            return layout.places
+        before = start - layout.prefix
+        if self.is_alone(start, count):
+            return layout.decoding.places(before + 1)
+        return layout.chunk.places(before)
+
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Yield start and count of what is sent in one evaluation."""
         end = start + count

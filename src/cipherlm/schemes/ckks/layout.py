@@ -321,19 +321,23 @@ class Layout:
         """Return 1 where the tokens from ``start`` on are."""
         return self.at_features(lambda a, t: (t >= start) & (a >= 0))
 
+    @property
+    def places(self) -> int:
+        """How many places for keys a row of scores has."""
+        return self.tokens + self.prefix_parts * len(self.feature_at)
+
     def exponents(self, floor: float) -> list[Float64]:
         """Return what is added to scores: -log of the number of keys seen, or ``floor`` where none is.
 
-        First that for private keys, then that for each part of the prefix.
+        First that for private keys, then that for each part of the prefix. Heads that do not exist get the
+        same: their scores are zero, and so stay where the polynomials of a softmax are fitted.
         """
         own = self.at_features(lambda a, t: np.where(t >= a, -np.log(self.prefix + t + 1.0), floor))
-        own.reshape(-1, self.padded_heads, self.tokens)[:, self.heads :] = -math.log(self.tokens)
         count = self._features_of_head
         shape = (self.prefix_parts, count, self.padded_heads, self.tokens)
         seen = (np.arange(self.prefix_parts * count) < self.prefix).reshape(*shape[:2], 1, 1)
         shift = np.where(seen, -np.log(self.prefix + np.arange(self.tokens) + 1.0), floor)
-        parts = np.broadcast_to(shift, shape).copy()
-        parts[:, :, self.heads :] = floor
+        parts = np.broadcast_to(shift, shape)
         return [own, *(self.repeated(part) for part in parts)]
 
     def at_features(self, function: Callable[[Integers, Integers], NDArray[Any]]) -> Float64:
