@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 from cipherlm.models.gpt2 import Args, Attention, Block
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
+from cipherlm.nn.softmax import FittedSoftmax, Softmax
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL
-from cipherlm.schemes.ckks.decoding import MOST_SEPARATED
+from cipherlm.schemes.ckks.decoding import MOST_SEPARATED, EncryptedToken
 from cipherlm.schemes.ckks.decoding_layout import DecodingShape
 from cipherlm.schemes.ckks.layout import LINEAR_LEVEL, Layout
 
@@ -222,6 +225,43 @@ def test_scores_and_sums_of_one_token(turning, rotary, prefix_tokens, more, seed
     assert np.abs(got - clear_mixed.values[:, 0]).max() < 1e-5 * scale
     got = parties.decrypt_token_heads(total.parts[0]).real
     assert np.abs(got - clear_total.values[:, 0]).max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 5])
+def test_softmax_of_one_token(turning, prefix_tokens):
+    """Few keys in many places, and a head whose scores are all low, in a range with some that are high."""
+    parties, random = turning.behind(prefix_tokens), np.random.default_rng(prefix_tokens)
+    layout, tokens = parties.layout, 3
+    last, keys = prefix_tokens + tokens, prefix_tokens + tokens + 1
+    key, value = random.normal(size=(2, 3, tokens + 1, 10))
+    prefix = Prefix(*random.normal(size=(2, 3, prefix_tokens, 10))) if prefix_tokens else None
+    prompt = [parties.encrypt_heads(x[:, :tokens], prefix_tokens) for x in (key, value)]
+    pair = parties.encrypt_token_heads((key + 1j * value)[:, tokens], last, past=True)
+    _, values = pair.with_past(pair, prompt[0].with_past(prompt[1], None, prefix), prefix)
+    scores = np.stack([row + random.normal(size=keys) / 4 for row in (-5.0, 0.0, 5.0)])
+    softmax = FittedSoftmax((-10.0, 33.0), (-5.5, 5.5), 64)
+    slots = score_slots(layout, scores)
+    weighed = pair._with(parties.secret_key.encrypt(part, 1) for part in slots)
+    assert weighed.places > weighed.keys == keys
+    mixed = softmax(weighed, values)
+    got = math.prod(parties.decrypt_token_heads(part).real for part in (*mixed.parts, *mixed.factors))
+    clear_key, clear_value = ClearTensor(key, position=prefix_tokens).with_past(
+        ClearTensor(value, position=prefix_tokens), None, prefix
+    )
+    want = Softmax()(clear_key.having(scores[:, None]), clear_value).values[:, 0]
+    assert np.abs(got - want).max() < 1e-3
+
+
+@pytest.mark.parametrize("level", [1, 8])
+def test_noise_of_a_total_stays_out_of_weights(small, level):
+    """What travels beside weights has no imaginary part that would become real in them."""
+    layout = small.layout
+    weights = score_slots(layout, RANDOM.uniform(0, 1, (3, 9)))
+    tensor = EncryptedToken(small.arithmetic, (small.secret_key.encrypt(weights[0] + 1e-6j, level),), 8)
+    total = tensor.ready_total(4)
+    want = weights[0].reshape(layout.tokens, layout.decoding.lower, -1).sum((0, 1))
+    for got, slots in ((tensor, weights[0]), (total, np.tile(want, len(weights[0]) // len(want)))):
+        assert np.abs(small.secret_key.decrypt(got._one()).real - slots).max() < 1e-5
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -202,3 +204,33 @@ def test_mistakes():
     ):
         with pytest.raises(ValueError, match=message):
             Layout(SLOTS, tokens, heads, head_dim)
+
+
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts, prefix=st.sampled_from([0, 5, 40]), own=st.integers(1, 30))
+def test_every_slot_is_in_a_row_of_exponents(layout, prefix, own):
+    """Also where there is no head: sums, and sums of squares, are those that a softmax is fitted for."""
+    layout = replace(layout, prefix=prefix)
+    before, decoding = own, layout.decoding
+    first, *others = layout.exponents(-30.0)
+    blocks, distances = layout.blocks_of_head, layout.distances
+    rows = {
+        "prompt": ([([first], [distances]), (others, [blocks, distances])], layout.tokens),
+        "chunk": ([(layout.chunk.exponents(-30.0, before), [blocks, distances])], before + layout.tokens),
+        "token": (
+            [(decoding.exponents(-30.0, own), [decoding.tokens_of_group, decoding.groups_of_part])],
+            own,
+        ),
+    }
+    for parts, keys in rows.values():
+        for power in (1, 2):
+            total = np.zeros(SLOTS)
+            for shifts, sums in parts:
+                some = sum((np.exp(shift) ** power for shift in shifts), np.zeros(SLOTS))
+                for step, count in sums:
+                    some = inner_sum(some, step, count)
+                total += some
+            if power == 1:
+                assert np.allclose(total, 1)
+            else:
+                assert total.min() > (1 - 1e-6) / (prefix + keys)
