@@ -55,6 +55,18 @@ def test_an_mlp_with_post_quantum_parameters():
 
 
 @pytest.mark.slow
+def test_tokens_behind_a_short_prompt_are_as_close_as_it():
+    """In the whole model, calibrated as the demonstration does it: logits of at most 20, within 0.005."""
+    model = get_encrypted_model(load_model("tiny"), EncryptionConfig())
+    model.compile(encode(load_tokenizer("tiny"), calibration_sentences()))
+    model.set_fhe_mode("execute")
+    ids = prompt(model, "The old man was a man, and he")[:, :7]
+    expected = logits(load_model("tiny"), ids)
+    for tokens in (4, 5, 6, 7):  # a prompt, and more tokens one by one
+        assert (logits(model, ids[:, :tokens]) - expected[:, :tokens]).abs().max() < 0.005
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("post_quantum", [False, True])
 def test_the_whole_model_generates_on_ciphertexts(post_quantum):
     model = calibrated_tiny("all", post_quantum=post_quantum)
