@@ -1,11 +1,13 @@
-"""Evaluate one conversation that fills the context on ciphertexts, and compare it with the clear model.
+"""Evaluate one text that fills the context on ciphertexts, and compare it with the clear model.
 
     python benchmarks/context.py
+    python benchmarks/context.py --model tiny
     python benchmarks/context.py --context 64 --mode simulate --json
 
-The conversation has questions of the package that nothing was calibrated on, one after the other, with the
-clear model's answers. All tokens but the last are evaluated as a prompt, in chunks, and the last as a decoded
-token. The first pass also encodes the weights.
+A chat model gets a conversation: questions of the package that nothing was calibrated on, one after the
+other, with the clear model's answers. Another model gets a sentence of that kind that the clear model went on
+with, by sampling, and is calibrated on as long texts. All tokens but the last are evaluated as a prompt, in
+chunks, and the last as a decoded token. The first pass also encodes the weights.
 """
 
 import argparse
@@ -18,10 +20,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cipherlm import load_model, load_tokenizer
-from cipherlm.cli.whole import whole_chat_model
+from cipherlm import EncryptionConfig, get_encrypted_model, load_model, load_tokenizer
+from cipherlm.cli.whole import is_chat, whole_chat_model
 from cipherlm.evaluation.chats import evaluation_chats
 from cipherlm.evaluation.fidelity import divergences
+from cipherlm.evaluation.texts import calibration_sentences, encode, evaluation_sentences
 from cipherlm.progress import TerminalProgress
 
 
@@ -41,20 +44,41 @@ def conversation(model: Any, tokenizer: Any, tokens: int, answer: int = 32) -> t
     raise SystemExit(f"the package's questions do not fill {tokens} tokens")
 
 
+def continued(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return a text (1, tokens) that the clear model went on with."""
+    torch.manual_seed(0)
+    more = tokens - ids.shape[1]
+    return model.generate(ids, max_new_tokens=more, min_new_tokens=more, do_sample=True, top_k=50)
+
+
+def prepared(name: str, context: int) -> tuple[Any, torch.Tensor]:
+    """Return an encrypted model, calibrated, and the text (1, context) to evaluate."""
+    tokenizer, clear, progress = load_tokenizer(name), load_model(name), TerminalProgress()
+    if is_chat(tokenizer):
+        ids = conversation(clear, tokenizer, context)
+        return whole_chat_model(clear, tokenizer, progress, context=context), ids
+    model = get_encrypted_model(clear, EncryptionConfig(context=context), progress=progress)
+
+    def texts(sentences: list[str]) -> list[torch.Tensor]:
+        with model.in_clear():
+            return [continued(model, model.with_prefix(ids), context) for ids in encode(tokenizer, sentences)]
+
+    model.calibrate(texts(calibration_sentences()))
+    return model, texts(evaluation_sentences()[:1])[0]
+
+
 def main() -> int:
     """Evaluate in two passes, and print what they took and how far they are from the clear model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2", help="a chat model (default: smollm2)")
+    parser.add_argument("--model", default="smollm2", help="smollm2 (the default), tiny, or a directory")
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens (default: 256)")
     parser.add_argument("--mode", choices=("disable", "simulate", "execute"), default="execute")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    tokenizer, clear = load_tokenizer(options.model), load_model(options.model)
-    ids = conversation(clear, tokenizer, options.context)
-    model = whole_chat_model(clear, tokenizer, TerminalProgress(), context=options.context)
+    model, ids = prepared(options.model, options.context)
     with torch.no_grad(), model.in_clear():
         want = model(ids).logits
     model.set_fhe_mode(options.mode)

@@ -37,10 +37,13 @@ const (
 	typeEnd
 )
 
-// version is that of the type's format. Seeds of version 2 have a generator for each prime,
-// and refresh requests of version 2 have rounded coefficients.
+// version is that of the type's format. Seeds of version 3 are expanded with AES, for each
+// prime apart, and refresh requests of version 2 have rounded coefficients.
 func (t Type) version() uint16 {
-	if t == TypeCiphertext || t == TypeRefreshRequest || t == TypeRefreshReply {
+	switch t {
+	case TypeCiphertext, TypeRefreshReply:
+		return 3
+	case TypeRefreshRequest:
 		return 2
 	}
 	return 1

@@ -1,10 +1,14 @@
-"""The uniform polynomials that seeds stand for: BLAKE2Xb and rejection sampling, in NumPy."""
+"""The uniform polynomials that seeds stand for, from BLAKE2Xb or AES by rejection sampling, in NumPy."""
 
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from .rings import PrimeRing
 
@@ -103,25 +107,34 @@ class Expansion:
                 accepted = np.flatnonzero(words < np.uint64(ring.prime))
                 if len(accepted) >= ring.degree:
                     break
-                self._read(ring.degree)
+                self._read(-(-ring.degree // 128))
             result.append(words[accepted[: ring.degree]].astype(np.int64))
             used += int(accepted[ring.degree - 1]) + 1
         self._words = self._words[-(-used // 128) * 128 :]
         return result
 
-    def _read(self, words: int) -> None:
-        count = -(-words // 128) * 16  # whole blocks
-        data = stream(self._seed, self._pieces, count)
+    def _read(self, blocks: int) -> None:
+        self._words = np.concatenate(
+            [self._words, np.frombuffer(self._bytes(blocks), ">u8").astype(np.uint64)]
+        )
+
+    def _bytes(self, blocks: int) -> bytes:
+        first, count = self._pieces, 16 * blocks
         self._pieces += count
-        self._words = np.concatenate([self._words, np.frombuffer(data, ">u8").astype(np.uint64)])
+        return stream(self._seed, first, count)
+
+
+class LimbExpansion(Expansion):
+    """The same modulo one prime of a ciphertext, from the key stream of AES-256 in counter mode."""
+
+    def __init__(self, seed: bytes, number: int) -> None:
+        super().__init__(seed)
+        self._encryptor = Cipher(AES256(seed), CTR(struct.pack(">QQ", number, 0))).encryptor()
+
+    def _bytes(self, blocks: int) -> bytes:
+        return self._encryptor.update(bytes(1024 * blocks))
 
 
 def limbs(seed: bytes, rings: list[PrimeRing]) -> list[np.ndarray]:
-    """Return the uniform polynomial that a ciphertext's seed stands for: a stream for each prime.
-
-    Its key is the seed and the prime's number, 4 bytes, little-endian.
-    """
-    return [
-        Expansion(seed + number.to_bytes(4, "little")).polynomial([ring])[0]
-        for number, ring in enumerate(rings)
-    ]
+    """Return the uniform polynomial that a ciphertext's seed stands for: a stream for each prime."""
+    return [LimbExpansion(seed, number).polynomial([ring])[0] for number, ring in enumerate(rings)]

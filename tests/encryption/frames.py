@@ -11,7 +11,7 @@ import numpy as np
 from .rings import PrimeRing
 
 HEADER, CHECKSUM, SEED, SCALE = 64, 32, 32, 20
-VERSIONS = {6: 2, 7: 2, 8: 2}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
+VERSIONS = {6: 3, 7: 2, 8: 3}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
 DIGIT = 61
 """The bits of a digit, of which numbers below the product of two primes have two."""
 

@@ -152,11 +152,12 @@ def test_a_version_to_come_is_named(tiny: Party, blobs):
 
 
 def test_a_version_that_was_is_refused(tiny: Party, blobs):
-    """Requests of version 1 had whole coefficients, and seeds one generator."""
-    for kind in (Ciphertext, RefreshRequest, RefreshReply):
+    """Requests of version 1 had whole coefficients, and seeds of version 2 another generator."""
+    for kind, version in ((Ciphertext, 3), (RefreshRequest, 2), (RefreshReply, 3)):
         data = bytearray(blobs[kind])
-        data[4] = 1
-        with pytest.raises(CorruptDataError, match="version 1: this engine reads version 2"):
+        assert data[4] == version
+        data[4] -= 1
+        with pytest.raises(CorruptDataError, match=f"{version - 1}: this engine reads version {version}"):
             kind.from_bytes(data, tiny.parameters)
 
 
