@@ -136,7 +136,7 @@ class EncryptedChunk(EncryptedTensor):
             for part, matrix in zip(self.parts[count:], matrices, strict=True):
                 product = evaluator.transform(evaluator.drop_level(part, level), matrix)
                 mixed = self._sum(mixed, evaluator.rescale(product))
-        return self._with([mixed], heads=True), self.total()
+        return self._with([mixed], heads=True), self.total().real()
 
     def _weighted(self, part: Ciphertext, groups: Sequence[Ciphertext]) -> list[Ciphertext]:
         """Return sums of values times weights that were rotated by 0, 1, ... features."""

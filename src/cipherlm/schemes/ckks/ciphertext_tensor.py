@@ -58,6 +58,14 @@ class CiphertextTensor(Tensor):
         real, _ = self._evaluator.split(ciphertext)
         return self._evaluator.set_scale(real, real.scale * 2 * factor)
 
+    def real(self: C) -> C:
+        """Return the real parts, for sums that are refreshed together with something else.
+
+        In a sum the imaginary parts of noise add up like the real ones. Of two ciphertexts that are refreshed
+        as one, the imaginary part of each joins the real part of the other.
+        """
+        return self._with(map(self._real, self.parts))
+
     @property
     @abstractmethod
     def _features(self) -> tuple[int, int]:
@@ -150,13 +158,11 @@ class CiphertextTensor(Tensor):
     def ready_total(self: C, levels: int) -> C:
         """See :class:`Tensor`.
 
-        Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that. The
-        imaginary parts of noise add up in it like the real ones, and would join the real part of the other.
+        Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that.
         """
         if self.level - MASK_LEVEL >= levels or len(self.parts) % 2 == 0:
             return super().ready_total(levels)
-        total = self.total()
-        total.parts = tuple(map(self._real, total.parts))
+        total = self.total().real()
         self.ready(levels, total)
         return total
 

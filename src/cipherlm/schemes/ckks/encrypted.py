@@ -298,7 +298,7 @@ class EncryptedTensor(CiphertextTensor):
             for part, matrix in zip(others, matrices, strict=True):
                 evaluator.add(mixed, evaluator.transform(part, matrix), out=mixed)
         evaluator.rescale(mixed, out=mixed)
-        return self._with([mixed], heads=True), self.total()
+        return self._with([mixed], heads=True), self.total().real()
 
 
 def encrypted(
