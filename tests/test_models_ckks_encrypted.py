@@ -77,7 +77,7 @@ def test_the_whole_model_generates_on_ciphertexts(post_quantum):
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
     traffic = model.placement.traffic
     assert min(traffic.keys, traffic.to_server, traffic.to_client, traffic.refreshes) > 0
-    assert len(model.remote_modules["transformer.h"]._text.rows) == ids.shape[1] + 3 - 1 - 1
+    assert len(model.remote_modules["transformer.h"]._text.sent) == ids.shape[1] + 3 - 1 - 1
 
 
 @pytest.mark.slow
