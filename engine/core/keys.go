@@ -140,9 +140,9 @@ func expandSeed(p *Parameters, seed [32]byte, polynomial ring.Poly) error {
 
 // expandLimb writes a seed's uniform residues modulo one prime, from AES-256 in counter mode
 // with the seed, which is public, as its key. FrodoKEM expands its matrix with AES-128 alike,
-// and TFHE-rs its seeds. Where processors have AES, that takes a thirtieth of the time of the
-// library's BLAKE2Xb, which expands evaluation keys. The first half of the counter is the
-// prime's number: threads share the work, and no block serves twice.
+// and TFHE-rs its seeds. Where processors have AES, that is far faster than the library's
+// BLAKE2Xb, which expands evaluation keys. The first half of the counter is the prime's
+// number: threads share the work, and no block serves twice.
 func expandLimb(r *ring.SubRing, seed [32]byte, limb int, residues []uint64) error {
 	block, err := aes.NewCipher(seed[:])
 	if err != nil {

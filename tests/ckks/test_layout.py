@@ -211,26 +211,21 @@ def test_mistakes():
 def test_every_slot_is_in_a_row_of_exponents(layout, prefix, own):
     """Also where there is no head: sums, and sums of squares, are those that a softmax is fitted for."""
     layout = replace(layout, prefix=prefix)
-    before, decoding = own, layout.decoding
+    blocks, distances, decoding = layout.blocks_of_head, layout.distances, layout.decoding
     first, *others = layout.exponents(-30.0)
-    blocks, distances = layout.blocks_of_head, layout.distances
-    rows = {
-        "prompt": ([([first], [distances]), (others, [blocks, distances])], layout.tokens),
-        "chunk": ([(layout.chunk.exponents(-30.0, before), [blocks, distances])], before + layout.tokens),
-        "token": (
-            [(decoding.exponents(-30.0, own), [decoding.tokens_of_group, decoding.groups_of_part])],
-            own,
-        ),
-    }
-    for parts, keys in rows.values():
-        for power in (1, 2):
-            total = np.zeros(SLOTS)
-            for shifts, sums in parts:
-                some = sum((np.exp(shift) ** power for shift in shifts), np.zeros(SLOTS))
+    prompt = [([first], [distances]), (others, [blocks, distances])]
+    chunk = [(layout.chunk.exponents(-30.0, own), [blocks, distances])]
+    token = [(decoding.exponents(-30.0, own), [decoding.tokens_of_group, decoding.groups_of_part])]
+    for packing, keys in ((prompt, layout.tokens), (chunk, own + layout.tokens), (token, own)):
+
+        def total(power, packing=packing):
+            whole = np.zeros(SLOTS)
+            for shifts, sums in packing:
+                part = sum((np.exp(power * shift) for shift in shifts), np.zeros(SLOTS))
                 for step, count in sums:
-                    some = inner_sum(some, step, count)
-                total += some
-            if power == 1:
-                assert np.allclose(total, 1)
-            else:
-                assert total.min() > (1 - 1e-6) / (prefix + keys)
+                    part = inner_sum(part, step, count)
+                whole += part
+            return whole
+
+        assert np.allclose(total(1), 1)
+        assert total(2).min() > (1 - 1e-6) / (prefix + keys)

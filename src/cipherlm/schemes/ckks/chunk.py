@@ -126,8 +126,7 @@ class EncryptedChunk(EncryptedTensor):
             some = groups[index * blocks : (index + 1) * blocks]
             products = self._weighted(part, some)
             sums = [evaluator.add(a, b) for a, b in zip(sums, products, strict=True)] if sums else products
-        _, imaginary = evaluator.split(self._turned_back(sums, "sums"))
-        mixed = evaluator.set_scale(imaginary, imaginary.scale * 2)
+        mixed = self._imaginary(self._turned_back(sums, "sums"))
         if value.prefix is not None:
             level = ATTENTION_LEVEL - 2
             # The scale that these sums have in common with the others, once they are rescaled.

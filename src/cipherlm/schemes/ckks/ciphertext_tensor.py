@@ -58,6 +58,11 @@ class CiphertextTensor(Tensor):
         real, _ = self._evaluator.split(ciphertext)
         return self._evaluator.set_scale(real, real.scale * 2 * factor)
 
+    def _imaginary(self, ciphertext: Ciphertext) -> Ciphertext:
+        """Return the imaginary part."""
+        _, imaginary = self._evaluator.split(ciphertext)
+        return self._evaluator.set_scale(imaginary, imaginary.scale * 2)
+
     def real(self: C) -> C:
         """Return the real parts, for sums that are refreshed together with something else.
 

@@ -367,9 +367,7 @@ class EncryptedToken(CiphertextTensor):
                     weight = evaluator.inner_sum(weight, *sums)
                 total = evaluator.add(total, weight)
         mixed = evaluator.inner_sum(evaluator.rescale(mixed), *layout.tokens_of_group)
-        _, imaginary = evaluator.split(mixed)
-        imaginary = evaluator.set_scale(imaginary, imaginary.scale * 2)
-        return self._with([imaginary], heads=True), self._with([total], heads=True).real()
+        return self._with([self._imaginary(mixed)], heads=True), self._with([total], heads=True).real()
 
     def _separate(self, count: int) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """Return the weights of each part of a prefix, and those of groups at the place of the first.
