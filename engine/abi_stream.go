@@ -15,9 +15,15 @@ import (
 // writer until there are none, or pushes bytes into a reader, as many as the header
 // tells, and takes the object.
 
+// cl_writer_new also tells how many bytes there are, or 0 if that is not known.
+//
 //export cl_writer_new
-func cl_writer_new(object C.uintptr_t, out *C.uintptr_t) *C.char {
-	return guard(func() { put(out, core.NewWriter(get[core.Object](object))) })
+func cl_writer_new(object C.uintptr_t, out *C.uintptr_t, size *C.int64_t) *C.char {
+	return guard(func() {
+		writer := must(core.NewWriter(get[core.Object](object)))
+		put(out, writer)
+		*size = C.int64_t(writer.Size())
+	})
 }
 
 // cl_writer_read fills the buffer and tells how many bytes it wrote, 0 at the end.

@@ -26,7 +26,7 @@ func (sk *SecretKey) EvaluationKeyEntry(request KeyRequest) ([]byte, error) {
 	key := keys.list()[0]
 	var entry bytes.Buffer
 	entry.Grow(int(16 + evaluationKeySize(p, request.Level)))
-	out := &encoder{to: &entry, hash: newHash()}
+	out := &encoder{to: &entry, hash: TypeEvaluationKeys.checksum()}
 	out.entry(p, request.Element, key)
 	return entry.Bytes(), out.err
 }
@@ -56,12 +56,12 @@ func NewAssembly(p *Parameters, key ID, requests []KeyRequest) (*Assembly, []byt
 		return nil, nil, err
 	}
 	a := &Assembly{params: p, requests: EntryOrder(requests)}
-	a.out = &encoder{to: &a.sink, hash: newHash()}
+	a.out = &encoder{to: &a.sink, hash: TypeEvaluationKeys.checksum()}
 	size := uint64(8)
 	for _, request := range requests {
 		size += 16 + evaluationKeySize(p, request.Level)
 	}
-	a.out.bytes(Header{Type: TypeEvaluationKeys, Params: p.ID, Key: key, Length: size + digestSize}.bytes())
+	a.out.bytes(Header{Type: TypeEvaluationKeys, Params: p.ID, Key: key, Length: size + uint64(a.out.hash.Size())}.bytes())
 	a.out.u32(uint32(len(requests)))
 	a.out.u32(0)
 	head := bytes.Clone(a.sink.Bytes())

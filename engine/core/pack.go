@@ -23,29 +23,34 @@ type limbVisitor func(rings []*ring.SubRing, coefficients [][]uint64)
 
 // limbs writes residues, packed.
 func (out *encoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
-	for i, r := range rings {
-		if out.err != nil {
-			return
-		}
-		out.pack = grow(out.pack, limbSize(r)+8)
-		packBits(coefficients[i], bits.Len64(r.Modulus), out.pack)
-		out.bytes(out.pack[:limbSize(r)])
+	if out.err != nil {
+		return
 	}
+	size := packedSize(rings)
+	out.pack = grow(out.pack, size)
+	out.err = parallel(len(rings), func(i int) error {
+		r := rings[i]
+		packBits(coefficients[i], bits.Len64(r.Modulus), out.pack[packedSize(rings[:i]):][:limbSize(r)])
+		return nil
+	})
+	out.bytes(out.pack[:size])
 }
 
 // limbs reads residues and checks that each is below its prime.
 func (in *decoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
-	for i, r := range rings {
-		in.pack = grow(in.pack, limbSize(r)+8)
-		in.bytes(in.pack[:limbSize(r)])
-		if in.err != nil {
-			return
-		}
-		if greatest := unpackBits(in.pack, bits.Len64(r.Modulus), coefficients[i]); greatest >= r.Modulus {
-			in.fail("a coefficient that is not below its modulus")
-			return
-		}
+	size := packedSize(rings)
+	in.pack = grow(in.pack, size+8)
+	in.bytes(in.pack[:size])
+	if in.err != nil {
+		return
 	}
+	in.err = parallel(len(rings), func(i int) error {
+		r := rings[i]
+		if unpackBits(in.pack[packedSize(rings[:i]):], bits.Len64(r.Modulus), coefficients[i]) >= r.Modulus {
+			return failure(Corrupt, "a coefficient that is not below its modulus")
+		}
+		return nil
+	})
 }
 
 func grow(buffer []byte, size uint64) []byte {
@@ -55,7 +60,8 @@ func grow(buffer []byte, size uint64) []byte {
 	return buffer[:size]
 }
 
-// packBits writes values of width bits one after the other, little-endian.
+// packBits writes values of width bits one after the other, little-endian. The number of
+// values is a multiple of 64, as every ring's degree is.
 func packBits(values []uint64, width int, out []byte) {
 	word, filled, at := uint64(0), 0, 0
 	for _, value := range values {
@@ -68,9 +74,6 @@ func packBits(values []uint64, width int, out []byte) {
 		} else {
 			filled += width
 		}
-	}
-	if filled > 0 {
-		binary.LittleEndian.PutUint64(out[at:], word)
 	}
 }
 

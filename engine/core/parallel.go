@@ -5,19 +5,30 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
+)
+
+const (
+	maxThreads = 1024
+
+	// patience is how long a core spins for what comes next before it sleeps. To wake it
+	// takes as long, in a virtual machine, and what calls do in parallel is hardly longer.
+	patience = 100 * time.Microsecond
 )
 
 var (
 	threads atomic.Int64
 	helpers atomic.Int64 // goroutines that help their callers now
+	hired   atomic.Int64 // goroutines that help or wait to
+	offers  = make(chan func(), maxThreads)
 )
 
 func init() { threads.Store(int64(runtime.NumCPU())) }
 
 // SetThreads sets how many goroutines one call may use.
 func SetThreads(n int) error {
-	if n < 1 || n > 1024 {
-		return failure(Invalid, "the number of threads must be between 1 and 1024, not %d", n)
+	if n < 1 || n > maxThreads {
+		return failure(Invalid, "the number of threads must be between 1 and %d, not %d", maxThreads, n)
 	}
 	threads.Store(int64(n))
 	return nil
@@ -36,8 +47,38 @@ func help(wanted int) int {
 			return 0
 		}
 		if helpers.CompareAndSwap(busy, busy+taken) {
+			for n := hired.Load(); n < busy+taken; n = hired.Load() {
+				if hired.CompareAndSwap(n, n+1) {
+					go assist()
+				}
+			}
 			return int(taken)
 		}
+	}
+}
+
+// assist accepts offers of work for ever.
+func assist() {
+	for {
+		accept()()
+	}
+}
+
+func accept() func() {
+	for start := time.Now(); time.Since(start) < patience; runtime.Gosched() {
+		select {
+		case offer := <-offers:
+			return offer
+		default:
+		}
+	}
+	return <-offers
+}
+
+// await returns when so many are left: none, or when patience is at an end. Callers are
+// threads of another language, which the scheduler cannot exchange cheaply: they do not yield.
+func await(left *atomic.Int64) {
+	for start := time.Now(); left.Load() > 0 && time.Since(start) < patience; {
 	}
 }
 
@@ -63,6 +104,7 @@ func parallelWorkers(workers, n int, job func(worker, index int) error) error {
 	}
 	var (
 		next   atomic.Int64
+		left   atomic.Int64
 		group  sync.WaitGroup
 		once   sync.Once
 		first  error
@@ -88,15 +130,18 @@ func parallelWorkers(workers, n int, job func(worker, index int) error) error {
 			}
 		}
 	}
+	group.Add(extra)
+	left.Store(int64(extra))
 	for worker := range extra {
-		group.Add(1)
-		go func() {
-			defer group.Done()
-			defer helpers.Add(-1)
+		offers <- func() {
 			work(worker + 1)
-		}()
+			helpers.Add(-1)
+			group.Done()
+			left.Add(-1)
+		}
 	}
 	work(0)
+	await(&left)
 	group.Wait()
 	return first
 }

@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import zlib
 
 import numpy as np
 
 from .rings import PrimeRing
 
-HEADER, CHECKSUM, SEED, SCALE = 64, 32, 32, 20
-VERSIONS = {6: 3, 7: 2, 8: 3}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
+HEADER, SEED, SCALE = 64, 32, 20
+VERSIONS = {6: 4, 7: 3, 8: 4}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
 DIGIT = 61
 """The bits of a digit, of which numbers below the product of two primes have two."""
+
+
+def checksum(body: bytes) -> bytes:
+    """Return the checksum of a header and a payload: short in the types that are only passed on."""
+    (kind,) = struct.unpack_from("<H", body, 6)
+    if kind in VERSIONS:
+        return struct.pack(">I", zlib.crc32(body))
+    return hashlib.blake2b(body, digest_size=32).digest()
+
+
+def checksum_size(data: bytes) -> int:
+    """Return how many bytes the checksum takes of a frame that begins like this."""
+    return len(checksum(data[:HEADER]))
 
 
 def dropped(degree: int, level: int, shift: int) -> tuple[int, int] | None:
@@ -30,9 +44,10 @@ class Payload:
         assert data[:8] == struct.pack("<4sHH", b"CLHE", VERSIONS.get(kind, 1), kind)
         assert struct.unpack_from("<Q", data, 40) == (len(data) - HEADER,)
         assert data[48:HEADER] == bytes(16)
-        assert hashlib.blake2b(data[:-CHECKSUM], digest_size=CHECKSUM).digest() == data[-CHECKSUM:]
+        body = data[: len(data) - checksum_size(data)]
+        assert checksum(body) == data[len(body) :]
         self.parameters, self.key = data[8:24], data[24:40]
-        self._data, self._at = data[HEADER:-CHECKSUM], 0
+        self._data, self._at = body[HEADER:], 0
 
     def bytes(self, count: int) -> bytes:
         piece = self._data[self._at : self._at + count]
@@ -77,8 +92,13 @@ class Payload:
 
 def frame(header: bytes, payload: bytes) -> bytes:
     """Put a payload behind a header of the same kind, with the right length and checksum."""
-    body = header[:40] + struct.pack("<Q", len(payload) + CHECKSUM) + bytes(16) + payload
-    return body + hashlib.blake2b(body, digest_size=CHECKSUM).digest()
+    body = header[:40] + struct.pack("<Q", len(payload) + checksum_size(header)) + bytes(16) + payload
+    return body + checksum(body)
+
+
+def sealed(data: bytes) -> bytes:
+    """Put the right length and checksum on a changed frame, as an attacker would."""
+    return frame(data, data[HEADER : len(data) - checksum_size(data)])
 
 
 def digits(width: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 
 import numpy as np
@@ -23,6 +22,7 @@ from cipherlm.engine import (
     SecretKey,
     wrap_probability,
 )
+from tests.encryption.frames import frame
 
 from .conftest import FRESH, PRODUCT, Party
 
@@ -103,16 +103,15 @@ def first_ciphertext(party: Party, reply: bytes) -> Ciphertext:
     """Put a reply's only ciphertext in a frame of its own, at scale 1."""
     level, _count = struct.unpack_from("<II", reply, 64)
     one = struct.pack("<QQi", 1 << 63, 0, -127)
-    payload = struct.pack("<BxxxI", 0, level) + one + reply[72:-32]
-    length = struct.pack("<Q", len(payload) + 32)
-    frame = reply[:6] + struct.pack("<H", 6) + reply[8:40] + length + bytes(16) + payload
-    return Ciphertext.from_bytes(frame + hashlib.blake2b(frame, digest_size=32).digest(), party.parameters)
+    payload = struct.pack("<BxxxI", 0, level) + one + reply[72:-4]
+    header = reply[:6] + struct.pack("<H", 6) + reply[8:64]
+    return Ciphertext.from_bytes(frame(header, payload), party.parameters)
 
 
 def test_both_components_are_masked_afresh(party: Party):
     ct = party.secret_key.encrypt(party.values())
     first, second = (party.evaluator.mask([ct], party.public_key)[0].to_bytes() for _ in range(2))
-    same = np.mean(np.frombuffer(first[72:-32], np.uint8) == np.frombuffer(second[72:-32], np.uint8))
+    same = np.mean(np.frombuffer(first[72:-4], np.uint8) == np.frombuffer(second[72:-4], np.uint8))
     assert same < 0.01  # 1/256 by chance
 
 
@@ -161,10 +160,10 @@ def test_bytes_are_packed(party: Party, level, shift, lost):
     ct = party.secret_key.encrypt(party.values())
     request, _ = party.evaluator.mask([ct, ct], party.public_key, level=level, to_level=4, shift=shift)
     bits = 2 * sum(q.bit_length() for q in party.parameters.q[: level + 1]) - lost
-    assert len(request.to_bytes()) == 64 + 8 + 2 * bits * party.parameters.degree // 8 + 32
+    assert len(request.to_bytes()) == 64 + 8 + 2 * bits * party.parameters.degree // 8 + 4
     bits = sum(q.bit_length() for q in party.parameters.q)
     reply = party.secret_key.refresh(request).to_bytes()
-    assert len(reply) == 64 + 8 + 2 * (bits * party.parameters.degree // 8 + 32) + 32
+    assert len(reply) == 64 + 8 + 2 * (bits * party.parameters.degree // 8 + 32) + 4
 
 
 def test_wrap_probability():

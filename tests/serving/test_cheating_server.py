@@ -5,7 +5,6 @@ The client is CipherLM's own. What answers "evaluate" is the attack's, with the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from cipherlm.engine import Ciphertext, EvaluationKeys, Evaluator, Plaintext
 from cipherlm.schemes.ckks.session import Client
 from cipherlm.serving.ckks import CkksBackend
+from tests.encryption.frames import frame
 from tests.serving import small
 
 END, OTHER = 63, 7
@@ -83,8 +83,10 @@ class CheatingServer:
         """Return (0, K), which decrypts to K times the secret key: the constant is the second half."""
         constant = Plaintext.encode(self.parameters, np.full(SLOTS, 1.0), sent.level, size).to_bytes()
         body = constant[64 + 8 + 20 : -32]
-        data = self.evaluator.add(sent, sent).to_bytes()[: 64 + 8 + 20] + bytes(len(body)) + body
-        return Ciphertext.from_bytes(data + hashlib.blake2b(data, digest_size=32).digest(), self.parameters)
+        data = self.evaluator.add(sent, sent).to_bytes()
+        return Ciphertext.from_bytes(
+            frame(data, data[64 : 64 + 8 + 20] + bytes(len(body)) + body), self.parameters
+        )
 
     def _total(self, value: Ciphertext) -> Ciphertext:
         """Return the sum over all slots, in all slots."""

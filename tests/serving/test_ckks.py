@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import io
 import weakref
 
@@ -32,6 +31,7 @@ from cipherlm.serving.ckks import (
     parameters_of,
 )
 from cipherlm.serving.errors import RemoteError
+from tests.encryption.frames import sealed
 
 from . import small
 from .small import at_home  # noqa: F401
@@ -95,11 +95,6 @@ def serves(computation, client) -> None:
     assert np.abs(evaluate(computation, client, x) - expected(x)).max() < 0.05
 
 
-def forged(frame: bytes) -> bytes:
-    """A frame with another content and a checksum that is right."""
-    return frame[:-32] + hashlib.blake2b(frame[:-32], digest_size=32).digest()
-
-
 def damaged(frame: bytes):
     """Yield frames that are cut off, changed, or something else, with the word for each."""
     for size in (0, 1, 63, 64, 100, len(frame) // 2, len(frame) - 1):
@@ -110,7 +105,7 @@ def damaged(frame: bytes):
         yield f"bit at {at}", bytes(flipped)
     yield "longer", frame + b"\0"
     yield "zeros", bytes(len(frame))
-    yield "residues of no prime", forged(frame[:-1000] + b"\xff" * 1000)
+    yield "residues of no prime", sealed(frame[:-1000] + b"\xff" * 1000)
 
 
 # Keys.
@@ -219,7 +214,7 @@ def test_ciphertexts_of_another_client_are_refused(computation, client):
     # Whoever puts another name on it gets noise, and nobody else is concerned.
     [ciphertext] = stranger.encrypt(hidden(1), 1)
     frame, name = ciphertext.to_bytes(), small.paths()[PUBLIC].read_bytes()[24:40]
-    named = forged(frame[:24] + name + frame[40:])
+    named = sealed(frame[:24] + name + frame[40:])
     computation.evaluate(MODULE, 1, 1, [named], exchange_with(client), unheard)
     serves(computation, client)
 
@@ -323,7 +318,7 @@ def test_a_reply_to_something_else_is_refused(model, computation, client):
             evaluate(computation, client, x, exchange=lambda request, reply=reply: reply)
     reply = answer(1, 8)
     stranger = Client.generate(small.GEOMETRY).public_key().to_bytes()[24:40]
-    named = forged(reply[:24] + stranger + reply[40:])
+    named = sealed(reply[:24] + stranger + reply[40:])
     with pytest.raises(Refused, match="key"):
         evaluate(computation, client, x, exchange=lambda request: named)
     serves(computation, client)
@@ -400,12 +395,12 @@ def test_a_client_never_answers_in_the_clear(model, client):
     public = PublicKey.from_bytes(small.paths()[PUBLIC].read_bytes(), parameters)
     request, _ = evaluator.mask([public.encrypt(np.zeros(4), 1)], public)
     frame = request.to_bytes()
-    zero = forged(frame[:72] + bytes(len(frame) - 72 - 32) + bytes(32))
+    zero = sealed(frame[:72] + bytes(len(frame) - 72))
     replies = []
     for _ in range(2):
         answers = Answers([client.encrypt(hidden(1), 1)[0].to_bytes()], zero)
         CkksBackend(client, answers).evaluate(MODULE, hidden(1), 1)
-        replies.append(np.frombuffer(answers.reply, np.uint8)[200:-32])
+        replies.append(np.frombuffer(answers.reply, np.uint8)[200:-4])
     assert np.mean(replies[0] == replies[1]) < 0.01
     # Residues are nearly uniform bits, and those of zeros would be zeros.
     assert np.bincount(replies[0], minlength=256).max() < 2 * len(replies[0]) / 256

@@ -94,7 +94,7 @@ SIGNATURES = {
     "cl_bootstrapping_keys_bytes": "hp",
     "cl_bootstrapper_new": "hp",
     "cl_bootstrap": "hhp",
-    "cl_writer_new": "hp",
+    "cl_writer_new": "hpp",
     "cl_writer_read": "hpip",
     "cl_reader_new": "hipipp",
     "cl_reader_write": "hpi",

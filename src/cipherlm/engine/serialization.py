@@ -1,14 +1,16 @@
 """Objects to bytes and back, piece by piece.
 
 A frame is a header of 64 bytes, a payload and a checksum; ``engine/core/frame.go``
-defines it. Nothing is copied whole: a piece at a time goes between the file and the
-native side, so an object may be larger than memory allows twice.
+defines it. Ciphertexts go to and from the native side as one piece. Keys are not copied whole:
+a piece at a time goes between the file and the native side, so they may be larger than memory
+allows twice.
 """
 
 from __future__ import annotations
 
 import ctypes
 import io
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from . import _native
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 HEADER_SIZE = 64
 PIECE = 1 << 20
-_SMALL_PIECE = 1 << 16  # a small ciphertext whole: making a larger buffer would take longer than filling it
 
 T = TypeVar("T", bound="Serializable")
 
@@ -44,24 +45,29 @@ class Serializable(_native.Handle):
 
     def write_to(self, file: BinaryWriter) -> int:
         """Write the object to a file; return the number of bytes."""
-        return self._write_to(file, PIECE)
+        total = 0
+        for piece in self._pieces():
+            file.write(piece)
+            total += len(piece)
+        return total
 
     def to_bytes(self) -> bytes:
         """Return the object as bytes. Prefer :meth:`write_to` for keys."""
         file = io.BytesIO()
-        self._write_to(file, _SMALL_PIECE)
+        self.write_to(file)
         return file.getvalue()
 
-    def _write_to(self, file: BinaryWriter, size: int) -> int:
-        writer = _native.Handle(_native.create("cl_writer_new", self.handle))
-        piece = ctypes.create_string_buffer(size)
-        written, total = ctypes.c_int64(), 0
+    def _pieces(self) -> Iterator[memoryview]:
+        """Yield the bytes, in the same memory each time."""
+        out, size, written = ctypes.c_size_t(), ctypes.c_int64(), ctypes.c_int64()
+        _native.call("cl_writer_new", self.handle, ctypes.byref(out), ctypes.byref(size))
+        writer = _native.Handle(out.value)
+        piece = ctypes.create_string_buffer(size.value or PIECE)
         while True:
-            _native.call("cl_writer_read", writer.handle, piece, size, ctypes.byref(written))
+            _native.call("cl_writer_read", writer.handle, piece, len(piece), ctypes.byref(written))
             if not written.value:
-                return total
-            file.write(memoryview(piece).cast("B")[: written.value])
-            total += written.value
+                return
+            yield memoryview(piece).cast("B")[: written.value]
 
     @classmethod
     def read_from(cls: type[T], file: BinaryReader, parameters: Parameters) -> T:
