@@ -13,7 +13,7 @@ from cipherlm.models.gpt2 import Args, Attention, Block
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.softmax import FittedSoftmax, Softmax
-from cipherlm.nn.tensor import Cache, Prefix
+from cipherlm.nn.tensor import Cache, Prefix, depth
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL
 from cipherlm.schemes.ckks.decoding import MOST_SEPARATED, EncryptedToken
 from cipherlm.schemes.ckks.decoding_layout import DecodingShape
@@ -250,6 +250,36 @@ def test_softmax_of_one_token(turning, prefix_tokens):
     )
     want = Softmax()(clear_key.having(scores[:, None]), clear_value).values[:, 0]
     assert np.abs(got - want).max() < 1e-3
+
+
+@pytest.mark.parametrize(("low", "high"), [(-30.0, 60.0), (-10.0, 33.0), (-4.0, 9.0)])
+def test_refreshes_of_softmax_give_no_level_that_is_not_used(small, monkeypatch, low, high):
+    """All but the last, behind which other layers come, are to the lowest level that serves."""
+    softmax = FittedSoftmax((low, high), (-2.0, 2.0), 8).of(8, 8)
+    weights = score_slots(small.layout, np.zeros((3, 8)))
+    scores = EncryptedToken(small.arithmetic, (small.secret_key.encrypt(weights[0], 1),), 7)
+    before, to = [], []
+    refresh = type(small.arithmetic).refresh
+
+    def watched(arithmetic, ciphertexts, scales, level, shift):
+        before.append({ciphertext.level for ciphertext in ciphertexts})
+        to.append(level)
+        return refresh(arithmetic, ciphertexts, scales, level, shift)
+
+    class MixedError(Exception):
+        pass
+
+    def mix(weights, value):
+        raise MixedError
+
+    monkeypatch.setattr(type(small.arithmetic), "refresh", watched)
+    monkeypatch.setattr(EncryptedToken, "mix", mix)
+    with pytest.raises(MixedError):
+        softmax(scores, None)
+    assert before == [{1}] * len(to)
+    assert to[-1] == 8
+    levels = sum(depth(inverse) + 2 for inverse in softmax.inverses) + depth(softmax.exponential)
+    assert 0 <= sum(level - 1 for level in to) - levels < 7
 
 
 @pytest.mark.parametrize("level", [1, 8])

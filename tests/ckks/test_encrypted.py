@@ -87,6 +87,26 @@ def test_refresh_keeps_values_and_brings_scales(small, hidden, kind):
         tensors[0].ready(8)
 
 
+def test_only_what_lacks_levels_is_refreshed(small, hidden):
+    """And the lowest of the others where it makes up a pair, unless that would take levels from it."""
+    arithmetic = small.arithmetic
+
+    def refreshed(levels, needed, then=None):
+        tensors = [small.encrypt(hidden, level=level) for level in levels]
+        before, parts = arithmetic.refreshes, [tensor.parts for tensor in tensors]
+        tensors[0].ready(needed, *tensors[1:], then=then)
+        kept = [tensor.parts is old for tensor, old in zip(tensors, parts, strict=True)]
+        for tensor in tensors:
+            assert largest(small.decrypt(tensor), hidden) < 1e-5
+        return [tensor.level for tensor in tensors], kept, arithmetic.refreshes - before
+
+    assert refreshed([8, 8, 1], 2) == ([8, 8, 8], [True, True, False], 1)
+    assert refreshed([1, 5, 4], 2) == ([8, 5, 8], [False, True, False], 1)
+    assert refreshed([1, 5], 2, then=1) == ([4, 5], [False, True], 1)
+    assert refreshed([1, 3], 2, then=1) == ([4, 4], [False, False], 1)
+    assert refreshed([3, 4], 2, then=0) == ([3, 4], [True, True], 0)
+
+
 @pytest.mark.parametrize(
     ("name", "reach", "kind", "degree"),
     [

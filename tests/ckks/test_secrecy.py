@@ -70,7 +70,7 @@ class Decryption:
                 component.append(self._unpacked(data, at, prime.bit_length()))
                 at += self.size * prime.bit_length() // 8
             components.append(component[:2])
-        assert at == len(data) - 32
+        assert at == len(data) - 4
         return components[0], components[1]
 
     def _unpacked(self, data: bytes, at: int, width: int) -> np.ndarray:

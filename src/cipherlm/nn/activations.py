@@ -174,7 +174,7 @@ class FittedGate(Fitted):
             return self.curve(x) * other
         x.ready(levels, before=before)
         curve = self.curve(x)
-        curve.ready(1, other, last=True)
+        curve.ready(1, other, then=0)
         return curve * other
 
 

@@ -192,7 +192,7 @@ class ClearTensor(Tensor):
         return 1 << 10
 
     def ready(
-        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, then: int | None = None
     ) -> None:
         """See :class:`Tensor`; there is nothing to refresh."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -209,13 +209,19 @@ class SquaringSoftmax:
     def __call__(self, scores: T, value: T) -> T:
         """Return each query's mean of the values, weighted by the softmax of its scores."""
         weights = scores.exponents(0.5**self.squarings, self.floor)
-        levels = depth(self.exponential) + self._first_levels
-        together = levels <= weights.most_levels
-        weights.ready(levels if together else depth(self.exponential), before=self.exponential)
-        weights = weights.polynomial(self.exponential)
+        most = weights.most_levels
+        # Those of the exponential, of each normalisation, and of each square.
+        steps = [depth(self.exponential)]
         for inverse in self.inverses:
-            total = weights.ready_total(depth(inverse) + 1)
-            weights = weights.squared_with(total.polynomial(inverse))
+            steps += [depth(inverse) + 1, 1]
+        together = sum(steps[:2])
+        levels = together if together <= most else steps[0]
+        weights.ready(levels, before=self.exponential, then=_behind(levels, steps, most))
+        weights = weights.polynomial(self.exponential)
+        for index, inverse in enumerate(self.inverses):
+            levels, *squaring = steps[2 * index + 1 :]
+            total = weights.ready_total(levels, _behind(levels, [levels, *squaring], most))
+            weights = weights.squared_with(total.polynomial(inverse), _behind(1, squaring, most))
         return self._quotient(*weights.mix(value))
 
     def _quotient(self, mixed: T, total: T) -> T:
@@ -241,6 +247,19 @@ class SquaringSoftmax:
                 "reciprocal", self.reciprocal, products=2 * self.steps, steps=self.steps, refined=refined
             ),
         )
+
+
+def _behind(levels: int, steps: Sequence[int], most: int) -> int | None:
+    """Return how many levels steps take behind the first ``levels``, until one does not fit into ``most``.
+
+    That is None where all of them fit: what comes behind them is not known.
+    """
+    taken = 0
+    for step in steps:
+        if taken + step > most:
+            return taken - levels
+        taken += step
+    return None
 
 
 def _exponential(interval: Interval, tolerance: float) -> Approximation:

@@ -104,15 +104,21 @@ class Tensor(ABC):
     def total(self: T) -> T:
         """Return each query's sum over its keys, as one column."""
 
-    def squared_with(self: T, column: T) -> T:
-        """Return the square of the product with a column. It is refreshed where it has no level for that."""
+    def squared_with(self: T, column: T, then: int | None = None) -> T:
+        """Return the square of the product with a column. It is refreshed where it has no level for that.
+
+        ``then`` is that of :meth:`ready`, for the square.
+        """
         product = self * column
-        product.ready(1)
+        product.ready(1, then=then)
         return product * product
 
-    def ready_total(self: T, levels: int) -> T:
-        """Return the total; both it and this are then able to go through ``levels`` levels."""
-        self.ready(levels)
+    def ready_total(self: T, levels: int, then: int | None = None) -> T:
+        """Return the total; both it and this are then able to go through ``levels`` levels.
+
+        ``then`` is that of :meth:`ready`.
+        """
+        self.ready(levels, then=then)
         return self.total()
 
     @abstractmethod
@@ -129,13 +135,13 @@ class Tensor(ABC):
 
     @abstractmethod
     def ready(
-        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, then: int | None = None
     ) -> None:
-        """Make this tensor and others able to go through ``levels`` levels: refresh all where one is not.
+        """Make this tensor and others able to go through ``levels`` levels: refresh those that are not.
 
         Values stay. After a refresh the last of them has the scale at which the interval of ``before``, which
-        is to be applied to it next, costs no level. Where these levels are the ``last`` that they need, a
-        refresh gives no more.
+        is to be applied to it next, costs no level. A refresh gives all the levels that there are, or where
+        it is known how many are used ``then``, before the next refresh, no more than these.
         """
 
 

@@ -117,7 +117,7 @@ class EncryptedChunk(EncryptedTensor):
 
     def mix(self, value: Context) -> tuple[EncryptedChunk, EncryptedChunk]:
         """See :class:`Tensor`."""
-        self.ready(ATTENTION_LEVEL - MASK_LEVEL, last=True)
+        self.ready(ATTENTION_LEVEL - MASK_LEVEL, then=0)
         evaluator, parameters = self._evaluator, self.arithmetic.parameters
         groups, blocks = value.together, self.chunk.blocks
         count = self.chunk.parts(self._before)

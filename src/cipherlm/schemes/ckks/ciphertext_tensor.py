@@ -144,31 +144,39 @@ class CiphertextTensor(Tensor):
         return self.arithmetic.parameters.scale / self.unit
 
     def ready(
-        self, levels: int, *others: Tensor, before: Chebyshev | None = None, last: bool = False
+        self, levels: int, *others: Tensor, before: Chebyshev | None = None, then: int | None = None
     ) -> None:
         """See :class:`Tensor`. Raises ``ValueError`` for more levels than a refresh gives."""
         tensors = [self, *(cast("CiphertextTensor", other) for other in others)]
         ahead, parameters = tensors[-1], self.arithmetic.parameters
         if MASK_LEVEL + levels > parameters.max_level:
             raise ValueError(f"{levels} levels are more than a refresh gives")
-        left = min(tensor.level for tensor in tensors) - MASK_LEVEL
-        if left >= levels + (ahead._mapping(before) if before else 0):
-            return
-        scales = [tensor._refreshed_scale for tensor in tensors]
+        top = parameters.max_level if then is None else MASK_LEVEL + levels + then
+        needed = {id(tensor): MASK_LEVEL + levels for tensor in tensors}
         if before:
-            scales[-1] = self.arithmetic.scale_before(before)
-        shift = MAPPING_SHIFT if before else PLAIN_SHIFT
-        self._refresh(tensors, scales, MASK_LEVEL + levels if last else None, shift=shift)
+            needed[id(ahead)] += ahead._mapping(before)
+        lacking = [tensor for tensor in tensors if tensor.level < needed[id(tensor)]]
+        if not lacking:
+            return
+        if sum(len(tensor.parts) for tensor in lacking) % 2:
+            # Two ciphertexts are refreshed as one: another comes along for nothing.
+            able = [t for t in tensors if t not in lacking and len(t.parts) == 1 and t.level < top]
+            lacking += sorted(able, key=lambda t: t.level)[:1]
+        scales = [
+            self.arithmetic.scale_before(before) if before and tensor is ahead else tensor._refreshed_scale
+            for tensor in lacking
+        ]
+        self._refresh(lacking, scales, top, shift=MAPPING_SHIFT if before else PLAIN_SHIFT)
 
-    def ready_total(self: C, levels: int) -> C:
+    def ready_total(self: C, levels: int, then: int | None = None) -> C:
         """See :class:`Tensor`.
 
         Two ciphertexts are refreshed as one: the total of an odd number of them costs least before that.
         """
         if self.level - MASK_LEVEL >= levels or len(self.parts) % 2 == 0:
-            return super().ready_total(levels)
+            return super().ready_total(levels, then)
         total = self.total().real()
-        self.ready(levels, total)
+        self.ready(levels, total, then=then)
         return total
 
     def _refresh(

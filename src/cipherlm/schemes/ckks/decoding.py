@@ -121,7 +121,7 @@ class EncryptedToken(CiphertextTensor):
             start = matrix.shifted(evaluator, start, self.factors[0].level)
         product = self._with([self._product(start)], factors=(), unit=1.0) if self.factors else self
         levels = matrix.level + (not first and shape.copies > 1)
-        product.ready(levels - MASK_LEVEL, last=True)
+        product.ready(levels - MASK_LEVEL, then=0)
         return product._one() if first else matrix.shifted(evaluator, product._one(), matrix.level)
 
     def _shifts_first(self, shape: DecodingShape) -> bool:
@@ -330,11 +330,11 @@ class EncryptedToken(CiphertextTensor):
             total = self._evaluator.inner_sum(total, *sums)
         return self._with([total])
 
-    def squared_with(self, column: EncryptedToken) -> EncryptedToken:
+    def squared_with(self, column: EncryptedToken, then: int | None = None) -> EncryptedToken:
         """See :class:`Tensor`."""
         product, factor = self * column, column._one()
         before = product.parts
-        product.ready(1)
+        product.ready(1, then=then)
         kept = product.parts is before and factor.level < self.level
         root = _Root(self.parts, factor, product.parts) if kept else None
         return replace(product * product, root=root)
@@ -381,7 +381,7 @@ class EncryptedToken(CiphertextTensor):
             column = self.root.column
             sources = [self._dropped(self.root.parts, column.level + 1), self.root.products]
         else:
-            self.ready(CONTEXT_LEVEL - MASK_LEVEL, last=True)
+            self.ready(CONTEXT_LEVEL - MASK_LEVEL, then=0)
             sources = [self._dropped(self.parts, CONTEXT_LEVEL)]
 
         def placed(parts: Sequence[Ciphertext]) -> list[Ciphertext]:

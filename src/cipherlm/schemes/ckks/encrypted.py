@@ -70,7 +70,7 @@ class EncryptedTensor(CiphertextTensor):
         )
 
     def __matmul__(self, linear: Linear) -> EncryptedTensor:
-        self.ready(LINEAR_LEVEL - MASK_LEVEL, last=True)
+        self.ready(LINEAR_LEVEL - MASK_LEVEL, then=0)
         layer = self.arithmetic.encodings.layer(linear)
         matrix = self._matrix(linear, LINEAR_LEVEL, "from heads" if self.heads else "hidden", self._rows)
         results = matrix.apply(self._evaluator, self.parts)
@@ -112,7 +112,7 @@ class EncryptedTensor(CiphertextTensor):
         layout, layer = self.arithmetic.layout, self.arithmetic.encodings.layer(linear)
         if heads != layout.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.heads}")
-        self.ready(ATTENTION_LEVEL - MASK_LEVEL, last=True)
+        self.ready(ATTENTION_LEVEL - MASK_LEVEL, then=0)
         matrix = self._matrix(linear, ATTENTION_LEVEL, "to heads", self._head_rows)
         results = []
         for index, result in enumerate(matrix.apply(self._evaluator, self.parts)):
@@ -283,7 +283,7 @@ class EncryptedTensor(CiphertextTensor):
 
     def mix(self, value: Any) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
-        self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, last=True)
+        self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, then=0)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)
         steps = [k * layout.distance_step for k in range(1, layout.tokens)]
