@@ -20,6 +20,7 @@ type SecretKey struct {
 	Params    *Parameters
 	ID        ID
 	decryptor *rlwe.Decryptor
+	zeros     stock[*Ciphertext] // of encryptZero, at the highest level
 }
 
 // PublicKey encrypts.
@@ -29,6 +30,7 @@ type PublicKey struct {
 	ID        ID
 	seed      [32]byte
 	encryptor *rlwe.Encryptor
+	covers    stock[*cover]
 }
 
 // NewSecretKey samples a key.
@@ -41,7 +43,7 @@ func NewSecretKey(p *Parameters) (*SecretKey, error) {
 }
 
 func secretKeyFrom(p *Parameters, key *rlwe.SecretKey, id ID) *SecretKey {
-	return &SecretKey{key, p, id, rlwe.NewDecryptor(p.Parameters, key)}
+	return &SecretKey{SecretKey: key, Params: p, ID: id, decryptor: rlwe.NewDecryptor(p.Parameters, key)}
 }
 
 // PublicKey makes a public key. The library's compressed evaluation key that takes
@@ -65,7 +67,7 @@ func newPublicKey(p *Parameters, first ringqp.Poly, seed [32]byte, id ID) (*Publ
 		return nil, err
 	}
 	key := &rlwe.PublicKey{Value: compressed.Value[0][0]}
-	return &PublicKey{key, p, id, seed, ckks.NewEncryptor(p.Parameters, key)}, nil
+	return &PublicKey{PublicKey: key, Params: p, ID: id, seed: seed, encryptor: ckks.NewEncryptor(p.Parameters, key)}, nil
 }
 
 // Encrypt encrypts a plaintext under the public key.
@@ -129,6 +131,17 @@ func (sk *SecretKey) encryptZero(level int) (*Ciphertext, error) {
 		rings[i].MulCoeffsMontgomeryThenSub(c1[i], sk.Value.Q.Coeffs[i], c0[i])
 		return nil
 	})
+}
+
+// zero returns a seeded encryption of zero that served nothing else. Those that were made
+// ahead of time lose the primes above the level: seeds are expanded for each prime apart.
+func (sk *SecretKey) zero(level int) (*Ciphertext, error) {
+	zero, ok := sk.zeros.take()
+	if !ok {
+		return sk.encryptZero(level)
+	}
+	zero.Resize(1, level)
+	return zero, nil
 }
 
 // expandSeed writes the uniform polynomial that a ciphertext's seed stands for.

@@ -132,15 +132,29 @@ func parallelWorkers(workers, n int, job func(worker, index int) error) error {
 	}
 	group.Add(extra)
 	left.Store(int64(extra))
+	done := func() {
+		helpers.Add(-1)
+		group.Done()
+		left.Add(-1)
+	}
+	taken := make([]atomic.Bool, extra)
 	for worker := range extra {
-		offers <- func() {
-			work(worker + 1)
-			helpers.Add(-1)
-			group.Done()
-			left.Add(-1)
+		select {
+		case offers <- func() {
+			if !taken[worker].Swap(true) {
+				work(worker + 1)
+				done()
+			}
+		}:
+		default: // full of offers that nobody has the time for
 		}
 	}
 	work(0)
+	for i := range taken { // offers that nobody took are withdrawn
+		if !taken[i].Swap(true) {
+			done()
+		}
+	}
 	await(&left)
 	group.Wait()
 	return first

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tuneinsight/lattigo/v6/utils/sampling"
 )
@@ -70,10 +71,20 @@ func TestRandomnessIsTheSystems(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request, _, err := evaluator.Mask([]*Ciphertext{fresh, fresh}, pk, 1, 1, 0)
+	request, mask, err := evaluator.Mask([]*Ciphertext{fresh, fresh}, pk, 1, 1, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := sk.Refresh(request); err != nil {
+		t.Fatal(err)
+	}
+	// What a request or a reply takes from its stock is made again in the background.
+	rest := func() {
+		<-mask.lifted
+		wait(t, &pk.covers)
+		wait(t, &sk.zeros)
+	}
+	rest()
 	zero := ternary + 2*gaussian
 	for _, operation := range []struct {
 		name  string
@@ -88,8 +99,8 @@ func TestRandomnessIsTheSystems(t *testing.T) {
 		}},
 		{"an encryption", seed + gaussian, func() error { _, err := sk.Encrypt(plaintext); return err }},
 		{"an encryption under the public key", zero, func() error { _, err := pk.Encrypt(plaintext); return err }},
-		{"a request of two", 2 * (2*uniform + zero), func() error {
-			_, _, err := evaluator.Mask([]*Ciphertext{fresh, fresh}, pk, 1, 1, 0)
+		{"a request of two", 2 * (2*uniform + zero), func() (err error) {
+			_, mask, err = evaluator.Mask([]*Ciphertext{fresh, fresh}, pk, 1, 1, 0)
 			return err
 		}},
 		{"a reply of two", 2 * (seed + gaussian), func() error { _, err := sk.Refresh(request); return err }},
@@ -99,8 +110,99 @@ func TestRandomnessIsTheSystems(t *testing.T) {
 		if err := operation.run(); err != nil {
 			t.Fatal(err)
 		}
+		rest()
 		if taken := count.total.Load() - before; taken < operation.least {
 			t.Errorf("%s takes %d bytes from the system: %d at least are needed", operation.name, taken, operation.least)
+		}
+	}
+}
+
+// wait returns when a stock is not being filled.
+func wait[T any](t *testing.T, s *stock[T]) {
+	t.Helper()
+	for range 10000 {
+		s.lock.Lock()
+		filling := s.filling
+		s.lock.Unlock()
+		if !filling {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatal("a stock is filled for ever")
+}
+
+// TestWhatIsMadeAheadServesOnce takes from a stock in several threads, more than it has.
+func TestWhatIsMadeAheadServesOnce(t *testing.T) {
+	var s stock[int]
+	var made atomic.Int64
+	next := func() (int, error) { return int(made.Add(1)), nil }
+	var taken []int
+	for range 100 {
+		s.fill(2*mostAhead, next)
+		wait(t, &s)
+		if len(s.items) != mostAhead {
+			t.Fatalf("a stock of %d items", len(s.items))
+		}
+		items := make([]int, 2*mostAhead)
+		if err := parallel(len(items), func(i int) error {
+			items[i], _ = s.take()
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		taken = append(taken, items...)
+	}
+	slices.Sort(taken)
+	if found := slices.Compact(taken)[1:]; len(found) != 100*mostAhead || int(made.Load()) != len(found) {
+		t.Errorf("%d items made, %d taken of %d", made.Load(), len(found), 100*mostAhead)
+	}
+}
+
+// TestRequestsAndRepliesHaveCoversOfTheirOwn makes one after the other, when there is a stock.
+func TestRequestsAndRepliesHaveCoversOfTheirOwn(t *testing.T) {
+	p := randomParameters(t)
+	sk := must(NewSecretKey(p))
+	pk, evaluator := must(sk.PublicKey()), must(NewEvaluator(p, nil))
+	fresh := must(sk.Encrypt(NewPlaintext(p, 1, p.DefaultScale())))
+	var masks, zeros, seconds [][]uint64
+	for range 3 * mostAhead {
+		request, mask, err := evaluator.Mask([]*Ciphertext{fresh, fresh}, pk, 1, 1, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		reply := must(sk.Refresh(request))
+		<-mask.lifted
+		wait(t, &pk.covers)
+		wait(t, &sk.zeros)
+		for i := range mask.masks {
+			masks = append(masks, mask.masks[i].Coeffs[0])
+			zeros = append(zeros, request.Masked[i][1].Coeffs[0])
+			seconds = append(seconds, reply.Fresh[i].Value[1].Coeffs[0])
+		}
+	}
+	for name, of := range map[string][][]uint64{"masks": masks, "zeros": zeros, "replies": seconds} {
+		for i := range of {
+			for j := range i {
+				if agree(of[i], of[j]) > 1 {
+					t.Fatalf("%s %d and %d are one", name, i, j)
+				}
+			}
+		}
+	}
+}
+
+// TestAStockThatCannotBeFilledIsNoFault makes items that fail, or panic.
+func TestAStockThatCannotBeFilledIsNoFault(t *testing.T) {
+	for _, item := range []func() (int, error){
+		func() (int, error) { return 0, failure(Internal, "no") },
+		func() (int, error) { panic("no") },
+	} {
+		var s stock[int]
+		s.fill(1, item)
+		wait(t, &s)
+		if _, ok := s.take(); ok {
+			t.Error("an item that could not be made")
 		}
 	}
 }

@@ -60,8 +60,10 @@ type RefreshMask struct {
 	params  *Parameters
 	key     ID
 	to      int
-	masks   []ring.Poly // r / 2^shift modulo the primes up to to, in NTT form
+	masks   []ring.Poly // r / 2^shift modulo the primes up to to, in NTT form, when lifted is closed
 	scales  []rlwe.Scale
+	lifted  chan struct{}
+	failed  error // of lifting
 	removed atomic.Bool
 }
 
@@ -95,7 +97,7 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		return nil, nil, failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift)
 	}
 	request := &RefreshRequest{p, pk.ID, level, to, shift, make([][2]ring.Poly, len(inputs))}
-	mask := &RefreshMask{params: p, key: pk.ID, to: to, masks: make([]ring.Poly, len(inputs)), scales: make([]rlwe.Scale, len(inputs))}
+	mask := &RefreshMask{params: p, key: pk.ID, to: to, masks: make([]ring.Poly, len(inputs)), scales: make([]rlwe.Scale, len(inputs)), lifted: make(chan struct{})}
 	divisor := rlwe.NewScale(uint64(1) << shift)
 	for i, input := range inputs {
 		if input.Key != pk.ID {
@@ -106,33 +108,19 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		}
 		mask.scales[i] = input.Scale.Div(divisor)
 	}
-	system, err := sampling.NewPRNG()
-	if err != nil {
-		return nil, nil, err
-	}
-	convert := newCentred(p.RingQ(), level, to, shift)
-	low, high := p.RingQ().AtLevel(level), p.RingQ().AtLevel(to)
 	drawn := make([]ring.Poly, len(inputs))
-	// A mask and a zero take equally long: two threads make one of each.
-	err = parallel(2*len(inputs), func(job int) error {
-		i := job / 2
-		if job%2 == 1 {
-			masked := newCiphertext(p, pk.ID, 1, level, p.DefaultScale()).Ciphertext
-			masked.IsNTT = false // the mask comes in first
-			request.Masked[i] = [2]ring.Poly{masked.Value[0], masked.Value[1]}
-			return pk.encryptor.EncryptZero(masked)
+	err := parallel(len(inputs), func(i int) error {
+		cover, err := pk.cover(level)
+		if err == nil {
+			drawn[i], request.Masked[i] = cover.mask, cover.zero
 		}
-		r := low.NewPoly()
-		ring.NewUniformSampler(system, p.RingQ()).AtLevel(level).Read(r)
-		mask.masks[i] = high.NewPoly()
-		drawn[i] = r
-		return errors.Join(convert.convert(r, mask.masks[i]), p.each(mask.masks[i], p.forward))
+		return err
 	})
 	if err != nil {
 		return nil, nil, err
 	}
 	grids := request.grids()
-	return request, mask, parallel(2*len(inputs), func(job int) error {
+	err = parallel(2*len(inputs), func(job int) error {
 		i, component := job/2, job%2
 		masked := request.Masked[i][component].Coeffs
 		for limb, residues := range masked {
@@ -153,6 +141,68 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		}
 		return nil
 	})
+	if err != nil {
+		return nil, nil, err
+	}
+	// There is time for the rest while the client works.
+	go func() {
+		defer close(mask.lifted)
+		mask.failed = protected(func() error { return mask.lift(drawn, level, shift) })
+		pk.covers.fill(len(inputs), func() (*cover, error) { return pk.newCover(level) })
+	}()
+	return request, mask, nil
+}
+
+// lift brings the masks to where the client's answer will be.
+func (m *RefreshMask) lift(drawn []ring.Poly, level int, shift uint) error {
+	p := m.params
+	convert := newCentred(p.RingQ(), level, m.to, shift)
+	for i, r := range drawn {
+		m.masks[i] = p.RingQ().AtLevel(m.to).NewPoly()
+		if err := errors.Join(convert.convert(r, m.masks[i]), p.each(m.masks[i], p.forward)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cover is what hides one ciphertext from the client: a mask, uniform modulo Q, and an
+// encryption of zero, both in coefficients.
+type cover struct {
+	mask ring.Poly
+	zero [2]ring.Poly
+}
+
+// cover returns a cover that nothing else was hidden with.
+func (pk *PublicKey) cover(level int) (*cover, error) {
+	for {
+		ready, ok := pk.covers.take()
+		if !ok {
+			return pk.newCover(level)
+		}
+		if ready.mask.Level() == level {
+			return ready, nil
+		}
+	}
+}
+
+// newCover makes a mask and a zero, which take equally long, on two threads.
+func (pk *PublicKey) newCover(level int) (*cover, error) {
+	p := pk.Params
+	system, err := sampling.NewPRNG()
+	if err != nil {
+		return nil, err
+	}
+	r := p.RingQ().AtLevel(level).NewPoly()
+	masked := newCiphertext(p, pk.ID, 1, level, p.DefaultScale()).Ciphertext
+	masked.IsNTT = false // the mask comes in first
+	return &cover{r, [2]ring.Poly{masked.Value[0], masked.Value[1]}}, parallel(2, func(job int) error {
+		if job == 1 {
+			return pk.encryptor.EncryptZero(masked)
+		}
+		ring.NewUniformSampler(system, p.RingQ()).AtLevel(level).Read(r)
+		return nil
+	})
 }
 
 // Refresh is the client's half: decrypt to integers, divide, encrypt again.
@@ -168,6 +218,7 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	convert := newCentred(p.RingQ(), request.Level, request.To, request.Shift)
 	low, high := p.RingQ().AtLevel(request.Level), p.RingQ().AtLevel(request.To)
 	grids := request.grids()
+	defer sk.zeros.fill(len(request.Masked), func() (*Ciphertext, error) { return sk.encryptZero(p.MaxLevel()) })
 	return reply, parallel(len(request.Masked), func(i int) error {
 		masked, lifted := low.NewPoly(), high.NewPoly()
 		err := parallel(request.Level+1, func(limb int) error {
@@ -183,7 +234,7 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 		if err := p.each(lifted, p.forward); err != nil {
 			return err
 		}
-		fresh, err := sk.encryptZero(request.To)
+		fresh, err := sk.zero(request.To)
 		if err != nil {
 			return err
 		}
@@ -234,6 +285,9 @@ func (e *Evaluator) Unmask(reply *RefreshReply, mask *RefreshMask) ([]*Ciphertex
 	}
 	if mask.removed.Swap(true) {
 		return nil, failure(Invalid, "this refresh mask was used already: a mask serves once")
+	}
+	if <-mask.lifted; mask.failed != nil {
+		return nil, mask.failed
 	}
 	ringQ := p.RingQ().AtLevel(mask.to)
 	results := make([]*Ciphertext, len(reply.Fresh))
