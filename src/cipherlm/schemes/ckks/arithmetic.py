@@ -172,8 +172,10 @@ class Arithmetic:
         return self.encodings.layout
 
     def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """Apply a function in threads."""
-        return list(self._pool.map(function, items))
+        """Apply a function, to the first item in this thread and to others in threads of their own."""
+        first, *others = [*items]
+        futures = [self._pool.submit(function, item) for item in others]
+        return [function(first), *(future.result() for future in futures)]
 
     def close(self) -> None:
         """End the threads."""
