@@ -63,12 +63,12 @@ func (e *Evaluator) own(linear bool, ciphertexts ...*Ciphertext) error {
 
 // Add adds a ciphertext of the same scale, at the lower of the two levels.
 func (e *Evaluator) Add(a, b, out *Ciphertext) (*Ciphertext, error) {
-	return e.sum(a, b, out, e.ckks.Add)
+	return e.sum(a, b, out, e.Params.add, e.ckks.Add)
 }
 
 // Sub subtracts a ciphertext of the same scale, at the lower of the two levels.
 func (e *Evaluator) Sub(a, b, out *Ciphertext) (*Ciphertext, error) {
-	return e.sum(a, b, out, e.ckks.Sub)
+	return e.sum(a, b, out, e.Params.subtract, e.ckks.Sub)
 }
 
 func notSecond(a, b, out *Ciphertext) error {
@@ -80,7 +80,7 @@ func notSecond(a, b, out *Ciphertext) error {
 
 type operation func(*rlwe.Ciphertext, rlwe.Operand, *rlwe.Ciphertext) error
 
-func (e *Evaluator) sum(a, b, out *Ciphertext, apply operation) (*Ciphertext, error) {
+func (e *Evaluator) sum(a, b, out *Ciphertext, apply func(prime int, x, y, out []uint64), general operation) (*Ciphertext, error) {
 	if err := notSecond(a, b, out); err != nil {
 		return nil, err
 	}
@@ -98,12 +98,17 @@ func (e *Evaluator) sum(a, b, out *Ciphertext, apply operation) (*Ciphertext, er
 	if err != nil {
 		return nil, err
 	}
+	if a.Degree() == b.Degree() {
+		*result.MetaData = *a.MetaData
+		result.Resize(degree, level)
+		return result, e.Params.pairwise(a.Ciphertext, b.Ciphertext, result.Ciphertext, apply)
+	}
 	// Equal up to the tolerance: made equal, lest the library multiplies by their ratio.
 	right := b.Ciphertext
 	if b.Scale.Cmp(scale) != 0 {
 		right = withScale(b, scale)
 	}
-	err = apply(a.Ciphertext, right, result.Ciphertext)
+	err = general(a.Ciphertext, right, result.Ciphertext)
 	result.Scale = scale
 	return result, err
 }

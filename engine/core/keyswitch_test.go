@@ -7,8 +7,10 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/tuneinsight/lattigo/v6/circuits/ckks/polynomial"
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 	"github.com/tuneinsight/lattigo/v6/ring"
+	"github.com/tuneinsight/lattigo/v6/utils/bignum"
 )
 
 // TestTransforms holds the vector code equal to the library's, there and back.
@@ -83,8 +85,38 @@ func TestKeySwitches(t *testing.T) {
 				same("square in place", must(a.e.Mul(in, in, true, in)), square)
 				same("relinearised product", must(a.e.Relinearize(quadratic, nil)), linear)
 				same("relinearised product in place", must(a.e.Relinearize(quadratic, quadratic)), linear)
+				same("sum", must(a.e.Add(x, y, nil)), must(a.e.ckks.AddNew(x.Ciphertext, y.Ciphertext)))
+				same("difference", must(a.e.Sub(x, y, nil)), must(a.e.ckks.SubNew(x.Ciphertext, y.Ciphertext)))
+				in = y.Copy()
+				same("difference in place", must(a.e.Sub(in, x, in)), must(a.e.ckks.SubNew(y.Ciphertext, x.Ciphertext)))
 			}
 		}
+	}
+}
+
+// TestPolynomials holds polynomials equal to those that the library evaluates by itself, bit
+// for bit: even and odd ones, too, whose powers have other scales.
+func TestPolynomials(t *testing.T) {
+	p := large(t)
+	a := newParty(t, p)
+	x := a.encrypt(noise(p.Slots()), p.MaxLevel())
+	before := x.Copy()
+	for _, degree := range []int{1, 2, 3, 7, 12, 15, 31, 63} {
+		for _, step := range []int{1, 2} {
+			c := Chebyshev{Coefficients: make([]float64, degree+1), From: -1, To: 1, Drift: 4}
+			for i := degree % step; i <= degree; i += step {
+				c.Coefficients[i] = rand.Float64() - 0.5
+			}
+			basis := bignum.NewPolynomial(bignum.Chebyshev, c.Coefficients, [2]float64{-1, 1})
+			library := polynomial.NewEvaluator(p.Parameters, a.e.ckks)
+			want := must(library.Evaluate(x.Ciphertext, polynomial.NewPolynomial(basis), p.DefaultScale()))
+			if got := must(a.e.Evaluate(x, c)); !got.Equal(want) {
+				t.Errorf("degree %d, step %d: polynomials differ", degree, step)
+			}
+		}
+	}
+	if !x.Equal(before.Ciphertext) {
+		t.Error("the input has changed")
 	}
 }
 

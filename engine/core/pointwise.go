@@ -1,6 +1,9 @@
 package core
 
-import "github.com/tuneinsight/lattigo/v6/ring"
+import (
+	"github.com/tuneinsight/lattigo/v6/core/rlwe"
+	"github.com/tuneinsight/lattigo/v6/ring"
+)
 
 // What is done number by number modulo one prime of QP, in the vector code where it serves
 // the prime. Factors are in Montgomery form.
@@ -12,6 +15,20 @@ func (p *Parameters) add(prime int, x, y, out []uint64) {
 	} else {
 		r.Add(x, y, out)
 	}
+}
+
+// subtract writes x - y.
+func (p *Parameters) subtract(prime int, x, y, out []uint64) { p.subring(prime).Sub(x, y, out) }
+
+// pairwise applies add or subtract to ciphertexts, as many components as y has, up to the
+// level of the result.
+func (p *Parameters) pairwise(x, y, out *rlwe.Ciphertext, apply func(prime int, x, y, out []uint64)) error {
+	return parallel(out.Level()+1, func(i int) error {
+		for component := range y.Value {
+			apply(i, x.Value[component].Coeffs[i], y.Value[component].Coeffs[i], out.Value[component].Coeffs[i])
+		}
+		return nil
+	})
 }
 
 // multiplyAdd adds x times a factor to out.

@@ -87,17 +87,15 @@ func (e *Evaluator) Evaluate(a *Ciphertext, c Chebyshev) (*Ciphertext, error) {
 	if err != nil {
 		return nil, err
 	}
-	input, err := a.SetScale(a.Scale.Mul(scale), nil) // the message divided by half
-	if err != nil {
-		return nil, err
-	}
+	// The message divided by half. Polynomials are not copied for that.
+	input := &Ciphertext{Ciphertext: withScale(a, a.Scale.Mul(scale)), Params: e.Params, Key: a.Key}
 	if !free {
-		if input, err = e.AdjustScale(input, e.Params.DefaultScale(), input); err != nil {
+		if input, err = e.AdjustScale(input, e.Params.DefaultScale(), nil); err != nil {
 			return nil, err
 		}
 	}
 	if middle != 0 {
-		if input, err = e.AddConstant(input, complex(-middle/half, 0), input); err != nil {
+		if input, err = e.AddConstant(input, complex(-middle/half, 0), nil); err != nil {
 			return nil, err
 		}
 	}
@@ -133,6 +131,38 @@ func (a arithmetic) MulRelinNew(x *rlwe.Ciphertext, y rlwe.Operand) (*rlwe.Ciphe
 		return nil, err
 	}
 	return out, a.Relinearize(out, out)
+}
+
+// Add adds.
+func (a arithmetic) Add(x *rlwe.Ciphertext, y rlwe.Operand, out *rlwe.Ciphertext) error {
+	if y, ok := y.(*rlwe.Ciphertext); ok && out == x && alike(x, y) {
+		return a.inPlace(x, y, a.e.Params.add)
+	}
+	return a.Evaluator.Add(x, y, out)
+}
+
+// Sub subtracts.
+func (a arithmetic) Sub(x *rlwe.Ciphertext, y rlwe.Operand, out *rlwe.Ciphertext) error {
+	if y, ok := y.(*rlwe.Ciphertext); ok && out == x && alike(x, y) {
+		return a.inPlace(x, y, a.e.Params.subtract)
+	}
+	return a.Evaluator.Sub(x, y, out)
+}
+
+// alike tells whether nothing of y is to be multiplied or copied when it goes to x. Where
+// one scale is less than twice the other the library multiplies by the integer 1.
+func alike(x, y *rlwe.Ciphertext) bool {
+	ratio := x.Scale.Div(y.Scale).Float64()
+	return ratio > 0.5 && ratio < 2 && x.Degree() >= y.Degree() && x.IsNTT && y.IsNTT
+}
+
+// inPlace adds or subtracts; the result has the greater of the two scales.
+func (a arithmetic) inPlace(x, y *rlwe.Ciphertext, apply func(prime int, x, y, out []uint64)) error {
+	x.Resize(x.Degree(), min(x.Level(), y.Level()))
+	if x.Scale.Cmp(y.Scale) < 0 {
+		x.Scale = y.Scale
+	}
+	return a.e.Params.pairwise(x, y, x, apply)
 }
 
 // MulThenAdd adds a ciphertext times a coefficient, encoded at the ratio of the scales.

@@ -123,8 +123,13 @@ def _flat(figures: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
-def _fastest(operation: Callable[[], Any], budget: float, least: int = 3) -> Figures:
-    """Return the least time on the clock and the least processor time of some runs."""
+def _fastest(
+    operation: Callable[[], Any], budget: float, least: int = 3, *, background: bool = False
+) -> Figures:
+    """Return the least time on the clock and the least processor time of some runs.
+
+    Where an operation goes on in the ``background``, its processor time is the mean.
+    """
     operation()
     walls: list[float] = []
     processors: list[float] = []
@@ -134,7 +139,8 @@ def _fastest(operation: Callable[[], Any], budget: float, least: int = 3) -> Fig
         operation()
         walls.append(time.perf_counter() - wall)
         processors.append(time.process_time() - processor)
-    return {"seconds": min(walls), "cpu_seconds": min(processors)}
+    processor = sum(processors) / len(processors) if background else min(processors)
+    return {"seconds": min(walls), "cpu_seconds": processor}
 
 
 def _ring(log_degree: int, budget: float) -> Figures:
@@ -182,8 +188,8 @@ def _refresh(evaluator: Evaluator, secret_key: SecretKey, ct: Ciphertext, budget
         return time.perf_counter() - start
 
     return {
-        "mask": _fastest(mask, budget),
-        "client": _fastest(lambda: secret_key.refresh(request), budget),
+        "mask": _fastest(mask, budget, background=True),
+        "client": _fastest(lambda: secret_key.refresh(request), budget, background=True),
         "unmask": {"seconds": min(unmask() for _ in range(5))},
         "down_bytes": len(request.to_bytes()),
         "up_bytes": len(reply.to_bytes()),
