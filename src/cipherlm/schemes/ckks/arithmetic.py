@@ -203,20 +203,17 @@ class Arithmetic:
             raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
         # Declared scales do not matter on the way, but they must be equal to be added.
         common = self.parameters.scale * 2**shift
-        scaled = [
-            evaluator.set_scale(evaluator.multiply(evaluator.drop_level(c, MASK_LEVEL), factor), common)
-            for c, factor in zip(ciphertexts, factors, strict=True)
-        ]
+        scaled = [evaluator.drop_level(ciphertext, MASK_LEVEL) for ciphertext in ciphertexts]
+        for index, (ciphertext, factor) in enumerate(zip(scaled, factors, strict=True)):
+            evaluator.multiply(ciphertext, factor * 1j if index % 2 else factor, out=ciphertext)
+            evaluator.set_scale(ciphertext, common, out=ciphertext)
         pairs = [scaled[i : i + 2] for i in range(0, len(scaled), 2)]
-        sent = [
-            evaluator.add(pair[0], evaluator.multiply(pair[1], 1j)) if len(pair) == 2 else pair[0]
-            for pair in pairs
-        ]
+        sent = [evaluator.add(*pair, out=pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
         fresh: list[Ciphertext] = []
         for pair, result in zip(pairs, self._exchange(sent, level, shift), strict=True):
             fresh += evaluator.split(result) if len(pair) == 2 else [result]
         return [
-            evaluator.set_scale(part, before.scale * factor / 2**shift * copy)
+            evaluator.set_scale(part, before.scale * factor / 2**shift * copy, out=part)
             for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
         ]
 
@@ -229,7 +226,8 @@ class Arithmetic:
         ]
         fresh = self._exchange(sent, level, PLAIN_SHIFT)
         return [
-            evaluator.set_scale(part, before.scale) for part, before in zip(fresh, ciphertexts, strict=True)
+            evaluator.set_scale(part, before.scale, out=part)
+            for part, before in zip(fresh, ciphertexts, strict=True)
         ]
 
     def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:

@@ -56,12 +56,12 @@ class CiphertextTensor(Tensor):
     def _real(self, ciphertext: Ciphertext, factor: float = 1.0) -> Ciphertext:
         """Return the real part divided by a factor."""
         real, _ = self._evaluator.split(ciphertext)
-        return self._evaluator.set_scale(real, real.scale * 2 * factor)
+        return self._evaluator.set_scale(real, real.scale * 2 * factor, out=real)
 
     def _imaginary(self, ciphertext: Ciphertext) -> Ciphertext:
         """Return the imaginary part."""
         _, imaginary = self._evaluator.split(ciphertext)
-        return self._evaluator.set_scale(imaginary, imaginary.scale * 2)
+        return self._evaluator.set_scale(imaginary, imaginary.scale * 2, out=imaginary)
 
     def real(self: C) -> C:
         """Return the real parts, for sums that are refreshed together with something else.
@@ -137,7 +137,7 @@ class CiphertextTensor(Tensor):
             parts = self.parts if together else [evaluator.drop_level(part, least + 1) for part in self.parts]
             scaled = [evaluator.adjust_scale(part, lower) for part in parts]
         total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
-        return self._with([evaluator.set_scale(total, total.scale * width / gain)], unit=1.0)
+        return self._with([evaluator.set_scale(total, total.scale * width / gain, out=total)], unit=1.0)
 
     @property
     def _refreshed_scale(self) -> float:
