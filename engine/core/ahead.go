@@ -30,10 +30,11 @@ func (s *stock[T]) take() (item T, ok bool) {
 	return item, ok
 }
 
-// fill makes items in the background until there are so many. An item that cannot be made
-// is not missed: who finds none makes one, and sees why it fails. In WebAssembly there is
-// no background: it would delay the answer.
+// fill makes items in the background until there are so many, or mostAhead. An item that
+// cannot be made is not missed: who finds none makes one, and sees why it fails. In
+// WebAssembly there is no background: it would delay the answer.
 func (s *stock[T]) fill(count int, item func() (T, error)) {
+	count = min(count, mostAhead)
 	s.lock.Lock()
 	defer s.lock.Unlock()
 	if s.filling || len(s.items) >= count || runtime.GOARCH == "wasm" {
@@ -42,7 +43,7 @@ func (s *stock[T]) fill(count int, item func() (T, error)) {
 	s.filling = true
 	go func() {
 		protected(func() error {
-			for s.lacks(min(count, mostAhead)) {
+			for s.lacks(count) {
 				made, err := item()
 				if err != nil {
 					return err

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/cmplx"
 	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -302,6 +303,66 @@ func TestConcurrency(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestHelpersComeBack runs jobs from many callers, with errors, panics, more threads than
+// cores and fewer again: nobody waits for ever, every job runs, and no helper is lost.
+func TestHelpersComeBack(t *testing.T) {
+	before := Threads()
+	defer SetThreads(before)
+	var ran atomic.Int64
+	var group sync.WaitGroup
+	for caller := range 16 {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for round := range 200 {
+				switch {
+				case caller == 0:
+					SetThreads(1 + round%5)
+				case caller == 1:
+					parallel(8, func(i int) error { return failure(Invalid, "no") })
+				case caller == 2:
+					protected(func() error { return parallel(8, func(int) error { panic("no") }) })
+				default:
+					parallel(4, func(int) error {
+						return parallel(3, func(int) error { ran.Add(1); return nil })
+					})
+				}
+			}
+		}()
+	}
+	group.Wait()
+	if ran.Load() != 13*200*12 {
+		t.Errorf("%d jobs ran, not %d", ran.Load(), 13*200*12)
+	}
+	if busy := helpers.Load(); busy != 0 {
+		t.Errorf("%d helpers are still at work", busy)
+	}
+}
+
+// TestOffersAreWithdrawn keeps the only helper busy: who finds no help does all by itself.
+func TestOffersAreWithdrawn(t *testing.T) {
+	before := Threads()
+	defer SetThreads(before)
+	if err := SetThreads(2); err != nil {
+		t.Fatal(err)
+	}
+	release, held := make(chan struct{}), make(chan struct{}, maxThreads)
+	for range max(1, hired.Load()) { // all that there are
+		offers <- func() { held <- struct{}{}; <-release }
+	}
+	for range hired.Load() {
+		<-held
+	}
+	done := 0
+	if err := parallel(4, func(int) error { done++; return nil }); err != nil || done != 4 {
+		t.Errorf("%d of 4 jobs: %v", done, err)
+	}
+	if busy := helpers.Load(); busy != 0 {
+		t.Errorf("%d helpers are taken for busy", busy)
+	}
+	close(release)
 }
 
 func TestAPanicInAJobIsAnError(t *testing.T) {

@@ -75,8 +75,8 @@ func accept() func() {
 	return <-offers
 }
 
-// await returns when so many are left: none, or when patience is at an end. Callers are
-// threads of another language, which the scheduler cannot exchange cheaply: they do not yield.
+// await spins until none is left or patience is at an end. It does not yield: most callers
+// are threads of another language, which the scheduler cannot exchange cheaply.
 func await(left *atomic.Int64) {
 	for start := time.Now(); left.Load() > 0 && time.Since(start) < patience; {
 	}

@@ -185,7 +185,7 @@ func (out *encoder) digits(g *grid, digits [][]uint64) {
 			return
 		}
 		size := g.digitSize(width)
-		out.pack = grow(out.pack, size+8)
+		out.pack = grow(out.pack, size)
 		packBits(digits[i], width, out.pack)
 		out.bytes(out.pack[:size])
 	}

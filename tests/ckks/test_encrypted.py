@@ -13,6 +13,7 @@ from cipherlm.nn.activations import Activation, Curve, EvenCurve, Gate
 from cipherlm.nn.clear import ClearTensor, Noise
 from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Cache, Prefix
+from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 
 from .models import behind, filled
 from .models import linear as random_linear
@@ -105,6 +106,22 @@ def test_only_what_lacks_levels_is_refreshed(small, hidden):
     assert refreshed([1, 5], 2, then=1) == ([4, 5], [False, True], 1)
     assert refreshed([1, 3], 2, then=1) == ([4, 4], [False, False], 1)
     assert refreshed([3, 4], 2, then=0) == ([3, 4], [True, True], 0)
+
+
+@pytest.mark.parametrize(("ratio", "levels"), [(1.6, 6), (2.0, 5), (1024.0, 5)])
+def test_a_scale_that_a_refresh_misses_has_a_level_more(small, hidden, ratio, levels):
+    """Scales change by integers: by 2 where 1.6 is wanted, after which an interval is no longer free."""
+    cubic = Chebyshev(np.array([0.0, 0.5] + [0.0] * 29 + [0.25]), (-1, 1))
+    parameters, evaluator = small.arithmetic.parameters, small.arithmetic._evaluator
+    (part,) = small.encrypt(hidden / 8, level=2).parts
+    scale = parameters.scale * 2**16 / ratio
+    part = evaluator.set_scale(evaluator.multiply(part, round(scale / parameters.scale)), scale)
+    tensor = EncryptedTensor(small.arithmetic, (part,), len(hidden))
+    tensor.ready(5, before=cubic, then=0)
+    assert tensor.level == 1 + levels
+    result = tensor.polynomial(cubic)
+    assert result.level == 1
+    assert largest(small.decrypt(result), cubic(hidden / 8)) < 1e-3
 
 
 @pytest.mark.parametrize(

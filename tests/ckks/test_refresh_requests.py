@@ -1,4 +1,4 @@
-"""What the form of refresh requests tells a client: the circuit, and nothing of calibrated ranges."""
+"""What the form of refresh requests tells a client: the circuit, and of ranges no more than degrees."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def requests() -> Requests:
 
 
 def test_requests_tell_nothing_of_ranges(requests):
-    """Beyond which of two degrees an activation has, which shows in what is refreshed behind it."""
+    """Beyond which of two degrees an activation has, which shows in what is refreshed behind it.
+
+    Of scores, which are the same here, the degrees of softmax show, and the number of its squarings.
+    """
     (narrow, few), (wider, more) = requests.of(1), requests.of(1.5)
     assert more[1] > 1.4 * few[1]
     assert narrow == wider

@@ -2,8 +2,8 @@
 
 A frame is a header of 64 bytes, a payload and a checksum; ``engine/core/frame.go``
 defines it. Ciphertexts go to and from the native side as one piece. Keys are not copied whole:
-a piece at a time goes between the file and the native side, so they may be larger than memory
-allows twice.
+a piece at a time goes between the file and the native side, so that they may be larger than
+memory allows twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 HEADER_SIZE = 64
 PIECE = 1 << 20
+WHOLE = 1 << 24
+"""The most bytes of a ciphertext, or of several, that go to the native side as one piece."""
+
+_PASSED_ON = (6, 7, 8)  # ciphertexts, refresh requests, replies
 
 T = TypeVar("T", bound="Serializable")
 
@@ -103,7 +107,7 @@ def read_frame(file: BinaryReader, frame_type: int, parameters: Parameters | Non
     reader = _native.Handle(out.value)
     left = length.value
     while left:
-        piece = _read_exactly(file, min(left, PIECE))
+        piece = _read_exactly(file, min(left, WHOLE if frame_type in _PASSED_ON else PIECE))
         _native.call("cl_reader_write", reader.handle, piece, len(piece))
         left -= len(piece)
     return _native.create("cl_reader_finish", reader.handle)

@@ -250,7 +250,7 @@ class SquaringSoftmax:
 
 
 def _behind(levels: int, steps: Sequence[int], most: int) -> int | None:
-    """Return how many levels steps take behind the first ``levels``, until one does not fit into ``most``.
+    """Return how many levels the steps that fit into ``most`` take together, beyond the first ``levels``.
 
     That is None where all of them fit: what comes behind them is not known.
     """

@@ -139,9 +139,10 @@ class Tensor(ABC):
     ) -> None:
         """Make this tensor and others able to go through ``levels`` levels: refresh those that are not.
 
-        Values stay. After a refresh the last of them has the scale at which the interval of ``before``, which
-        is to be applied to it next, costs no level. A refresh gives all the levels that there are, or where
-        it is known how many are used ``then``, before the next refresh, no more than these.
+        Values stay; another may be refreshed with them where that costs nothing. If the last of them is
+        refreshed, it gets the scale at which the interval of ``before``, which is to be applied to it next,
+        costs no level. A refresh gives all the levels that there are, or ``levels + then`` where it is known
+        that ``then`` more are used before the next refresh.
         """
 
 

@@ -175,7 +175,11 @@ class Arithmetic:
         """Apply a function, to the first item in this thread and to others in threads of their own."""
         first, *others = [*items]
         futures = [self._pool.submit(function, item) for item in others]
-        return [function(first), *(future.result() for future in futures)]
+        try:
+            return [function(first), *(future.result() for future in futures)]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def close(self) -> None:
         """End the threads."""
@@ -197,8 +201,10 @@ class Arithmetic:
         evaluator = self.evaluator
         # A pair is split into twice its real and twice its imaginary part.
         copies = [1 if i == len(ciphertexts) - 1 and i % 2 == 0 else 2 for i in range(len(ciphertexts))]
-        wanted = [scale / copy / c.scale for c, scale, copy in zip(ciphertexts, scales, copies, strict=True)]
-        factors = [round(2**shift * ratio) for ratio in wanted]
+        factors = [
+            _factor(c.scale, scale / copy, shift)
+            for c, scale, copy in zip(ciphertexts, scales, copies, strict=True)
+        ]
         if min(factors) < LEAST_FACTOR:
             raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
         # Declared scales do not matter on the way, but they must be equal to be added.
@@ -216,6 +222,11 @@ class Arithmetic:
             evaluator.set_scale(part, before.scale * factor / 2**shift * copy, out=part)
             for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
         ]
+
+    def refreshed_scales(self, ciphertext: Ciphertext, scale: float, shift: int) -> list[float]:
+        """Return the scales near a given one that :meth:`refresh` brings to, alone and in a pair."""
+        before = ciphertext.scale
+        return [before * _factor(before, scale / copy, shift) / 2**shift * copy for copy in (1, 2)]
 
     def refresh_complex(self, ciphertexts: Sequence[Ciphertext], level: int) -> list[Ciphertext]:
         """Return ciphertexts of complex numbers at a level, each with its scale."""
@@ -235,6 +246,11 @@ class Arithmetic:
         self.round_trips += 1
         assert self._refresher is not None  # or there were no ciphertexts to refresh
         return self._refresher(sent, level, shift)
+
+
+def _factor(before: float, after: float, shift: int) -> int:
+    """Return what a ciphertext is multiplied by to have another scale when it is divided by ``2^shift``."""
+    return round(2.0**shift * after / before)
 
 
 class _Layer:

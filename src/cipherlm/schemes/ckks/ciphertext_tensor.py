@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -151,7 +152,10 @@ class CiphertextTensor(Tensor):
         ahead, parameters = tensors[-1], self.arithmetic.parameters
         if MASK_LEVEL + levels > parameters.max_level:
             raise ValueError(f"{levels} levels are more than a refresh gives")
-        top = parameters.max_level if then is None else MASK_LEVEL + levels + then
+        top = parameters.max_level
+        if then is not None:
+            missed = 1 if before and ahead._missed(before) else 0
+            top = min(top, MASK_LEVEL + levels + then + missed)
         needed = {id(tensor): MASK_LEVEL + levels for tensor in tensors}
         if before:
             needed[id(ahead)] += ahead._mapping(before)
@@ -194,6 +198,16 @@ class CiphertextTensor(Tensor):
         fresh = iter(self.arithmetic.refresh(parts, wanted, top, shift))
         for tensor in tensors:
             tensor.parts = tuple(next(fresh) for _ in tensor.parts)
+
+    def _missed(self, polynomial: Chebyshev) -> bool:
+        """Whether a refresh can miss the scale before a polynomial, so that its interval takes a level."""
+        arithmetic = self.arithmetic
+        wanted = arithmetic.scale_before(polynomial)
+        scales = (arithmetic.refreshed_scales(part, wanted, MAPPING_SHIFT) for part in self.parts)
+        return any(
+            scale and polynomial.levels(arithmetic.parameters, scale) > depth(polynomial)
+            for scale in itertools.chain.from_iterable(scales)
+        )
 
     def _mapping(self, polynomial: Chebyshev) -> int:
         """Return how many levels the polynomial's interval takes at the present scale."""

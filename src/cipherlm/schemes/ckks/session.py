@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +145,8 @@ class Session:
         self, server: Server, arithmetic: Arithmetic, public_key: PublicKey, exchange: Exchange
     ) -> None:
         self.arithmetic, self._server = arithmetic, server
-        self._public_key, self._exchange = public_key, exchange
+        self._public_key: PublicKey | None = public_key
+        self._exchange = exchange
         self._seen: dict[str, tuple[list[Cache], int]] = {}
 
     @property
@@ -153,8 +155,9 @@ class Session:
         return self.arithmetic.has_keys
 
     def release_keys(self) -> None:
-        """Drop the evaluation keys. The KV cache stays, and :meth:`load_keys` is to follow."""
+        """Drop the keys. The KV cache stays, and :meth:`load_keys` is to follow."""
         self.arithmetic.release_keys()
+        self._public_key = None
         collect()
 
     def load_keys(self, keys: EvaluationKeys, public_key: PublicKey) -> None:
@@ -196,10 +199,8 @@ class Session:
             x = EncryptedChunk(self.arithmetic, tuple(ciphertexts), count, position=start)
         result: CiphertextTensor = evaluate(module.module, x, caches, report)
         self._seen[name] = caches, start + count
-        return [
-            self.arithmetic.evaluator.rerandomize(part, self._public_key, flood=FLOOD)
-            for part in result.parts
-        ]
+        public_key = cast(PublicKey, self._public_key)  # it is there when evaluation keys are
+        return [self.arithmetic.evaluator.rerandomize(part, public_key, flood=FLOOD) for part in result.parts]
 
     def caches(self, name: str) -> list[Cache]:
         """Return the keys and values of the text that a module has read."""
