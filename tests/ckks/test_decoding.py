@@ -222,9 +222,9 @@ def test_scores_and_sums_of_one_token(turning, rotary, prefix_tokens, more, seed
     clear_mixed, clear_total = clear.mix(clear_value)
     scale = max(1, np.abs(clear.values).sum())
     got = parties.decrypt_token_heads(mixed.parts[0]).real
-    assert np.abs(got - clear_mixed.values[:, 0]).max() < 1e-5 * scale
+    assert np.abs(got - clear_mixed.values[:, 0]).max() < 3e-5 * scale
     got = parties.decrypt_token_heads(total.parts[0]).real
-    assert np.abs(got - clear_total.values[:, 0]).max() < 1e-5 * scale
+    assert np.abs(got - clear_total.values[:, 0]).max() < 3e-5 * scale
 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 5])
