@@ -33,7 +33,7 @@ An encrypted model evaluates up to eight tokens together, and fewer of them cost
 WORTHWHILE = 0.6
 """How many tokens of its draft a head has to expect to be right, or it proposes none.
 
-Several tokens cost a pass of SmolLM2 three quarters more than one.
+Several tokens cost a pass of SmolLM2 four fifths more than one.
 """
 
 _ONE_BLOCK = {

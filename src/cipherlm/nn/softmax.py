@@ -219,9 +219,9 @@ class SquaringSoftmax:
         weights.ready(levels, before=self.exponential, then=_behind(levels, steps, most))
         weights = weights.polynomial(self.exponential)
         for index, inverse in enumerate(self.inverses):
-            levels, *squaring = steps[2 * index + 1 :]
-            total = weights.ready_total(levels, _behind(levels, [levels, *squaring], most))
-            weights = weights.squared_with(total.polynomial(inverse), _behind(1, squaring, most))
+            ahead = steps[2 * index + 1 :]
+            total = weights.ready_total(ahead[0], _behind(ahead[0], ahead, most))
+            weights = weights.squared_with(total.polynomial(inverse), _behind(1, ahead[1:], most))
         return self._quotient(*weights.mix(value))
 
     def _quotient(self, mixed: T, total: T) -> T:
