@@ -34,22 +34,27 @@ type term struct {
 // keys are, make at most one group of terms; the sum is not in that form.
 func (a *accumulator) sum(terms []term, subring *ring.SubRing, montgomery bool, out0, out1 []uint64) {
 	a.prepare(subring, montgomery)
-	add, together := a.addGo, lazyTerms(subring.Modulus)
+	for start := 0; start < len(out0); start += block {
+		a.sumBlock(terms, start, out0, out1)
+	}
+}
+
+// sumBlock does so for one block of coefficients, once the accumulator is prepared.
+func (a *accumulator) sumBlock(terms []term, start int, out0, out1 []uint64) {
+	add, together := a.addGo, lazyTerms(a.subring.Modulus)
 	if a.vector {
 		add, together = a.addVector, 1<<10
 	}
-	for start := 0; start < len(out0); start += block {
-		clear(a.sums[:])
-		for first := 0; first < len(terms); first += together {
-			if first > 0 {
-				a.reduce(a.low0, a.low1)
-				clear(a.high0)
-				clear(a.high1)
-			}
-			add(terms[first:min(len(terms), first+together)], start)
+	clear(a.sums[:])
+	for first := 0; first < len(terms); first += together {
+		if first > 0 {
+			a.reduce(a.low0, a.low1)
+			clear(a.high0)
+			clear(a.high1)
 		}
-		a.reduce(out0[start:start+block], out1[start:start+block])
+		add(terms[first:min(len(terms), first+together)], start)
 	}
+	a.reduce(out0[start:start+block], out1[start:start+block])
 }
 
 func (a *accumulator) prepare(subring *ring.SubRing, montgomery bool) {

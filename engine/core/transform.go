@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"sync"
 
 	"github.com/tuneinsight/lattigo/v6/core/rlwe"
 )
@@ -105,47 +106,84 @@ func (e *Evaluator) plan(inputs []*Ciphertext, matrices []*LinearTransformation)
 	return level, steps, slices.Sorted(maps.Keys(union)), nil
 }
 
+// stepsAtOnce is how many giant steps a thread works on at a time, where there are several
+// inputs: a block of coefficients of their diagonals, and of the rotations of one input,
+// which all of them take, fits a core's cache.
+const stepsAtOnce = 4
+
 // sumBabies computes the inner sums of every giant step. Its jobs go prime by
 // prime, so that the rotated inputs modulo one prime stay in the cache that the
 // cores share.
 func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphertext) error {
-	p := e.Params
-	widest := 0
 	for _, s := range steps {
-		widest = max(widest, len(s.row))
 		s.sums = make([]*Ciphertext, len(rotated))
 		for i := range s.sums {
 			s.sums[i] = rotated[i][s.row[0].baby].like(1, level)
 		}
 	}
-	type scratch struct {
-		residues    [][]uint64
-		terms       []term
-		accumulator accumulator
+	each := 1
+	if len(rotated) > 1 {
+		each = stepsAtOnce
 	}
-	workers := make([]*scratch, Threads())
-	return parallelWorkers(len(workers), len(steps)*(level+1), func(worker, job int) error {
-		if workers[worker] == nil {
-			workers[worker] = &scratch{make([][]uint64, widest), make([]term, widest), accumulator{}}
-		}
-		own, limb, s := workers[worker], job/len(steps), steps[job%len(steps)]
-		subring := p.RingQ().SubRings[limb]
-		for i, d := range s.row {
-			if own.residues[i] == nil && d.residues.Coeffs == nil {
-				own.residues[i] = make([]uint64, p.N())
-			}
-			own.terms[i] = term{plain: d.at(p, limb, own.residues[i]), gap: d.gap}
-		}
-		terms := own.terms[:len(s.row)]
-		for input, sum := range s.sums {
-			for i, d := range s.row {
-				copied := rotated[input][d.baby]
-				terms[i].c0, terms[i].c1 = copied.Value[0].Coeffs[limb], copied.Value[1].Coeffs[limb]
-			}
-			own.accumulator.sum(terms, subring, false, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
-		}
+	groups := slices.Collect(slices.Chunk(steps, each))
+	return parallel(len(groups)*(level+1), func(job int) error {
+		own := summations.Get().(*summation)
+		defer summations.Put(own)
+		own.run(e.Params, job/len(groups), groups[job%len(groups)], rotated)
 		return nil
 	})
+}
+
+// summation is what a thread needs for inner sums.
+type summation struct {
+	residues    [][]uint64
+	terms       []term
+	accumulator accumulator
+}
+
+var summations = sync.Pool{New: func() any { return &summation{} }}
+
+// run computes the inner sums of giant steps modulo one prime.
+func (own *summation) run(p *Parameters, limb int, steps []*step, rotated []map[int]*Ciphertext) {
+	own.terms = own.terms[:0]
+	for _, s := range steps {
+		for _, d := range s.row {
+			residues := own.scratch(len(own.terms), p.N())
+			own.terms = append(own.terms, term{plain: d.at(p, limb, residues), gap: d.gap})
+		}
+	}
+	diagonals := len(own.terms)
+	for _, copies := range rotated {
+		for _, s := range steps {
+			for _, d := range s.row {
+				copied, known := copies[d.baby], own.terms[len(own.terms)%diagonals]
+				c0, c1 := copied.Value[0].Coeffs[limb], copied.Value[1].Coeffs[limb]
+				own.terms = append(own.terms, term{known.plain, known.gap, c0, c1})
+			}
+		}
+	}
+	own.accumulator.prepare(p.RingQ().SubRings[limb], false)
+	for start := 0; start < p.N(); start += block {
+		rest := own.terms[diagonals:]
+		for input := range rotated {
+			for _, s := range steps {
+				sum := s.sums[input]
+				own.accumulator.sumBlock(rest[:len(s.row)], start, sum.Value[0].Coeffs[limb], sum.Value[1].Coeffs[limb])
+				rest = rest[len(s.row):]
+			}
+		}
+	}
+}
+
+// scratch returns memory for the residues of a diagonal.
+func (own *summation) scratch(index, size int) []uint64 {
+	if index == len(own.residues) {
+		own.residues = append(own.residues, nil)
+	}
+	if len(own.residues[index]) < size {
+		own.residues[index] = make([]uint64, size)
+	}
+	return own.residues[index]
 }
 
 // sumGiants rotates the inner sums and adds them up, in one or two stages.

@@ -196,6 +196,7 @@ def test_damaged_ciphertexts_are_refused(computation, client):
         assert refused(data), what
     assert "not in 0" in refused()
     assert "not in 2" in refused(frame, frame)
+    assert "not in 9" in refused(*[frame] * 9)
     for level, scale in ((3, None), (8, None), (ATTENTION_LEVEL, 2.0**30)):
         other = client.secret_key.encrypt(np.ones(8), level, scale)
         assert "another level or scale" in refused(other.to_bytes())
@@ -226,12 +227,13 @@ def test_ciphertexts_of_another_client_are_refused(computation, client):
         ("", 1, 1, "no module"),
         (MODULE, 1, 0, "do not fit"),
         (MODULE, 1, -1, "do not fit"),
-        (MODULE, 1, small.TOKENS, "do not fit"),
+        (MODULE, 1, small.TOKENS, "do not go together"),
+        (MODULE, 1, small.TOKENS + 1, "in 2 ciphertexts, not in 1"),
         (MODULE, 0, 1, "position 0 on, where"),
         (MODULE, small.CONTEXT, 1, "do not fit"),
         (MODULE, 10**18, 1, "do not fit"),
         (MODULE, 3, 1, "where 1 was expected"),
-        (MODULE, 5, small.TOKENS + 1, "do not fit"),
+        (MODULE, 5, small.TOKENS + 1, "do not go together"),
         (MODULE, 5, 2, "where 1 was expected"),
     ],
 )

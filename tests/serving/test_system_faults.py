@@ -60,7 +60,7 @@ def test_damaged_ciphertexts_over_the_network(server):
             ([b""], 1, 2, "truncated"),
             ([], 1, 2, "not in 0"),
             ([frame], 4, 1, "expected"),
-            ([frame], 1, 4, "do not fit"),
+            ([frame], 1, 4, "do not go together"),
             ([frame], 1, 0, "1 to 12 tokens"),
             ([frame], 12, 1, "1 to 12 tokens"),
             ([frame], 0, 2, "where 1 was expected"),

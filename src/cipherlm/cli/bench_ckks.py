@@ -81,21 +81,21 @@ class MeasuredSession:
     def evaluate(self, hidden: Float64, start: int) -> tuple[Float64, Tally]:
         """Return the module's outputs for hidden states (tokens, width), and what that took.
 
-        The first is the token at position ``start``; what does not fit side by side follows in other chunks.
+        The first is the token at position ``start``; what does not go together follows in other passes.
         """
         self._evaluator.tally, arithmetic = Tally(), self._session.arithmetic
         arithmetic.refreshes = arithmetic.round_trips = 0
         began, processor = time.perf_counter(), time.process_time()
         rows = [
-            self._chunk(hidden[position - start : position - start + count], position)
-            for position, count in self._client.chunks(start, len(hidden))
+            self._pass(hidden[position - start : position - start + count], position)
+            for position, count in self._client.passes(start, len(hidden))
         ]
         self._tally.seconds = time.perf_counter() - began
         self._tally.cpu_seconds = time.process_time() - processor
         self._tally.refreshes, self._tally.round_trips = arithmetic.refreshes, arithmetic.round_trips
         return np.concatenate(rows), self._tally
 
-    def _chunk(self, hidden: Float64, start: int) -> Float64:
+    def _pass(self, hidden: Float64, start: int) -> Float64:
         parameters = self.geometry.parameters
         began, processor = time.perf_counter(), time.process_time()
         with self._clock("encrypt_seconds"):

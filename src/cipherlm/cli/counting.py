@@ -359,12 +359,12 @@ class CountingSession:
         """Return what so many tokens take, the first of them at position ``start``."""
         tally = self._evaluator.tally = Tally()
         self._arithmetic.refreshes = self._arithmetic.round_trips = 0
-        for position, tokens in self._sizes.client.chunks(start, count):
-            self._chunk(tokens, position)
+        for position, tokens in self._sizes.client.passes(start, count):
+            self._pass(tokens, position)
         tally.refreshes, tally.round_trips = self._arithmetic.refreshes, self._arithmetic.round_trips
         return tally
 
-    def _chunk(self, count: int, start: int) -> None:
+    def _pass(self, count: int, start: int) -> None:
         sizes, tally = self._sizes, self._evaluator.tally
         sent = sizes.client.encrypt(np.zeros((count, self.geometry.layout.width)), start)
         tally.input_bytes += sum(len(part.to_bytes()) for part in sent)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from itertools import starmap
 from typing import Protocol
 
 import numpy as np
@@ -59,7 +61,8 @@ class Simulated:
                 cache.past = tuple(kept.having(kept.values[:, :start]) for kept in cache.past)
         results, rest = [], hidden
         # The chunks in which ciphertexts go, so that the same polynomials serve each row.
-        for position, count in self._geometry.chunks(start, len(hidden)):
+        passes = self._geometry.passes(start, len(hidden))
+        for position, count in itertools.chain.from_iterable(starmap(self._geometry.chunks, passes)):
             places = self._geometry.places(position, count)
             x = ClearTensor(rest[:count], self._noise, position, places)
             results.append(evaluate(hosted.module, x, known, report).values)

@@ -359,13 +359,15 @@ class RemoteModule(EncryptedModule):
         if not self.placement.hides_length:
             yield 0, count
             return
-        geometry, done = self.placement.geometry, 0
+        geometry, full = self.placement.geometry, list[tuple[int, int]]()
         for position, size in geometry.chunks(start, count):
             if position > geometry.prefix and size < geometry.tokens:
                 break
-            done += size
-        if done:
-            yield 0, done
+            full.append((position - start, position - start + size))
+        done = full[-1][1] if full else 0
+        if full and geometry.goes_together(start, done):
+            full = [(0, done)]
+        yield from full
         yield from ((row, row + 1) for row in range(done, count))
 
 

@@ -35,7 +35,7 @@ from cipherlm.nn.tensor import Prefix
 from cipherlm.nn.weights import part
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
-from cipherlm.schemes.ckks.session import Client, Hosted, Server, Session
+from cipherlm.schemes.ckks.session import MOST_CHUNKS, Client, Hosted, Server, Session
 from cipherlm.serving.bounds import Bounds
 from cipherlm.serving.computation import Evaluator, Exchange, Report
 from cipherlm.serving.errors import RemoteError, SessionLost
@@ -83,6 +83,7 @@ class CkksHostedModel:
             "keys": {EVALUATION: self.geometry.evaluation_key_bytes + _SLACK, PUBLIC: _SLACK},
             "max_tokens": self.geometry.context,
             "message_bytes": MESSAGE_BYTES,
+            "chunks": MOST_CHUNKS,
         }
 
     def open(self, keys: Mapping[str, Path]) -> CkksComputation:
@@ -113,9 +114,9 @@ class CkksComputation:
         """See ``Computation.evaluate``."""
         if self._session is None:
             raise Refused("the session is closed")
-        if len(inputs) != 1:
-            raise Refused(f"tokens come in one ciphertext, not in {len(inputs)}")
-        ciphertext = self._input(inputs[0])
+        if len(inputs) > MOST_CHUNKS:
+            raise Refused(f"tokens come in {MOST_CHUNKS} ciphertexts at most, not in {len(inputs)}")
+        ciphertexts = [self._input(data) for data in inputs]
         with self._lock:
             session = self._session
             if session is None:
@@ -124,7 +125,7 @@ class CkksComputation:
                 session.load_keys(*self._read_keys())
             self._exchange = exchange
             try:
-                results = session.evaluate(module, start, [ciphertext], count, report)
+                results = session.evaluate(module, start, ciphertexts, count, report)
             finally:
                 self._exchange = None
         return [result.to_bytes() for result in results]
@@ -176,20 +177,20 @@ class CkksBackend:
         Raises ``TextLost`` where the server no longer has the tokens before ``start``: a new session is open.
         """
         rows = []
-        for position, count in self._client.chunks(start, len(hidden)):
-            chunk = hidden[position - start : position - start + count]
-            inputs = [ciphertext.to_bytes() for ciphertext in self._client.encrypt(chunk, position)]
+        for position, count in self._client.passes(start, len(hidden)):
+            tokens = hidden[position - start : position - start + count]
+            inputs = [ciphertext.to_bytes() for ciphertext in self._client.encrypt(tokens, position)]
             try:
                 results = self._connection.evaluate(name, position, count, inputs, self._refresh, report)
             except SessionLost as error:
                 self._connection.reopen()
                 raise TextLost(str(error)) from error
-            rows.append(self._decrypted(results, count, position))
+            rows.append(self._decrypted(results, len(inputs), count, position))
         return np.concatenate(rows)
 
-    def _decrypted(self, results: Sequence[bytes], count: int, position: int) -> Float64:
-        if len(results) != 1:
-            raise RemoteError(f"the server sent {len(results)} ciphertexts, and one was expected")
+    def _decrypted(self, results: Sequence[bytes], sent: int, count: int, position: int) -> Float64:
+        if len(results) != sent:
+            raise RemoteError(f"the server sent {len(results)} ciphertexts, and {sent} were expected")
         try:
             outputs = [Ciphertext.from_bytes(result, self._parameters) for result in results]
             return self._client.decrypt(outputs, count, position)
@@ -217,6 +218,12 @@ def parameters_of(geometry: Geometry) -> dict[str, Any]:
 def bounds_of(description: Mapping[str, Any], blocks: int) -> Bounds:
     """Return what the server of a described model of so many blocks may ask for in one evaluation."""
     return Bounds(int(description["message_bytes"]), MOST_ROUNDS * blocks)
+
+
+def chunks_of(description: Mapping[str, Any]) -> int:
+    """Return how many chunks of a prompt the server of a described model takes in one evaluation."""
+    chunks = description.get("chunks", 1)  # those of earlier versions take one
+    return min(chunks, MOST_CHUNKS) if isinstance(chunks, int) and chunks > 0 else 1
 
 
 def geometry_of(description: Mapping[str, Any]) -> Geometry:

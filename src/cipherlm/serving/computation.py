@@ -60,8 +60,8 @@ class HostedModel(Protocol):
         """What clients may know, as JSON.
 
         ``{"scheme": "ckks", "name": ..., "modules": [...], "parameters": {...}, "fingerprint": hex,
-        "keys": {kind: greatest bytes}, "max_tokens": n, "message_bytes":
-        greatest bytes of blobs in a message}``
+        "keys": {kind: greatest bytes}, "max_tokens": n, "message_bytes": greatest bytes of blobs in a
+        message}``, and of CKKS ``"chunks"``, which go in one evaluation at most.
         """
 
     def open(self, keys: Mapping[str, Path]) -> Computation:

@@ -39,8 +39,11 @@ polynomials, whose intervals scales may map. They are fixed, so that a request t
 A ciphertext is given its scale by a product with an integer, 2^shift times the ratio of the scales.
 """
 
-RECENT = 16
+RECENT = 32
 """How many encodings are kept that depend on positions: those of a few texts that are computed at a time."""
+
+MOST_TOGETHER = 16
+"""How many ciphertexts are refreshed in one round trip at most: a message has to hold them."""
 
 LEAST_FACTOR = 2
 """The least of them. Below 8 it may miss a scale by so much that a polynomial takes one more level."""
@@ -138,6 +141,9 @@ class Arithmetic:
     ``refreshes`` counts the ciphertexts that were refreshed, ``round_trips`` how often.
     """
 
+    alone = True
+    """Whether no chunks are computed beside."""
+
     def __init__(self, evaluator: Evaluator, encodings: Encodings, refresher: Refresher) -> None:
         self.encodings = encodings
         self.parameters: Parameters = evaluator.parameters
@@ -185,6 +191,19 @@ class Arithmetic:
         """End the threads."""
         self._pool.shutdown(wait=False)
 
+    def transformed(
+        self, ciphertext: Ciphertext, matrices: Sequence[LinearTransformation]
+    ) -> list[Ciphertext]:
+        """Return what matrices of clear weights make of a ciphertext."""
+        return [row[0] for row in self.evaluator.transform_many([ciphertext], matrices)]
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Wait for what tensors beside these compute: there are none here."""
+        assert until()
+
+    def changed(self) -> None:
+        """Tell those beside that something is there that they may wait for."""
+
     def scale_before(self, polynomial: Chebyshev) -> float:
         """Return the scale at which a polynomial's interval costs no level."""
         low, high = polynomial.interval
@@ -198,29 +217,53 @@ class Arithmetic:
         Two travel as real and imaginary part of one. Raises ``ValueError`` for a scale that is too far below
         that of its ciphertext.
         """
+        return self.refresh_together(list(zip(ciphertexts, scales, strict=True)), [], level, shift)[0]
+
+    def refresh_complex(self, ciphertexts: Sequence[Ciphertext], level: int) -> list[Ciphertext]:
+        """Return ciphertexts of complex numbers at a level, each with its scale."""
+        return self.refresh_together([], ciphertexts, level, PLAIN_SHIFT)[1]
+
+    def refresh_together(
+        self,
+        real: Sequence[tuple[Ciphertext, float]],
+        others: Sequence[Ciphertext],
+        level: int,
+        shift: int,
+    ) -> tuple[list[Ciphertext], list[Ciphertext]]:
+        """Return real ciphertexts near their scales, and complex ones with theirs, all at a level.
+
+        Raises ``ValueError`` as :meth:`refresh` does.
+        """
         evaluator = self.evaluator
         # A pair is split into twice its real and twice its imaginary part.
-        copies = [1 if i == len(ciphertexts) - 1 and i % 2 == 0 else 2 for i in range(len(ciphertexts))]
+        copies = [1 if i == len(real) - 1 and i % 2 == 0 else 2 for i in range(len(real))]
         factors = [
-            _factor(c.scale, scale / copy, shift)
-            for c, scale, copy in zip(ciphertexts, scales, copies, strict=True)
+            _factor(ciphertext.scale, scale / copy, shift)
+            for (ciphertext, scale), copy in zip(real, copies, strict=True)
         ]
-        if min(factors) < LEAST_FACTOR:
+        if factors and min(factors) < LEAST_FACTOR:
             raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
         # Declared scales do not matter on the way, but they must be equal to be added.
         common = self.parameters.scale * 2**shift
-        scaled = [evaluator.drop_level(ciphertext, MASK_LEVEL) for ciphertext in ciphertexts]
+        scaled = [evaluator.drop_level(ciphertext, MASK_LEVEL) for ciphertext, _ in real]
         for index, (ciphertext, factor) in enumerate(zip(scaled, factors, strict=True)):
             evaluator.multiply(ciphertext, factor * 1j if index % 2 else factor, out=ciphertext)
             evaluator.set_scale(ciphertext, common, out=ciphertext)
         pairs = [scaled[i : i + 2] for i in range(0, len(scaled), 2)]
         sent = [evaluator.add(*pair, out=pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
-        fresh: list[Ciphertext] = []
-        for pair, result in zip(pairs, self._exchange(sent, level, shift), strict=True):
-            fresh += evaluator.split(result) if len(pair) == 2 else [result]
+        for ciphertext in others:
+            dropped = evaluator.drop_level(ciphertext, MASK_LEVEL)
+            sent.append(evaluator.multiply(dropped, 2**shift, out=dropped))
+        fresh = self._exchange(sent, level, shift)
+        parts: list[Ciphertext] = []
+        for pair, result in zip(pairs, fresh[: len(pairs)], strict=True):
+            parts += evaluator.split(result) if len(pair) == 2 else [result]
         return [
             evaluator.set_scale(part, before.scale * factor / 2**shift * copy, out=part)
-            for part, before, factor, copy in zip(fresh, ciphertexts, factors, copies, strict=True)
+            for part, (before, _), factor, copy in zip(parts, real, factors, copies, strict=True)
+        ], [
+            evaluator.set_scale(part, before.scale, out=part)
+            for part, before in zip(fresh[len(pairs) :], others, strict=True)
         ]
 
     def refreshed_scales(self, ciphertext: Ciphertext, scale: float, shift: int) -> list[float]:
@@ -228,24 +271,14 @@ class Arithmetic:
         before = ciphertext.scale
         return [before * _factor(before, scale / copy, shift) / 2**shift * copy for copy in (1, 2)]
 
-    def refresh_complex(self, ciphertexts: Sequence[Ciphertext], level: int) -> list[Ciphertext]:
-        """Return ciphertexts of complex numbers at a level, each with its scale."""
-        evaluator = self.evaluator
-        sent = [
-            evaluator.multiply(evaluator.drop_level(ciphertext, MASK_LEVEL), 2**PLAIN_SHIFT)
-            for ciphertext in ciphertexts
-        ]
-        fresh = self._exchange(sent, level, PLAIN_SHIFT)
-        return [
-            evaluator.set_scale(part, before.scale, out=part)
-            for part, before in zip(fresh, ciphertexts, strict=True)
-        ]
-
     def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        self.refreshes += len(sent)
-        self.round_trips += 1
         assert self._refresher is not None  # or there were no ciphertexts to refresh
-        return self._refresher(sent, level, shift)
+        self.refreshes += len(sent)
+        fresh: list[Ciphertext] = []
+        for first in range(0, len(sent), MOST_TOGETHER):
+            self.round_trips += 1
+            fresh += self._refresher(sent[first : first + MOST_TOGETHER], level, shift)
+        return fresh
 
 
 def _factor(before: float, after: float, shift: int) -> int:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from cipherlm.engine import Ciphertext, LinearTransformation, Plaintext
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
+from cipherlm.schemes.ckks.ciphertext_tensor import added
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, paired
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
@@ -44,17 +45,42 @@ class EncryptedChunk(EncryptedTensor):
 
     def with_past(self, value: EncryptedTensor, past: Any, prefix: Prefix | None) -> tuple[Context, Context]:
         """See :class:`Tensor`; ``past`` is what this or another tensor's ``with_past`` returned before."""
-        context = Context.of(past, self.position)
-        pair, layout = paired(self, value), self.arithmetic.layout
-        if prefix is not None:
+        context = Context.of(past, self.position, self.arithmetic)
+        layout = self.arithmetic.layout
+
+        def finish(pair: Ciphertext) -> Ciphertext:
+            if self.rotation is not None:
+                pair = self._with_rotated_keys(pair)
+            if prefix is None:
+                return pair
             centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
             shift = self.arithmetic.encodings.layer(prefix).bias(
                 ("centre",), pair, lambda: layout.pack_heads(centre)
             )
-            pair = self._evaluator.add(pair, shift)
-        context.append(pair, self.tokens)
+            return self._evaluator.add(pair, shift)
+
+        levels = 0 if self.rotation is None else 1
+        context.append(paired(self._one(), value), self.tokens, finish, levels)
         context.prefix = prefix if layout.prefix else None
         return context, context
+
+    def _with_rotated_keys(self, pair: Ciphertext) -> Ciphertext:
+        """Return keys after their rotation, and values as they are, as one ciphertext."""
+        evaluator = self._evaluator
+        # The real part alone is rotated: half the sum of pair and conjugate, without the other half.
+        conjugate = evaluator.conjugate(pair)
+        turned = evaluator.rotate(evaluator.add(pair, conjugate), self.arithmetic.layout.half_turn)
+        masks = self._rotary_masks(
+            "rotation of keys",
+            pair.level,
+            lambda cosine, sine: [(cosine + 1) / 2, (cosine - 1) / 2, sine / 2],
+        )
+        return evaluator.dot([pair, conjugate, turned], masks)
+
+    @property
+    def _heads_level(self) -> int:
+        """See :class:`EncryptedTensor`: queries, keys and values are refreshed in any case."""
+        return LINEAR_LEVEL
 
     @property
     def keys(self) -> int:
@@ -69,9 +95,9 @@ class EncryptedChunk(EncryptedTensor):
     def scores(self, key: Context) -> EncryptedChunk:
         """See :class:`Tensor`: the real parts of the products of queries with keys and values."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        assert key.pending is not None
-        query, pair = key.ready_together(self.rotated, key.pending)
-        key.append(key.rescaled(pair), self.tokens)
+        query = key.ready_together(self._one())
+        if self.rotation is not None:
+            query = self._rotated(query)
         queries = self.arithmetic.each(
             lambda item: evaluator.rotate(item[1], item[0] * layout.distance_step) if item[0] else item[1],
             enumerate(self._turned(query, "queries", layout.tokens)),
@@ -98,12 +124,12 @@ class EncryptedChunk(EncryptedTensor):
         evaluator, encodings = self._evaluator, self.arithmetic.encodings
         shifts = self.chunk.exponents(floor, self._before)
 
-        def added(item: tuple[Ciphertext, Float64]) -> Ciphertext:
+        def shifted(item: tuple[Ciphertext, Float64]) -> Ciphertext:
             part, shift = item
             scores = evaluator.set_scale(part, part.scale / factor)
             return evaluator.add(scores, encodings.encode(shift, scores.level, scores.scale))
 
-        return self._with(self.arithmetic.each(added, zip(self.parts, shifts, strict=True)))
+        return self._with(self.arithmetic.each(shifted, zip(self.parts, shifts, strict=True)))
 
     def total(self) -> EncryptedChunk:
         """See :class:`Tensor`."""
@@ -134,7 +160,7 @@ class EncryptedChunk(EncryptedTensor):
             matrices = self._of_prefix(value.prefix, "values", scale)
             for part, matrix in zip(self.parts[count:], matrices, strict=True):
                 product = evaluator.transform(evaluator.drop_level(part, level), matrix)
-                mixed = self._sum(mixed, evaluator.rescale(product))
+                mixed = added(evaluator, mixed, evaluator.rescale(product))
         return self._with([mixed], heads=True), self.total().real()
 
     def _weighted(self, part: Ciphertext, groups: Sequence[Ciphertext]) -> list[Ciphertext]:

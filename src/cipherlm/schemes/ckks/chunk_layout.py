@@ -76,6 +76,8 @@ class ChunkLayout:
         need(ATTENTION_LEVEL, self.prompt.tokens, *map(self.rotation, self.turns))
         need(ATTENTION_LEVEL - 1, *self.steps, *inner_sum_rotations(*self.prompt.blocks_of_head))
         need(max_level, *inner_sum_rotations(*self.prompt.blocks_of_head))
+        if self.prompt.rotary:
+            need(ATTENTION_LEVEL + 1, self.prompt.half_turn)
         return levels
 
     def query_masks(self, k: int) -> Iterator[tuple[int, Float64]]:

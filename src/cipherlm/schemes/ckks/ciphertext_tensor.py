@@ -92,14 +92,7 @@ class CiphertextTensor(Tensor):
     def __add__(self: C, other: C | float) -> C:
         if not isinstance(other, CiphertextTensor):
             return self._with(self._evaluator.add(part, other) for part in self.parts)
-        return self._with(self._sum(a, b) for a, b in self._paired(other))
-
-    def _sum(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
-        if abs(a.scale / b.scale - 1) > 2**-40:
-            if a.level < b.level:
-                a, b = b, a
-            a = self._evaluator.adjust_scale(a, b.scale)
-        return self._evaluator.add(a, b)
+        return self._with(added(self._evaluator, a, b) for a, b in self._paired(other))
 
     def __mul__(self: C, other: C | float) -> C:
         evaluator = self._evaluator
@@ -141,6 +134,11 @@ class CiphertextTensor(Tensor):
         return self._with([evaluator.set_scale(total, total.scale * width / gain, out=total)], unit=1.0)
 
     @property
+    def _along(self) -> Sequence[CiphertextTensor]:
+        """What needs a refresh that costs nothing: each is one ciphertext."""
+        return ()
+
+    @property
     def _refreshed_scale(self) -> float:
         return self.arithmetic.parameters.scale / self.unit
 
@@ -165,7 +163,7 @@ class CiphertextTensor(Tensor):
         if sum(len(tensor.parts) for tensor in lacking) % 2:
             # Two ciphertexts are refreshed as one: another comes along for nothing.
             able = [t for t in tensors if t not in lacking and len(t.parts) == 1 and t.level < top]
-            lacking += sorted(able, key=lambda t: t.level)[:1]
+            lacking += sorted([*able, *self._along], key=lambda t: t.level)[:1]
         scales = [
             self.arithmetic.scale_before(before) if before and tensor is ahead else tensor._refreshed_scale
             for tensor in lacking
@@ -213,3 +211,12 @@ class CiphertextTensor(Tensor):
         """Return how many levels the polynomial's interval takes at the present scale."""
         parameters = self.arithmetic.parameters
         return max(polynomial.levels(parameters, part.scale) for part in self.parts) - depth(polynomial)
+
+
+def added(evaluator: Evaluator, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+    """Return the sum. Where scales differ, whichever has the level to spare takes the other's."""
+    if abs(a.scale / b.scale - 1) > 2**-40:
+        if a.level < b.level:
+            a, b = b, a
+        a = evaluator.adjust_scale(a, b.scale)
+    return evaluator.add(a, b)

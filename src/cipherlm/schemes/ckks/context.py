@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from cipherlm.engine import Ciphertext, LinearTransformation
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic
+from cipherlm.schemes.ckks.ciphertext_tensor import added
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 
 CONTEXT_LEVEL = ATTENTION_LEVEL - 1
 """Where keys and values are kept: at 3 they meet a query, at 2 scores are put in their places."""
-
-MOST_TOGETHER = 16
-"""How many ciphertexts are refreshed in one round trip at most: a message has to hold them."""
 
 
 @dataclass(eq=False)
@@ -28,12 +26,21 @@ class Group:
 
     They are there in a prompt's packing (``together``), in that of one token (``apart``), or in both, each at
     :data:`CONTEXT_LEVEL` and the default scale. A group that tokens have just been added to is still to be
-    refreshed (``unrefreshed``), in a prompt's packing.
+    refreshed (``unrefreshed``), in a prompt's packing. One that a chunk of tokens has ``promised`` to bring
+    there is left to that chunk by those beside it.
     """
 
     together: Ciphertext | None = None
     apart: Ciphertext | None = None
     unrefreshed: Ciphertext | None = None
+    promised: bool = False
+
+    @property
+    def pair(self) -> Ciphertext:
+        """The keys and values in a prompt's packing, refreshed or not."""
+        pair = self.together if self.together is not None else self.unrefreshed
+        assert pair is not None
+        return pair
 
 
 class Context:
@@ -42,6 +49,8 @@ class Context:
     The last chunk is pending until more comes, and is known to stay. The others are in groups, and a group is
     brought to a packing where it is first needed in it, by a transposition and a refresh, which also sets to
     zero what lies behind its last token. So a text can be taken back to any of its tokens (:meth:`keep`).
+
+    Each chunk has a context of its own, which shares groups with those of the chunks before it.
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -49,28 +58,50 @@ class Context:
         self.groups: list[Group] = []
         self.tokens = 0
         """How many tokens are in the groups."""
-        self.pending: Ciphertext | None = None
+        self.pending: Group | None = None
         self.prefix: Prefix | None = None
         self._pending_tokens = 0
+        self._missing: list[tuple[int, Group]] = []
+        self._finish: Callable[[Ciphertext], Ciphertext] = lambda pair: pair
+        self._levels = 0
 
     @classmethod
-    def of(cls, past: Any, position: int) -> Context:
+    def of(cls, past: Any, position: int, arithmetic: Arithmetic) -> Context:
         """Return the context that earlier tokens left, with those before ``position`` in its groups.
 
-        Raises ``ValueError`` where there are not so many.
+        What they left stays as it is. Raises ``ValueError`` where there are not so many.
         """
-        key, value = past
+        context, (key, value) = cls(arithmetic), past
         if isinstance(key, EncryptedTensor):
-            context = cls(key.arithmetic)
-            context.append(paired(key, value), key.tokens)
+            if key.rotation is not None:
+                arithmetic.wait(lambda: key.level > CONTEXT_LEVEL - 1)
+            context._take(paired(key.rotated, value), key.tokens)
         else:
-            context = key
-        context.keep(position - context.arithmetic.layout.prefix)
+            context.groups, context.tokens = list(key.groups), key.tokens
+            context.pending, context._pending_tokens = key.pending, key._pending_tokens
+        context.keep(position - arithmetic.layout.prefix)
         return context
 
-    def append(self, pair: Ciphertext, tokens: int) -> None:
-        """Take a chunk's keys and values as those that are pending, in a prompt's packing."""
-        self.pending, self._pending_tokens = pair, tokens
+    def append(
+        self, pair: Ciphertext, tokens: int, finish: Callable[[Ciphertext], Ciphertext], levels: int
+    ) -> None:
+        """Take a chunk's keys and values, in a prompt's packing, which are pending from now on.
+
+        They and all groups that nobody else has promised to bring to this packing are so by
+        :meth:`ready_together`. What is still to be done to the pair then, ``finish`` does, which takes so
+        many levels.
+        """
+        self._take(pair, tokens)
+        self._finish, self._levels = finish, levels
+        groups = enumerate(self.groups)
+        self._missing = [(i, group) for i, group in groups if group.together is None and not group.promised]
+        for _, group in self._missing:
+            group.promised = True
+        assert self.pending is not None
+        self.pending.promised = True
+
+    def _take(self, pair: Ciphertext, tokens: int) -> None:
+        self.pending, self._pending_tokens = Group(unrefreshed=pair), tokens
 
     def keep(self, tokens: int) -> None:
         """Keep so many tokens, all of them in groups. Raises ``ValueError`` where there are fewer."""
@@ -89,15 +120,15 @@ class Context:
         group, taken = divmod(self.tokens, side_by_side)
         self.tokens = tokens
         if not taken:
-            self.groups.append(self._group(pending, kept))
+            self.groups.append(pending if kept == side_by_side else self._group(pending.pair, kept))
             return
         room = side_by_side - taken
         self.groups[group] = Group(
-            unrefreshed=self._joined(self.groups[group], taken, pending, min(kept, room))
+            unrefreshed=self._joined(self.groups[group], taken, pending.pair, min(kept, room))
         )
         if kept > room:
             evaluator = self.arithmetic.evaluator
-            moved = evaluator.rotate(evaluator.rotate(pending, side_by_side), -taken)
+            moved = evaluator.rotate(evaluator.rotate(pending.pair, side_by_side), -taken)
             self.groups.append(self._group(moved, kept - room))
 
     def _cut(self, group: Group, count: int) -> Group:
@@ -139,11 +170,14 @@ class Context:
         slots = encodings.layout.chunk.first_tokens
         return encodings.keep(("first tokens", count, level), lambda: encodings.mask(slots(count), level))
 
-    def ready_together(self, *others: Ciphertext) -> list[Ciphertext]:
-        """Have all groups in a prompt's packing, and return others at :data:`ATTENTION_LEVEL`.
+    def ready_together(self, query: Ciphertext) -> Ciphertext:
+        """Have all groups and what is pending in a prompt's packing; return a query ready for them.
 
-        What has to be refreshed goes to the client together, up to :data:`MOST_TOGETHER` ciphertexts.
+        What has to be refreshed goes to the client together. The query has as many levels more than
+        :data:`ATTENTION_LEVEL` as what is pending takes.
         """
+        pending = self.pending
+        assert pending is not None
 
         def form(item: tuple[int, Group]) -> Ciphertext:
             index, group = item
@@ -155,11 +189,16 @@ class Context:
                 group.apart, self._matrix_back(self.arithmetic.layout.tokens)
             )
 
-        missing = [(index, group) for index, group in enumerate(self.groups) if group.together is None]
-        fresh, others_fresh = self._refreshed(map(form, missing), others)
-        for (_, group), ciphertext in zip(missing, fresh, strict=True):
-            group.together, group.unrefreshed = ciphertext, None
-        return others_fresh
+        query, pair, *pairs = self.arithmetic.refresh_complex(
+            [query, pending.pair, *map(form, self._missing)], ATTENTION_LEVEL + self._levels
+        )
+        pairs = [self._finish(pair), *pairs]
+        for group, pair in zip([pending, *(group for _, group in self._missing)], pairs, strict=True):
+            group.together, group.unrefreshed = self._rescaled(pair), None
+        self._missing = []
+        self.arithmetic.changed()
+        self.arithmetic.wait(lambda: all(group.together is not None for group in self.groups))
+        return query
 
     def ready_apart(self) -> None:
         """Have all groups in the packing of one token."""
@@ -167,15 +206,15 @@ class Context:
 
         def form(item: tuple[int, Group]) -> Ciphertext:
             index, group = item
-            pair = group.unrefreshed if group.unrefreshed is not None else group.together
-            assert pair is not None
             count = min(side_by_side, self.tokens - index * side_by_side)
-            return self.arithmetic.evaluator.transform(pair, self._matrix(count))
+            return self.arithmetic.evaluator.transform(group.pair, self._matrix(count))
 
         missing = [(index, group) for index, group in enumerate(self.groups) if group.apart is None]
-        fresh, _ = self._refreshed(map(form, missing))
-        for (_, group), ciphertext in zip(missing, fresh, strict=True):
-            group.apart, group.unrefreshed = ciphertext, None
+        if not missing:
+            return
+        fresh = self.arithmetic.refresh_complex(list(map(form, missing)), ATTENTION_LEVEL)
+        for (_, group), pair in zip(missing, fresh, strict=True):
+            group.apart, group.unrefreshed = self._rescaled(pair), None
 
     def add(self, token: Ciphertext) -> None:
         """Take one token's keys and values, masked to its place in the last group.
@@ -193,8 +232,9 @@ class Context:
     @property
     def parts(self) -> list[Ciphertext]:
         """All ciphertexts that are kept."""
-        held = [one for group in self.groups for one in (group.together, group.apart, group.unrefreshed)]
-        return [pair for pair in (*held, self.pending) if pair is not None]
+        groups = [*self.groups, *([self.pending] if self.pending else [])]
+        held = [one for group in groups for one in (group.together, group.apart, group.unrefreshed)]
+        return [pair for pair in held if pair is not None]
 
     @property
     def apart(self) -> list[Ciphertext]:
@@ -204,21 +244,15 @@ class Context:
     @property
     def together(self) -> list[Ciphertext]:
         """The groups in a prompt's packing, and what is pending."""
-        pairs = [*(group.together for group in self.groups), self.pending]
-        return [pair for pair in pairs if pair is not None]
+        groups = [*self.groups, *([self.pending] if self.pending else [])]
+        return [group.together for group in groups if group.together is not None]
 
-    def _refreshed(
-        self, pairs: Iterable[Ciphertext], others: Sequence[Ciphertext] = ()
-    ) -> tuple[list[Ciphertext], list[Ciphertext]]:
-        """Return pairs at :data:`CONTEXT_LEVEL` and the default scale, and others one level above."""
-        sent, fresh = [*others, *pairs], list[Ciphertext]()
-        for first in range(0, len(sent), MOST_TOGETHER):
-            fresh += self.arithmetic.refresh_complex(sent[first : first + MOST_TOGETHER], CONTEXT_LEVEL + 1)
-        return [self.rescaled(pair) for pair in fresh[len(others) :]], fresh[: len(others)]
-
-    def rescaled(self, pair: Ciphertext) -> Ciphertext:
-        """Return keys and values a level below, at the default scale."""
-        return self.arithmetic.evaluator.adjust_scale(pair, self.arithmetic.parameters.scale)
+    def _rescaled(self, pair: Ciphertext) -> Ciphertext:
+        """Return keys and values at :data:`CONTEXT_LEVEL` and the default scale."""
+        evaluator = self.arithmetic.evaluator
+        return evaluator.adjust_scale(
+            evaluator.drop_level(pair, CONTEXT_LEVEL + 1), self.arithmetic.parameters.scale
+        )
 
     def _matrix(self, count: int) -> LinearTransformation:
         """Return what brings the first tokens of a group to the packing of one token."""
@@ -253,9 +287,10 @@ class Context:
         )
 
 
-def paired(key: EncryptedTensor, value: EncryptedTensor) -> Ciphertext:
-    """Return the keys, after their rotation, and values of a chunk as one ciphertext."""
-    evaluator = key.arithmetic.evaluator
-    keys = key.rotated
-    (values,) = (evaluator.drop_level(part, keys.level) for part in value.parts)
-    return evaluator.add(keys, evaluator.multiply(values, 1j))
+def paired(keys: Ciphertext, value: EncryptedTensor) -> Ciphertext:
+    """Return the keys and values of a chunk as one ciphertext."""
+    evaluator = value.arithmetic.evaluator
+    (values,) = value.parts
+    # A level above is for scales that differ a little.
+    values = evaluator.drop_level(values, min(values.level, keys.level + 1))
+    return added(evaluator, keys, evaluator.multiply(values, 1j))

@@ -187,7 +187,7 @@ class EncryptedToken(CiphertextTensor):
 
     def with_past(self, value: EncryptedToken, past: Any, prefix: Prefix | None) -> tuple[Context, Context]:
         """See :class:`Tensor`; ``past`` is what this or :meth:`EncryptedTensor.with_past` returned before."""
-        context = Context.of(past, self.position)
+        context = Context.of(past, self.position, self.arithmetic)
         encodings = self.arithmetic.encodings
         token = context.tokens % self.layout.prompt.tokens
         placed = self._of_token(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,9 @@ from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
 
+_MEETING_LEVEL = ATTENTION_LEVEL - 1
+"""Where keys and values are masked before they meet queries and weights."""
+
 
 @dataclass(eq=False)
 class EncryptedTensor(CiphertextTensor):
@@ -39,7 +42,8 @@ class EncryptedTensor(CiphertextTensor):
     made so before they are next used: the place of a short clear prefix. The keys and values of a longer one
     are in ``prefix``, beside the ciphertexts; scores have more of these for it.
 
-    Keys are to be rotated by ``rotation``: the masks that place them do that on the way.
+    Keys are to be rotated by ``rotation``: the masks that place them do that on the way. With keys, and with
+    scores and weights after them, are the ``values`` that weights are going to meet.
     """
 
     tokens: int
@@ -48,6 +52,7 @@ class EncryptedTensor(CiphertextTensor):
     position: int = 0
     prefix: Prefix | None = None
     rotation: Rotary | None = None
+    values: EncryptedTensor | None = field(default=None, repr=False)
 
     @property
     def _features(self) -> tuple[int, int]:
@@ -73,7 +78,7 @@ class EncryptedTensor(CiphertextTensor):
         self.ready(LINEAR_LEVEL - MASK_LEVEL, then=0)
         layer = self.arithmetic.encodings.layer(linear)
         matrix = self._matrix(linear, LINEAR_LEVEL, "from heads" if self.heads else "hidden", self._rows)
-        results = matrix.apply(self._evaluator, self.parts)
+        results = matrix.apply(self.arithmetic, self.parts)
         biases = (
             layer.bias((index, self.start), result, partial(self._bias, linear, index))
             for index, result in enumerate(results)
@@ -86,7 +91,7 @@ class EncryptedTensor(CiphertextTensor):
     ) -> Matrix:
         """Return the encoded matrix of clear weights, from its blocks of outputs."""
         return self.arithmetic.encodings.layer(linear).matrix(
-            (kind,), lambda encodings: Matrix(encodings, rows(linear), level=level)
+            (kind, level), lambda encodings: Matrix(encodings, rows(linear), level=level)
         )
 
     def _rows(self, linear: Linear) -> list[Float64]:
@@ -112,14 +117,26 @@ class EncryptedTensor(CiphertextTensor):
         layout, layer = self.arithmetic.layout, self.arithmetic.encodings.layer(linear)
         if heads != layout.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.heads}")
-        self.ready(ATTENTION_LEVEL - MASK_LEVEL, then=0)
-        matrix = self._matrix(linear, ATTENTION_LEVEL, "to heads", self._head_rows)
+        level = self._heads_level
+        self.ready(level - MASK_LEVEL, then=0)
+        matrix = self._matrix(linear, level, "to heads", self._head_rows)
         results = []
-        for index, result in enumerate(matrix.apply(self._evaluator, self.parts)):
+        for index, result in enumerate(matrix.apply(self.arithmetic, self.parts)):
             bias = layer.bias((index, self.start), result, partial(self._head_bias, linear, index))
-            results.append(self._with([self._evaluator.add(result, bias)], heads=True))
+            results.append(self._with([self._evaluator.add(result, bias)], heads=True, unit=1.0))
         query, key, value = results
         return query, key, value
+
+    @property
+    def _heads_level(self) -> int:
+        """The level of the matrix that makes queries, keys and values.
+
+        Behind :data:`LINEAR_LEVEL` these have to be refreshed before they meet. That costs less than the
+        matrix two levels above, unless hidden states have its level or have to be refreshed anyway.
+        """
+        if self.arithmetic.alone and not LINEAR_LEVEL <= self.level < ATTENTION_LEVEL:
+            return ATTENTION_LEVEL
+        return LINEAR_LEVEL
 
     def _head_rows(self, linear: Linear) -> list[Float64]:
         layout = self.arithmetic.layout
@@ -143,16 +160,27 @@ class EncryptedTensor(CiphertextTensor):
         """Queries or keys after their rotation, if there is one, which takes a level."""
         if self.rotation is None:
             return self._one()
-        layout, rotation = self.arithmetic.layout, self.rotation
-        part = self._evaluator.drop_level(self._one(), ATTENTION_LEVEL - 1)
-        masks = self.arithmetic.encodings.recent(
-            ("rotation", rotation, self.position),
+        return self._rotated(self._evaluator.drop_level(self._one(), ATTENTION_LEVEL - 1))
+
+    def _rotated(self, part: Ciphertext) -> Ciphertext:
+        """Return queries or keys after the rotation."""
+        turned = self._evaluator.rotate(part, self.arithmetic.layout.half_turn)
+        return self._evaluator.dot(
+            [part, turned], self._rotary_masks("rotation", part.level, lambda c, s: [c, s])
+        )
+
+    def _rotary_masks(
+        self, kind: str, level: int, masks: Callable[[Float64, Float64], list[Float64]]
+    ) -> list[Plaintext]:
+        """Return encoded masks, made of the cosines and sines of the tokens' angles."""
+        layout, encodings, rotation = self.arithmetic.layout, self.arithmetic.encodings, self.rotation
+        assert rotation is not None
+        return encodings.recent(
+            (kind, rotation, self.position, level),
             lambda: [
-                self.arithmetic.encodings.mask(factor, ATTENTION_LEVEL - 1)
-                for factor in layout.rotary_factors(rotation, self.position)
+                encodings.mask(mask, level) for mask in masks(*layout.rotary_factors(rotation, self.position))
             ],
         )
-        return self._evaluator.dot([part, self._evaluator.rotate(part, layout.half_turn)], masks)
 
     def with_past(self, value: EncryptedTensor, past: Any, prefix: Prefix | None) -> tuple[Any, Any]:
         """See :class:`Tensor`. Raises ``ValueError`` unless these tokens start right after a clear prefix."""
@@ -160,7 +188,7 @@ class EncryptedTensor(CiphertextTensor):
         if past is not None or before != (prefix.tokens if prefix else 0):
             raise ValueError(f"a prompt goes right behind a clear prefix of {before} tokens")
         if prefix is None:
-            return self, value
+            return self._with(self.parts, values=value), value
         layout, encodings = self.arithmetic.layout, self.arithmetic.encodings
         centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
         if not apart:
@@ -172,14 +200,13 @@ class EncryptedTensor(CiphertextTensor):
         )
         tokens = self.tokens + self.start
         if apart:
-            return self._with([key], prefix=prefix), value._with(value.parts, prefix=prefix)
-        values = self._evaluator.add(
+            values = value._with(value.parts, prefix=prefix)
+            return self._with([key], prefix=prefix, values=values), values
+        shifted = self._evaluator.add(
             value._one(), kept.bias(("values",), value._one(), lambda: layout.pack_heads(prefix.values))
         )
-        return (
-            self._with([key], tokens=tokens, start=0),
-            value._with([values], tokens=tokens, start=0),
-        )
+        values = value._with([shifted], tokens=tokens, start=0)
+        return self._with([key], tokens=tokens, start=0, values=values), values
 
     def _before_rotation(self, values: Float64) -> Float64:
         """Return what the rotation brings to values (heads, tokens, head_dim)."""
@@ -233,6 +260,14 @@ class EncryptedTensor(CiphertextTensor):
     def scores(self, key: Any) -> EncryptedTensor:
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
+        values = key.values
+        # With an odd number of scores, values are refreshed for nothing.
+        rides = self.arithmetic.alone and (key.prefix is None or layout.prefix_parts % 2 == 0)
+        others = [] if values is None or rides else [values]
+        # Beside other chunks, all that attention refreshes goes to the level of their queries.
+        then = 0 if self.arithmetic.alone else ATTENTION_LEVEL + layout.rotary - _MEETING_LEVEL
+        self.ready(_MEETING_LEVEL - MASK_LEVEL, key, *others, then=then)
+        self.arithmetic.changed()
         query = evaluator.drop_level(self.rotated, ATTENTION_LEVEL - 2)
 
         def part(item: tuple[int, Ciphertext]) -> Ciphertext:
@@ -250,7 +285,12 @@ class EncryptedTensor(CiphertextTensor):
         if key.prefix is not None:
             matrices = self._of_prefix(key.prefix, "keys")
             scores += [row[0] for row in evaluator.transform_many([query], matrices)]
-        return self._with(scores, rotation=None)
+        return self._with(scores, rotation=None, values=values)
+
+    @property
+    def _along(self) -> Sequence[CiphertextTensor]:
+        """See :class:`CiphertextTensor`: the values."""
+        return () if self.values is None or self.values.level >= _MEETING_LEVEL else (self.values,)
 
     @property
     def _masks(self) -> list[list[Plaintext]]:
@@ -283,6 +323,8 @@ class EncryptedTensor(CiphertextTensor):
 
     def mix(self, value: Any) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
+        if value.level < _MEETING_LEVEL:
+            self.ready(_MEETING_LEVEL - MASK_LEVEL, value, then=0)
         self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, then=0)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)
@@ -297,7 +339,7 @@ class EncryptedTensor(CiphertextTensor):
             for part, matrix in zip(others, matrices, strict=True):
                 evaluator.add(mixed, evaluator.transform(part, matrix), out=mixed)
         evaluator.rescale(mixed, out=mixed)
-        return self._with([mixed], heads=True), self.total().real()
+        return self._with([mixed], heads=True, values=None), self.total().real()
 
 
 def encrypted(

@@ -12,7 +12,7 @@ from typing import Any
 from cipherlm.engine import Parameters
 from cipherlm.schemes.ckks.layout import Layout
 
-VERSION = 5
+VERSION = 6
 """Of what follows from a geometry: the packings, and in which order ciphertexts are computed."""
 
 
@@ -104,8 +104,35 @@ class Geometry:
             return layout.decoding.places(before + 1)
         return layout.chunk.places(before)
 
+    def passes(self, start: int, count: int, most: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield start and count of what goes through a model in one evaluation: up to ``most`` chunks.
+
+        Where a chunk would lie across two groups of keys in the KV cache, several go one after the other,
+        unless a shorter one before them brings them in line.
+        """
+        end, before = start + count, self._before_group(start)
+        if before > 1 and count > self.tokens:
+            yield start, before
+            start, before = start + before, 0
+        first, together = start, 0
+        for position, size in self.chunks(start, end - start):
+            if together and (before or together == most or self.is_alone(position, size)):
+                yield first, position - first
+                first, together = position, 0
+            together += 1
+        if together:
+            yield first, end - first
+
+    def goes_together(self, start: int, count: int) -> bool:
+        """Whether so many tokens, of several chunks, can go through a model in one evaluation."""
+        return not self._before_group(start) and not self.is_alone(*list(self.chunks(start, count))[-1])
+
+    def _before_group(self, start: int) -> int:
+        """Return how many tokens there are up to the next group in the KV cache, from a position on."""
+        return 0 if start == self.prefix else -(start - self.layout.prefix) % self.tokens
+
     def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield start and count of what is sent in one evaluation."""
+        """Yield start and count of what is side by side in a ciphertext."""
         end = start + count
         while start < end:
             size = min(end - start, self.tokens - self.place(start))

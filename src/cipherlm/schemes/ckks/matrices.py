@@ -15,7 +15,7 @@ from cipherlm.engine import (
     matrix_diagonals,
     paired,
 )
-from cipherlm.schemes.ckks.arithmetic import Encodings
+from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.decoding_layout import (
     DECODING_BABY_STEPS,
     DECODING_STAGES,
@@ -70,13 +70,13 @@ class Matrix:
         """The memory that the diagonals take."""
         return sum(matrix.nbytes for part in self._transformations for matrix in part)
 
-    def apply(self, evaluator: Evaluator, inputs: Sequence[Ciphertext]) -> list[Ciphertext]:
+    def apply(self, arithmetic: Arithmetic, inputs: Sequence[Ciphertext]) -> list[Ciphertext]:
         """Return one ciphertext an output, one level below the matrix's."""
         if len(inputs) != self.inputs:
             raise ValueError(f"a matrix of {self.inputs} parts, and {len(inputs)} ciphertexts")
-        joined: list[Ciphertext] = []
+        evaluator, joined = arithmetic.evaluator, list[Ciphertext]()
         for ciphertext, matrices in zip(inputs, self._transformations, strict=True):
-            results = [row[0] for row in evaluator.transform_many([ciphertext], matrices)]
+            results = arithmetic.transformed(ciphertext, matrices)
             joined = (
                 [evaluator.add(a, b) for a, b in zip(joined, results, strict=True)] if joined else results
             )

@@ -27,12 +27,12 @@ from cipherlm.nn.module import Module
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.chunk import EncryptedChunk
-from cipherlm.schemes.ckks.ciphertext_tensor import CiphertextTensor
 from cipherlm.schemes.ckks.decoding import EncryptedToken
 from cipherlm.schemes.ckks.encrypted import encrypted
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
+from cipherlm.schemes.ckks.side_by_side import Chunk, evaluate_together
 
 Float64 = NDArray[np.float64]
 Exchange = Callable[[RefreshRequest], RefreshReply]
@@ -40,16 +40,22 @@ Exchange = Callable[[RefreshRequest], RefreshReply]
 GC_PERCENT = 25
 """How far the native heap of a server may grow between collections: a model's matrices are gigabytes."""
 
+MOST_CHUNKS = 8
+"""How many chunks go through a model side by side at most: a message has to hold what they refresh."""
+
 FLOOD = 16
 """Bits of the noise that is added to results: see :meth:`~cipherlm.engine.Evaluator.rerandomize`."""
 
 
 class Client:
-    """The party with the text: it alone holds the secret key."""
+    """The party with the text: it alone holds the secret key.
 
-    def __init__(self, secret_key: SecretKey, geometry: Geometry) -> None:
+    ``most_chunks`` says how many chunks of a prompt go to the server in one evaluation.
+    """
+
+    def __init__(self, secret_key: SecretKey, geometry: Geometry, *, most_chunks: int = MOST_CHUNKS) -> None:
         self.geometry, self.secret_key = geometry, secret_key
-        self._layout = geometry.layout
+        self._layout, self._most_chunks = geometry.layout, most_chunks
 
     @classmethod
     def generate(cls, geometry: Geometry) -> Client:
@@ -64,31 +70,44 @@ class Client:
         """Make the key that a server needs to refresh and rerandomise."""
         return self.secret_key.public_key()
 
-    def chunks(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """See :meth:`Geometry.chunks`."""
-        return self.geometry.chunks(start, count)
+    def passes(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """See :meth:`Geometry.passes`."""
+        return self.geometry.passes(start, count, self._most_chunks)
 
     def encrypt(self, hidden: Float64, start: int) -> list[Ciphertext]:
-        """Encrypt hidden states (tokens, width) of one chunk, the first at position ``start``.
+        """Encrypt hidden states (tokens, width) of one pass, the first at position ``start``.
 
-        The last token is repeated up to the end of the ciphertext: no token sees these copies, their values
-        are in the ranges of others, and the ciphertext does not tell how many tokens there are.
+        There is one ciphertext for each chunk. The last token is repeated up to the end of the ciphertext: no
+        token sees these copies, their values are in the ranges of others, and the ciphertext does not tell
+        how many tokens there are.
         """
+        return [
+            self.secret_key.encrypt(
+                self._packed(hidden[position - start : position - start + count], position), ATTENTION_LEVEL
+            )
+            for position, count in self.geometry.chunks(start, len(hidden))
+        ]
+
+    def _packed(self, hidden: Float64, start: int) -> Float64:
+        """Return the slots of one chunk."""
         if self.geometry.is_alone(start, len(hidden)):
-            slots = [self._layout.decoding.pack(hidden[0])]
-        else:
-            place = self.geometry.place(start)
-            missing = max(0, self._layout.tokens - place - len(hidden))
-            padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
-            slots = self._layout.pack(padded, place)
-        return [self.secret_key.encrypt(chunk, ATTENTION_LEVEL) for chunk in slots]
+            return self._layout.decoding.pack(hidden[0])
+        place = self.geometry.place(start)
+        missing = max(0, self._layout.tokens - place - len(hidden))
+        padded = np.concatenate([hidden, np.repeat(hidden[-1:], missing, axis=0)])
+        (slots,) = self._layout.pack(padded, place)
+        return slots
 
     def decrypt(self, ciphertexts: Sequence[Ciphertext], count: int, start: int) -> Float64:
-        """Decrypt hidden states (tokens, width) of one chunk."""
-        slots = [self.secret_key.decrypt(ciphertext).real for ciphertext in ciphertexts]
+        """Decrypt hidden states (tokens, width) of one pass."""
+        chunks = zip(ciphertexts, self.geometry.chunks(start, count), strict=True)
+        return np.concatenate([self._decrypt(ciphertext, *chunk) for ciphertext, chunk in chunks])
+
+    def _decrypt(self, ciphertext: Ciphertext, start: int, count: int) -> Float64:
+        slots = self.secret_key.decrypt(ciphertext).real
         if self.geometry.is_alone(start, count):
-            return self._layout.decoding.unpack(slots[0], self._layout.width)[None]
-        return self._layout.unpack(slots, self._layout.width, count, self.geometry.place(start))
+            return self._layout.decoding.unpack(slots, self._layout.width)[None]
+        return self._layout.unpack([slots], self._layout.width, count, self.geometry.place(start))
 
     def refresh(self, request: RefreshRequest) -> RefreshReply:
         """Answer a server that is out of levels: it shows uniformly random numbers only."""
@@ -173,34 +192,52 @@ class Session:
         count: int,
         report: Report = lambda done, total: None,
     ) -> list[Ciphertext]:
-        """Evaluate a module on one chunk of tokens, whose first is at position ``start``.
+        """Evaluate a module on the chunks of one pass, whose first token is at position ``start``.
 
-        A chunk right behind the prefix starts a new text; any other goes on where the text ends, or at one of
+        Tokens right behind the prefix start a new text; any others go on where the text ends, or at one of
         its tokens, which is then dropped with all behind it. What failed has to start anew. Raises
-        ``Refused`` for an unknown module, for a chunk that does not fit, and for a client's reply that does
+        ``Refused`` for an unknown module, for tokens that do not fit, and for a client's reply that does
         not answer a refresh.
         """
         geometry = self._server.geometry
         if name not in self._server.modules:
             raise Refused(f"there is no module {name!r} here")
         module = self._server.modules[name]
-        if not 1 <= count <= geometry.tokens - geometry.place(start) or start + count > geometry.context:
+        if not 1 <= count <= geometry.context - start:
             raise Refused(f"{count} tokens from position {start} on do not fit")
+        chunks = list(geometry.chunks(start, count))
+        if len(chunks) > MOST_CHUNKS or (len(chunks) > 1 and not geometry.goes_together(start, count)):
+            raise Refused(f"{count} tokens from position {start} on do not go together")
+        if len(ciphertexts) != len(chunks):
+            raise Refused(f"{count} tokens come in {len(chunks)} ciphertexts, not in {len(ciphertexts)}")
         caches, seen = self._seen.pop(name, ([], geometry.prefix))
-        x: CiphertextTensor
         if start == geometry.prefix:
             caches = module.caches()
-            x = encrypted(self.arithmetic, ciphertexts, count, geometry.start)
         elif not geometry.prefix < start <= seen:
             raise Refused(f"tokens from position {start} on, where {seen} was expected")
-        elif geometry.is_alone(start, count):
-            x = EncryptedToken(self.arithmetic, tuple(ciphertexts), start)
+        tensors = [
+            self._chunk(ciphertext, *chunk) for ciphertext, chunk in zip(ciphertexts, chunks, strict=True)
+        ]
+        if len(tensors) == 1:
+            results = [evaluate(module.module, tensors[0](self.arithmetic), caches, report)]
         else:
-            x = EncryptedChunk(self.arithmetic, tuple(ciphertexts), count, position=start)
-        result: CiphertextTensor = evaluate(module.module, x, caches, report)
+            results, caches = evaluate_together(self.arithmetic, module.module, tensors, caches, report)
         self._seen[name] = caches, start + count
         public_key = cast(PublicKey, self._public_key)  # it is there when evaluation keys are
-        return [self.arithmetic.evaluator.rerandomize(part, public_key, flood=FLOOD) for part in result.parts]
+        return [
+            self.arithmetic.evaluator.rerandomize(part, public_key, flood=FLOOD)
+            for result in results
+            for part in result.parts
+        ]
+
+    def _chunk(self, ciphertext: Ciphertext, start: int, count: int) -> Chunk:
+        """Return what makes a tensor of a chunk."""
+        geometry = self._server.geometry
+        if start == geometry.prefix:
+            return lambda arithmetic: encrypted(arithmetic, [ciphertext], count, geometry.start)
+        if geometry.is_alone(start, count):
+            return lambda arithmetic: EncryptedToken(arithmetic, (ciphertext,), start)
+        return lambda arithmetic: EncryptedChunk(arithmetic, (ciphertext,), count, position=start)
 
     def caches(self, name: str) -> list[Cache]:
         """Return the keys and values of the text that a module has read."""
@@ -222,7 +259,7 @@ class InProcess:
     def evaluate(self, name: str, hidden: Float64, start: int, report: Report | None = None) -> Float64:
         """Return a module's outputs (tokens, width) for hidden states (tokens, width) from ``start`` on."""
         rows = []
-        for position, count in self.client.chunks(start, len(hidden)):
+        for position, count in self.client.passes(start, len(hidden)):
             inputs = self.client.encrypt(hidden[position - start : position - start + count], position)
             outputs = self.session.evaluate(
                 name, position, inputs, count, report or (lambda done, total: None)

@@ -17,6 +17,7 @@ from cipherlm.serving.ckks import (
     CkksHostedModel,
     RemotePart,
     bounds_of,
+    chunks_of,
     generate,
     geometry_of,
     modules_fingerprint,
@@ -86,15 +87,17 @@ class Ckks:
         self, bundle: Bundle, blocks: int, connection: Connection, progress: Progress
     ) -> tuple[dict[str, Exact], Callable[[CkksModel, bytes], None]]:
         """Return the constants of remote modules, and what connects a model with a secret key."""
-        geometry = geometry_of(bundle.about)
-        bounds = connection.bounds = bounds_of(bundle.about["description"], blocks)
+        geometry, description = geometry_of(bundle.about), bundle.about["description"]
+        bounds = connection.bounds = bounds_of(description, blocks)
+        chunks = chunks_of(description)
 
         def connect(model: CkksModel, secret: bytes) -> None:
             try:
                 secret_key = SecretKey.from_bytes(secret, geometry.parameters)
             except EngineError as error:
                 raise KeyStoreError("the secret key is for another model, or damaged") from error
-            model.connect(CkksBackend(Client(secret_key, geometry), connection, bounds.message_bytes))
+            client = Client(secret_key, geometry, most_chunks=chunks)
+            model.connect(CkksBackend(client, connection, bounds.message_bytes))
 
         return _constants(bundle), connect
 
