@@ -34,9 +34,10 @@ def test_results_leave_with_a_zero_and_flooding():
     key = telltale(client, room * opener.p[0].prime)
     opened = server.open(keys, key, client.secret_key.refresh)
     party, sums = session.Client(client.secret_key, GEOMETRY), []
-    for _ in range(4):
-        sent = party.encrypt(np.ones((2, 8)), 0)
-        for before, after in zip(sent, opened.evaluate("nothing", 0, sent, 2), strict=True):
+    for tokens in (2, 4, 2, 4):  # one chunk, and two side by side
+        sent = party.encrypt(np.ones((tokens, 8)), 0)
+        assert len(sent) == tokens // 2
+        for before, after in zip(sent, opened.evaluate("nothing", 0, sent, tokens), strict=True):
             first, _ = opener.ciphertext(after.to_bytes())
             added = minus(first, opener.seeded(before.to_bytes())[1])
             rings = opener.q[: len(added)]

@@ -170,7 +170,7 @@ def estimate_whole(
     passes = []
     for position, count in chunks:
         parts = []
-        for place, tokens in geometry.chunks(position, count):
+        for place, tokens in sizes.client.passes(position, count):
             kind = "whole/token" if geometry.is_alone(place, tokens) else "whole/chunk"
             parts.append((kind, session.evaluate(tokens, place)))
         passes.append(_pass(count, parts, geometry, machine, cores, line))
