@@ -3,9 +3,14 @@
 import os
 
 import pytest
+import scratch
 
 # Nothing here may wait for a network that a test machine does not have.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_unconfigure() -> None:
+    scratch.remove()
 
 
 @pytest.fixture(autouse=True)

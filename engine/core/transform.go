@@ -128,7 +128,7 @@ func (e *Evaluator) sumBabies(level int, steps []*step, rotated []map[int]*Ciphe
 	groups := slices.Collect(slices.Chunk(steps, each))
 	return parallel(len(groups)*(level+1), func(job int) error {
 		own := summations.Get().(*summation)
-		defer summations.Put(own)
+		defer own.release()
 		own.run(e.Params, job/len(groups), groups[job%len(groups)], rotated)
 		return nil
 	})
@@ -148,7 +148,10 @@ func (own *summation) run(p *Parameters, limb int, steps []*step, rotated []map[
 	own.terms = own.terms[:0]
 	for _, s := range steps {
 		for _, d := range s.row {
-			residues := own.scratch(len(own.terms), p.N())
+			var residues []uint64
+			if d.residues.Coeffs == nil {
+				residues = own.scratch(len(own.terms), p.N())
+			}
 			own.terms = append(own.terms, term{plain: d.at(p, limb, residues), gap: d.gap})
 		}
 	}
@@ -175,9 +178,15 @@ func (own *summation) run(p *Parameters, limb int, steps []*step, rotated []map[
 	}
 }
 
+// release keeps the memory for another thread, and no ciphertexts.
+func (own *summation) release() {
+	clear(own.terms)
+	summations.Put(own)
+}
+
 // scratch returns memory for the residues of a diagonal.
 func (own *summation) scratch(index, size int) []uint64 {
-	if index == len(own.residues) {
+	for index >= len(own.residues) {
 		own.residues = append(own.residues, nil)
 	}
 	if len(own.residues[index]) < size {

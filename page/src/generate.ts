@@ -4,7 +4,7 @@ import type { Bytes } from "./engine/calls";
 import { EngineError } from "./engine/calls";
 import { pause } from "./bytes";
 import { PageError, ServerError, SessionLost } from "./errors";
-import { chunks, evaluatedTokens, lastRow, packed } from "./layout";
+import { evaluatedTokens, lastRow, packed, passes } from "./layout";
 import type { Model } from "./model";
 import type { Plan } from "./plan";
 import type { Session, Watch } from "./session";
@@ -116,22 +116,35 @@ class Text {
     const { plan, model, engine } = this.parties;
     const prefix = plan.prefix.length;
     let next = 0;
-    for (const { start, count, place } of chunks(plan, prefix + this.seen, tokens.length - this.seen)) {
+    for (const pass of passes(plan, prefix + this.seen, tokens.length - this.seen)) {
       this.listener.begins(this.seen, this.total);
-      const rows = tokens.slice(start - prefix, start - prefix + count).map((token, i) => model.embed(token, start + i));
-      const slots = packed(plan.layout, rows, place);
-      const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
-      this.listener.ciphertext(input, "up");
+      const inputs: Bytes[] = [];
+      for (const { start, count, place } of pass) {
+        const some = tokens.slice(start - prefix, start - prefix + count);
+        const slots = packed(
+          plan.layout,
+          some.map((token, i) => model.embed(token, start + i)),
+          place,
+        );
+        const input = await this.timed(engine.call("encrypt", slots, plan.layout.level));
+        this.listener.ciphertext(input, "up");
+        inputs.push(input);
+      }
+      const start = pass[0]!.start;
+      const count = pass.reduce((sum, chunk) => sum + chunk.count, 0);
       const outputs = await this.patiently(() =>
-        session.evaluate(plan.module, start, count, [input], (r) => this.refresh(r), this.listener, this.signal),
+        session.evaluate(plan.module, start, count, inputs, (r) => this.refresh(r), this.listener, this.signal),
       );
-      if (outputs.length !== 1) throw new PageError("the server sent more than one result, or none");
-      this.listener.ciphertext(outputs[0]!, "down");
-      const hidden = await this.timed(engine.call("decrypt", outputs[0]!)).catch((error: unknown) => {
+      if (outputs.length !== pass.length)
+        throw new PageError(`the server sent ${outputs.length} results, and ${pass.length} were expected`);
+      for (const output of outputs) this.listener.ciphertext(output, "down");
+      // The token that follows the last is all that a text needs.
+      const last = pass.at(-1)!;
+      const hidden = await this.timed(engine.call("decrypt", outputs.at(-1)!)).catch((error: unknown) => {
         throw engineProblem(error, "the server sent no result that can be decrypted");
       });
       const began = performance.now();
-      next = model.next(lastRow(plan.layout, hidden, count, place));
+      next = model.next(lastRow(plan.layout, hidden, last.count, last.place));
       this.listener.worked(performance.now() - began);
       this.seen += count;
       this.listener.evaluated();

@@ -3,7 +3,7 @@ import type { Layout, Plan } from "./plan";
 
 export type Slots = Float64Array<ArrayBuffer>;
 
-/** What is sent in one evaluation: `count` tokens from `start` on. */
+/** What is in one ciphertext: `count` tokens from `start` on. */
 export interface Chunk {
   start: number;
   count: number;
@@ -25,6 +25,21 @@ export function* chunks(plan: Plan, start: number, count: number): Generator<Chu
     yield { start, count: size, place: size === 1 && !begins ? null : place };
     start += size;
   }
+}
+
+/** Yield the chunks of each evaluation: those of a prompt go together, as many as the server takes. */
+export function* passes(plan: Plan, start: number, count: number): Generator<Chunk[]> {
+  // Behind a prompt, chunks may lie across groups of keys in the server's cache: those go one by one.
+  const most = start === plan.prefix.length ? plan.chunks : 1;
+  let together: Chunk[] = [];
+  for (const chunk of chunks(plan, start, count)) {
+    if (together.length > 0 && (together.length === most || chunk.place === null)) {
+      yield together;
+      together = [];
+    }
+    together.push(chunk);
+  }
+  if (together.length > 0) yield together;
 }
 
 /** Return how many tokens a generation evaluates, with those of the prefix, whatever ends its text. */

@@ -20,6 +20,8 @@ export interface Plan {
   /** Public token ids before every text, and how many positions there are with them. */
   prefix: number[];
   context: number;
+  /** How many ciphertexts of a prompt go in one evaluation. */
+  chunks: number;
   /** Lengths are rounded up to a multiple of it. */
   bucket: number;
   /** Texts that a key serves. */

@@ -12,6 +12,7 @@ const plan = {
   module: "blocks",
   prefix: [0],
   context: 32,
+  chunks: 2,
   bucket: 4,
   message_bytes: 1 << 20,
   layout: { slots: 64, period: 8, tokens: 8, first: 1, width: 8, level: 4 },
@@ -19,13 +20,13 @@ const plan = {
 const bytes = new Uint8Array(8) as Bytes;
 
 /** A server and an engine that compute nothing, and note what is asked of them. */
-function world(next: (hidden: Slots) => number, lose: (evaluation: number) => boolean = () => false) {
+function world(next: (hidden: Slots) => number, lose: (evaluation: number) => boolean = () => false, keeps = 0) {
   const asked: [number, number][] = [];
   const session = {
-    evaluate: async (_: string, start: number, count: number) => {
+    evaluate: async (_: string, start: number, count: number, inputs: Bytes[]) => {
       asked.push([start, count]);
       if (lose(asked.length)) throw new SessionLost("lost");
-      return [bytes];
+      return inputs.slice(keeps).map(() => bytes);
     },
   } as unknown as Session;
   const engine = {
@@ -67,6 +68,17 @@ describe("what the server is asked for", () => {
     await run(Array.from({ length: 9 }, () => 1), 1);
     expect(asked.slice(0, 3)).toEqual([[1, 7], [8, 1], [9, 1]]);
     expect(asked.at(-1)).toEqual([12, 1]);
+  });
+
+  test("a long prompt goes in a few chunks at a time", async () => {
+    const { asked, run } = world(() => 5);
+    await run(Array.from({ length: 25 }, () => 1), 1);
+    expect(asked).toEqual([[1, 15], [16, 8], [24, 1], [25, 1], [26, 1], [27, 1], [28, 1]]);
+  });
+
+  test("a server that keeps results is refused", async () => {
+    const { run } = world(() => 5, undefined, 1);
+    await expect(run(Array.from({ length: 20 }, () => 1), 1)).rejects.toThrow("1 results, and 2 were expected");
   });
 
   test("the context is not left", async () => {

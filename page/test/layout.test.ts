@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { chunks, lastRow, packed, type Slots } from "../src/layout";
+import { chunks, lastRow, packed, passes, type Slots } from "../src/layout";
 import type { Layout, Plan } from "../src/plan";
 
 // 3 features with a period of 4, 2 tokens side by side of which the first is public.
@@ -16,6 +16,16 @@ describe("chunks", () => {
     expect(sent(plan(4, 1, 1), 1, 9)).toEqual([[1, 3, 1], [4, 4, 0], [8, 1, null], [9, 1, null]]);
     expect(sent(plan(4, 1, 1), 1, 2)).toEqual([[1, 2, 1]]);
     expect(sent(plan(4, 0, 24), 24, 5)).toEqual([[24, 4, 0], [28, 1, null]]);
+  });
+
+  test("those of a prompt go together, as many as the server takes", () => {
+    const together = (...args: Parameters<typeof passes>) =>
+      Array.from(passes(...args), (pass) => pass.map(({ start }) => start));
+    const limited = { ...plan(4, 1, 1), chunks: 2 };
+    expect(together(limited, 1, 16)).toEqual([[1, 4], [8, 12], [16]]);
+    expect(together(limited, 1, 5)).toEqual([[1], [4], [5]]);
+    // Where a text goes on, chunks need not be in line with those before them.
+    expect(together(limited, 6, 9)).toEqual([[6], [10], [14]]);
   });
 
   test("one token behind others goes alone, and the first of a text does not", () => {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 
 import pytest
@@ -153,6 +155,48 @@ def test_whatever_fails_ends_all_chunks(keys, at):
         process.evaluate("all", before[5:9], 5)
     assert largest(process.evaluate("all", before[1:9], 1), after[1:9]) < 6e-3
     process.session.close()
+
+
+def test_what_fails_holds_nothing(keys):
+    """Ciphertexts and keys go with the error, and do not wait for Python's garbage collector."""
+    module, geometry, before, _ = hosted("gpt2", 1)
+    client = keys.client(geometry)
+    replies = []
+
+    class Leaving(type(client)):
+        def refresh(self, request):
+            replies.append(request)
+            if len(replies) == 3:
+                raise Refused("the client has left")
+            return super().refresh(request)
+
+    process = InProcess(Server({"all": module}, geometry), Leaving(client.secret_key, geometry))
+    evaluator = process.session.arithmetic.evaluator
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(Refused, match="has left"):
+            process.evaluate("all", before[1:17], 1)
+        process.session.release_keys()
+        assert sys.getrefcount(evaluator) == 2  # the name above, and the argument
+    finally:
+        gc.enable()
+    process.session.close()
+
+
+def test_no_room_for_a_thread(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def full(self):
+        started.append(self)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        Meeting(Sums(), 4).run([lambda own: own.refresh([1.0], [1.0], 3)] * 4)
+    assert not any(thread.is_alive() for thread in started)
 
 
 class Sums(Arithmetic):

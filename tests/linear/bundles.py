@@ -2,9 +2,9 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import scratch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -46,14 +46,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-_directory = TemporaryDirectory(prefix="cipherlm-linear-")
+@cache
+def _base() -> Path:
+    return scratch.directory("linear")
 
 
 @cache
 def exported(architecture: str = "llama", *, seed: int = 0, **options: str | bool) -> Path:
     """Return the directory with the bundles ``server`` and ``client`` of a small model."""
     name = "-".join([architecture, str(seed), *(f"{key}={value}" for key, value in options.items())])
-    directory = Path(_directory.name) / name
+    directory = _base() / name
     export_linear(
         tiny(architecture, seed=seed),
         EncryptionConfig("linear"),
@@ -77,7 +79,7 @@ def wide_weights() -> dict[str, NDArray[np.float32]]:
 @cache
 def exported_wide() -> Path:
     """Return the directory with the bundles of one matrix, without a model around it."""
-    root = Path(_directory.name) / "wide"
+    root = _base() / "wide"
     server, client = new_bundles(root)
     plan = make_plan([WIDE], wide_weights())
     encode_to(server, plan, wide_weights())

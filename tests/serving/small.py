@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scratch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -93,14 +93,14 @@ def continuation(text: str = PROMPT, count: int = 2) -> list[int]:
 
 
 @cache
-def _base() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="cipherlm-small-")  # removed with this process
+def _base() -> Path:
+    return scratch.directory("small")
 
 
 @cache
 def exported(placement: str, tokens: int = TOKENS) -> Path:
     """The directory with the bundles `server` and `client`."""
-    directory = Path(_base().name) / f"{placement}-{tokens}"
+    directory = _base() / f"{placement}-{tokens}"
     bundles.export(encrypted_model(placement, tokens), directory, tokenizer(), name=f"small {placement}")
     return directory
 
@@ -111,7 +111,7 @@ def hosted(placement: str) -> HostedModel:
 
 
 def home() -> Path:
-    return Path(_base().name) / "home"
+    return _base() / "home"
 
 
 def keys(name: str = "one") -> KeySet:

@@ -496,6 +496,17 @@ def test_evaluations_per_hour(start):
             assert one.receive()[0]["retry_after"] == 100
 
 
+def test_each_ciphertext_counts(start):
+    """Several chunks of a prompt in one evaluation are as many as one after the other."""
+    with start(evaluations_per_hour=1, idle_seconds=60) as harness, harness.session() as client:
+        modules = len(harness.service.description["modules"])
+        for blobs in (modules - 1, 1):
+            client.ask("reverse", *[b"abc"] * blobs)
+            assert client.receive()[1] == [b"cba"] * blobs
+        client.ask("reverse", b"abc")
+        assert error(client.receive()[0]) == "rate_limited"
+
+
 def test_a_budget_is_exact_in_any_hour_and_small():
     now = [0.0]
     budget = HourlyBudget(1000, lambda: now[0])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Protocol
 
 import numpy as np
@@ -62,7 +61,7 @@ class Simulated:
         results, rest = [], hidden
         # The chunks in which ciphertexts go, so that the same polynomials serve each row.
         passes = self._geometry.passes(start, len(hidden))
-        for position, count in itertools.chain.from_iterable(starmap(self._geometry.chunks, passes)):
+        for position, count in chain.from_iterable(starmap(self._geometry.chunks, passes)):
             places = self._geometry.places(position, count)
             x = ClearTensor(rest[:count], self._noise, position, places)
             results.append(evaluate(hosted.module, x, known, report).values)

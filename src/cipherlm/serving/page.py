@@ -33,7 +33,7 @@ from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.serving.auth import is_loopback
 from cipherlm.serving.bundle import STATE_NAME, Bundle, BundleError
-from cipherlm.serving.ckks import bounds_of, geometry_of
+from cipherlm.serving.ckks import bounds_of, chunks_of, geometry_of
 from cipherlm.serving.hosts import in_url
 from cipherlm.serving.key_use import BUDGET
 
@@ -174,6 +174,7 @@ def plan_of(bundle: Bundle) -> dict[str, Any]:
         },
         "prefix": public_prefix(encryption, SimpleNamespace(**config)),
         "context": geometry.context,
+        "chunks": chunks_of(about["description"]),
         "bucket": BUCKET,
         "key_budget": BUDGET,
         "rounds": bounds.rounds,

@@ -25,11 +25,11 @@ class HourlyBudget:
             self._spent[owner] -= int(entries.popleft()[1])
         return entries[0][0] + HOUR - now if entries and self._spent[owner] >= self.most else 0.0
 
-    def spend(self, owner: str) -> None:
-        """Count one."""
+    def spend(self, owner: str, events: int = 1) -> None:
+        """Count some."""
         entries, now = self._entries[owner], self._clock()
         if entries and now - entries[-1][0] < _RESOLUTION:
-            entries[-1][1] += 1
+            entries[-1][1] += events
         else:
-            entries.append([now, 1])
-        self._spent[owner] += 1
+            entries.append([now, events])
+        self._spent[owner] += events

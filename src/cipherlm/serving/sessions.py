@@ -105,7 +105,8 @@ class Session(Conversation):
             # Before it starts: it may end before the next line.
             self._evaluation = evaluation
             evaluation.start(self._service.scheduler, self.owner)
-            self._service.budget.spend(self.owner)
+            # Each ciphertext of a pass could have been an evaluation of its own.
+            self._service.budget.spend(self.owner, max(1, len(request.blobs)))
         except (Failure, Full) as error:
             self._evaluation = None
             failure = (

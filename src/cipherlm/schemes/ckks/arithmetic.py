@@ -42,7 +42,7 @@ A ciphertext is given its scale by a product with an integer, 2^shift times the 
 RECENT = 32
 """How many encodings are kept that depend on positions: those of a few texts that are computed at a time."""
 
-MOST_TOGETHER = 16
+MOST_TOGETHER = 32
 """How many ciphertexts are refreshed in one round trip at most: a message has to hold them."""
 
 LEAST_FACTOR = 2
@@ -142,7 +142,7 @@ class Arithmetic:
     """
 
     alone = True
-    """Whether no chunks are computed beside."""
+    """Whether no chunks are computed beside this one."""
 
     def __init__(self, evaluator: Evaluator, encodings: Encodings, refresher: Refresher) -> None:
         self.encodings = encodings

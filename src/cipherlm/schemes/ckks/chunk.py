@@ -16,7 +16,7 @@ from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
 from cipherlm.schemes.ckks.ciphertext_tensor import added
 from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, paired
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
-from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, LINEAR_LEVEL
+from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
@@ -46,23 +46,22 @@ class EncryptedChunk(EncryptedTensor):
     def with_past(self, value: EncryptedTensor, past: Any, prefix: Prefix | None) -> tuple[Context, Context]:
         """See :class:`Tensor`; ``past`` is what this or another tensor's ``with_past`` returned before."""
         context = Context.of(past, self.position, self.arithmetic)
-        layout = self.arithmetic.layout
-
-        def finish(pair: Ciphertext) -> Ciphertext:
-            if self.rotation is not None:
-                pair = self._with_rotated_keys(pair)
-            if prefix is None:
-                return pair
-            centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
-            shift = self.arithmetic.encodings.layer(prefix).bias(
-                ("centre",), pair, lambda: layout.pack_heads(centre)
-            )
-            return self._evaluator.add(pair, shift)
-
-        levels = 0 if self.rotation is None else 1
-        context.append(paired(self._one(), value), self.tokens, finish, levels)
-        context.prefix = prefix if layout.prefix else None
+        context.append(paired(self._one(), value), self.tokens)
+        context.prefix = prefix
         return context, context
+
+    def _finished(self, pair: Ciphertext, prefix: Prefix | None) -> Ciphertext:
+        """Return keys after their rotation, less the centre of a prefix, and values as one ciphertext."""
+        if self.rotation is not None:
+            pair = self._with_rotated_keys(pair)
+        if prefix is None:
+            return pair
+        layout = self.arithmetic.layout
+        centre = -np.repeat(prefix.centre, layout.tokens, axis=1)
+        shift = self.arithmetic.encodings.layer(prefix).bias(
+            ("centre",), pair, lambda: layout.pack_heads(centre)
+        )
+        return self._evaluator.add(pair, shift)
 
     def _with_rotated_keys(self, pair: Ciphertext) -> Ciphertext:
         """Return keys after their rotation, and values as they are, as one ciphertext."""
@@ -78,11 +77,6 @@ class EncryptedChunk(EncryptedTensor):
         return evaluator.dot([pair, conjugate, turned], masks)
 
     @property
-    def _heads_level(self) -> int:
-        """See :class:`EncryptedTensor`: queries, keys and values are refreshed in any case."""
-        return LINEAR_LEVEL
-
-    @property
     def keys(self) -> int:
         """See :class:`Tensor`."""
         return self.position + self.tokens
@@ -95,7 +89,8 @@ class EncryptedChunk(EncryptedTensor):
     def scores(self, key: Context) -> EncryptedChunk:
         """See :class:`Tensor`: the real parts of the products of queries with keys and values."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        query = key.ready_together(self._one())
+        levels = 0 if self.rotation is None else 1
+        query = key.ready_together(self._one(), levels, lambda pair: self._finished(pair, key.prefix))
         if self.rotation is not None:
             query = self._rotated(query)
         queries = self.arithmetic.each(
@@ -113,9 +108,9 @@ class EncryptedChunk(EncryptedTensor):
         scores = [
             self._real(self._turned_back(part, "places", own=part is parts[-1]), factor) for part in parts
         ]
-        if key.prefix is not None:
+        if key.prefix_beside is not None:
             query = evaluator.drop_level(query, ATTENTION_LEVEL - 2)
-            matrices = self._of_prefix(key.prefix, "keys")
+            matrices = self._of_prefix(key.prefix_beside, "keys")
             scores += [row[0] for row in evaluator.transform_many([query], matrices)]
         return self._with(scores, rotation=None)
 
@@ -153,11 +148,11 @@ class EncryptedChunk(EncryptedTensor):
             products = self._weighted(part, some)
             sums = [evaluator.add(a, b) for a, b in zip(sums, products, strict=True)] if sums else products
         mixed = self._imaginary(self._turned_back(sums, "sums"))
-        if value.prefix is not None:
+        if value.prefix_beside is not None:
             level = ATTENTION_LEVEL - 2
             # The scale that these sums have in common with the others, once they are rescaled.
             scale = 2 * parameters.scale * parameters.q[level] / parameters.q[CONTEXT_LEVEL]
-            matrices = self._of_prefix(value.prefix, "values", scale)
+            matrices = self._of_prefix(value.prefix_beside, "values", scale)
             for part, matrix in zip(self.parts[count:], matrices, strict=True):
                 product = evaluator.transform(evaluator.drop_level(part, level), matrix)
                 mixed = added(evaluator, mixed, evaluator.rescale(product))

@@ -135,7 +135,7 @@ class CiphertextTensor(Tensor):
 
     @property
     def _along(self) -> Sequence[CiphertextTensor]:
-        """What needs a refresh that costs nothing: each is one ciphertext."""
+        """Tensors of one ciphertext that need a refresh, and join one in which a pair has room."""
         return ()
 
     @property

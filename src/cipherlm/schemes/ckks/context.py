@@ -26,14 +26,14 @@ class Group:
 
     They are there in a prompt's packing (``together``), in that of one token (``apart``), or in both, each at
     :data:`CONTEXT_LEVEL` and the default scale. A group that tokens have just been added to is still to be
-    refreshed (``unrefreshed``), in a prompt's packing. One that a chunk of tokens has ``promised`` to bring
-    there is left to that chunk by those beside it.
+    refreshed (``unrefreshed``), in a prompt's packing. Those that a chunk of tokens has ``claimed``, to bring
+    them there, are left to it by the chunks beside it.
     """
 
     together: Ciphertext | None = None
     apart: Ciphertext | None = None
     unrefreshed: Ciphertext | None = None
-    promised: bool = False
+    claimed: bool = False
 
     @property
     def pair(self) -> Ciphertext:
@@ -62,8 +62,6 @@ class Context:
         self.prefix: Prefix | None = None
         self._pending_tokens = 0
         self._missing: list[tuple[int, Group]] = []
-        self._finish: Callable[[Ciphertext], Ciphertext] = lambda pair: pair
-        self._levels = 0
 
     @classmethod
     def of(cls, past: Any, position: int, arithmetic: Arithmetic) -> Context:
@@ -73,8 +71,8 @@ class Context:
         """
         context, (key, value) = cls(arithmetic), past
         if isinstance(key, EncryptedTensor):
-            if key.rotation is not None:
-                arithmetic.wait(lambda: key.level > CONTEXT_LEVEL - 1)
+            if key.rotation is not None:  # which takes a level, that the first chunk's refresh brings
+                arithmetic.wait(lambda: key.level >= CONTEXT_LEVEL)
             context._take(paired(key.rotated, value), key.tokens)
         else:
             context.groups, context.tokens = list(key.groups), key.tokens
@@ -82,23 +80,19 @@ class Context:
         context.keep(position - arithmetic.layout.prefix)
         return context
 
-    def append(
-        self, pair: Ciphertext, tokens: int, finish: Callable[[Ciphertext], Ciphertext], levels: int
-    ) -> None:
+    def append(self, pair: Ciphertext, tokens: int) -> None:
         """Take a chunk's keys and values, in a prompt's packing, which are pending from now on.
 
-        They and all groups that nobody else has promised to bring to this packing are so by
-        :meth:`ready_together`. What is still to be done to the pair then, ``finish`` does, which takes so
-        many levels.
+        This chunk claims them, and all groups that are not in this packing and that none beside it has
+        claimed: :meth:`ready_together` brings them there.
         """
         self._take(pair, tokens)
-        self._finish, self._levels = finish, levels
         groups = enumerate(self.groups)
-        self._missing = [(i, group) for i, group in groups if group.together is None and not group.promised]
+        self._missing = [(i, group) for i, group in groups if group.together is None and not group.claimed]
         for _, group in self._missing:
-            group.promised = True
+            group.claimed = True
         assert self.pending is not None
-        self.pending.promised = True
+        self.pending.claimed = True
 
     def _take(self, pair: Ciphertext, tokens: int) -> None:
         self.pending, self._pending_tokens = Group(unrefreshed=pair), tokens
@@ -170,11 +164,13 @@ class Context:
         slots = encodings.layout.chunk.first_tokens
         return encodings.keep(("first tokens", count, level), lambda: encodings.mask(slots(count), level))
 
-    def ready_together(self, query: Ciphertext) -> Ciphertext:
-        """Have all groups and what is pending in a prompt's packing; return a query ready for them.
+    def ready_together(
+        self, query: Ciphertext, levels: int, finish: Callable[[Ciphertext], Ciphertext]
+    ) -> Ciphertext:
+        """Have all groups and what is pending in a prompt's packing; return a query at a higher level.
 
-        What has to be refreshed goes to the client together. The query has as many levels more than
-        :data:`ATTENTION_LEVEL` as what is pending takes.
+        ``finish`` is what is still to be done to the pending pair, and takes so many levels. The query has as
+        many more than :data:`ATTENTION_LEVEL`: what has to be refreshed goes to the client together.
         """
         pending = self.pending
         assert pending is not None
@@ -190,9 +186,9 @@ class Context:
             )
 
         query, pair, *pairs = self.arithmetic.refresh_complex(
-            [query, pending.pair, *map(form, self._missing)], ATTENTION_LEVEL + self._levels
+            [query, pending.pair, *map(form, self._missing)], ATTENTION_LEVEL + levels
         )
-        pairs = [self._finish(pair), *pairs]
+        pairs = [finish(pair), *pairs]
         for group, pair in zip([pending, *(group for _, group in self._missing)], pairs, strict=True):
             group.together, group.unrefreshed = self._rescaled(pair), None
         self._missing = []
@@ -228,6 +224,11 @@ class Context:
             token = self.arithmetic.evaluator.add(last, token)
         self.groups.append(Group(apart=token))
         self.tokens += 1
+
+    @property
+    def prefix_beside(self) -> Prefix | None:
+        """The prefix, if its keys and values are in no ciphertext."""
+        return self.prefix if self.arithmetic.layout.prefix else None
 
     @property
     def parts(self) -> list[Ciphertext]:

@@ -198,7 +198,7 @@ class EncryptedToken(CiphertextTensor):
             shift = encodings.layer(prefix).bias(("decoding", token), placed, lambda: slots)
             placed = self._evaluator.add(placed, shift)
         context.add(placed)
-        context.prefix = prefix if self.layout.prompt.prefix else None
+        context.prefix = prefix
         return context, context
 
     def _of_token(self, token: int) -> Ciphertext:
@@ -261,7 +261,7 @@ class EncryptedToken(CiphertextTensor):
         parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
         factor = math.sqrt(layout.prompt.head_dim)
         own = [self._real(self._gathered(part), factor) for part in parts]
-        return self._with([*self._prefix_scores(query, key.prefix), *own], heads=False, rotation=None)
+        return self._with([*self._prefix_scores(query, key.prefix_beside), *own], heads=False, rotation=None)
 
     def _prefix_scores(self, query: Ciphertext, prefix: Prefix | None) -> list[Ciphertext]:
         if prefix is None:
@@ -357,9 +357,9 @@ class EncryptedToken(CiphertextTensor):
         total = evaluator.inner_sum(total, *layout.tokens_of_group)
         groups = [evaluator.drop_level(group, weights[0].level) for group in kept]
         mixed = evaluator.dot(weights, groups, rescale=False)
-        if value.prefix is not None:
+        if value.prefix_beside is not None:
             scale = mixed.scale / weights[0].scale
-            matrices = self._of_prefix(value.prefix, "values", CONTEXT_LEVEL - 1, scale)
+            matrices = self._of_prefix(value.prefix_beside, "values", CONTEXT_LEVEL - 1, scale)
             for weight, matrix in zip(of_prefix, matrices, strict=True):
                 weight = evaluator.inner_sum(weight, *layout.spreading[0])
                 mixed = evaluator.add(mixed, evaluator.transform(weight, matrix))

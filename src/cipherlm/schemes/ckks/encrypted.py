@@ -28,7 +28,7 @@ from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
 
-_MEETING_LEVEL = ATTENTION_LEVEL - 1
+_MASKED_LEVEL = ATTENTION_LEVEL - 1
 """Where keys and values are masked before they meet queries and weights."""
 
 
@@ -77,7 +77,7 @@ class EncryptedTensor(CiphertextTensor):
     def __matmul__(self, linear: Linear) -> EncryptedTensor:
         self.ready(LINEAR_LEVEL - MASK_LEVEL, then=0)
         layer = self.arithmetic.encodings.layer(linear)
-        matrix = self._matrix(linear, LINEAR_LEVEL, "from heads" if self.heads else "hidden", self._rows)
+        matrix = self._matrix(linear, "from heads" if self.heads else "hidden", self._rows)
         results = matrix.apply(self.arithmetic, self.parts)
         biases = (
             layer.bias((index, self.start), result, partial(self._bias, linear, index))
@@ -86,12 +86,10 @@ class EncryptedTensor(CiphertextTensor):
         added = (self._evaluator.add(result, bias) for result, bias in zip(results, biases, strict=True))
         return self._with(added, heads=False, unit=1.0)
 
-    def _matrix(
-        self, linear: Linear, level: int, kind: str, rows: Callable[[Linear], Sequence[Float64]]
-    ) -> Matrix:
+    def _matrix(self, linear: Linear, kind: str, rows: Callable[[Linear], Sequence[Float64]]) -> Matrix:
         """Return the encoded matrix of clear weights, from its blocks of outputs."""
         return self.arithmetic.encodings.layer(linear).matrix(
-            (kind, level), lambda encodings: Matrix(encodings, rows(linear), level=level)
+            (kind,), lambda encodings: Matrix(encodings, rows(linear), level=LINEAR_LEVEL)
         )
 
     def _rows(self, linear: Linear) -> list[Float64]:
@@ -117,26 +115,14 @@ class EncryptedTensor(CiphertextTensor):
         layout, layer = self.arithmetic.layout, self.arithmetic.encodings.layer(linear)
         if heads != layout.heads:
             raise ValueError(f"{heads} heads, in a layout of {layout.heads}")
-        level = self._heads_level
-        self.ready(level - MASK_LEVEL, then=0)
-        matrix = self._matrix(linear, level, "to heads", self._head_rows)
+        self.ready(LINEAR_LEVEL - MASK_LEVEL, then=0)
+        matrix = self._matrix(linear, "to heads", self._head_rows)
         results = []
         for index, result in enumerate(matrix.apply(self.arithmetic, self.parts)):
             bias = layer.bias((index, self.start), result, partial(self._head_bias, linear, index))
             results.append(self._with([self._evaluator.add(result, bias)], heads=True, unit=1.0))
         query, key, value = results
         return query, key, value
-
-    @property
-    def _heads_level(self) -> int:
-        """The level of the matrix that makes queries, keys and values.
-
-        Behind :data:`LINEAR_LEVEL` these have to be refreshed before they meet. That costs less than the
-        matrix two levels above, unless hidden states have its level or have to be refreshed anyway.
-        """
-        if self.arithmetic.alone and not LINEAR_LEVEL <= self.level < ATTENTION_LEVEL:
-            return ATTENTION_LEVEL
-        return LINEAR_LEVEL
 
     def _head_rows(self, linear: Linear) -> list[Float64]:
         layout = self.arithmetic.layout
@@ -261,12 +247,12 @@ class EncryptedTensor(CiphertextTensor):
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
         values = key.values
-        # With an odd number of scores, values are refreshed for nothing.
+        # With an odd number of scores, values are refreshed at no cost.
         rides = self.arithmetic.alone and (key.prefix is None or layout.prefix_parts % 2 == 0)
         others = [] if values is None or rides else [values]
         # Beside other chunks, all that attention refreshes goes to the level of their queries.
-        then = 0 if self.arithmetic.alone else ATTENTION_LEVEL + layout.rotary - _MEETING_LEVEL
-        self.ready(_MEETING_LEVEL - MASK_LEVEL, key, *others, then=then)
+        then = 0 if self.arithmetic.alone else ATTENTION_LEVEL + layout.rotary - _MASKED_LEVEL
+        self.ready(_MASKED_LEVEL - MASK_LEVEL, key, *others, then=then)
         self.arithmetic.changed()
         query = evaluator.drop_level(self.rotated, ATTENTION_LEVEL - 2)
 
@@ -290,7 +276,7 @@ class EncryptedTensor(CiphertextTensor):
     @property
     def _along(self) -> Sequence[CiphertextTensor]:
         """See :class:`CiphertextTensor`: the values."""
-        return () if self.values is None or self.values.level >= _MEETING_LEVEL else (self.values,)
+        return () if self.values is None or self.values.level >= _MASKED_LEVEL else (self.values,)
 
     @property
     def _masks(self) -> list[list[Plaintext]]:
@@ -323,8 +309,8 @@ class EncryptedTensor(CiphertextTensor):
 
     def mix(self, value: Any) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
-        if value.level < _MEETING_LEVEL:
-            self.ready(_MEETING_LEVEL - MASK_LEVEL, value, then=0)
+        if value.level < _MASKED_LEVEL:
+            self.ready(_MASKED_LEVEL - MASK_LEVEL, value, then=0)
         self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, then=0)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)

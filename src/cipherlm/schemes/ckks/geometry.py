@@ -107,11 +107,11 @@ class Geometry:
     def passes(self, start: int, count: int, most: int = 1) -> Iterator[tuple[int, int]]:
         """Yield start and count of what goes through a model in one evaluation: up to ``most`` chunks.
 
-        Where a chunk would lie across two groups of keys in the KV cache, several go one after the other,
-        unless a shorter one before them brings them in line.
+        Behind a text, the first of several chunks has to begin with a group of keys in the KV cache: a
+        shorter one brings it there.
         """
         end, before = start + count, self._before_group(start)
-        if before > 1 and count > self.tokens:
+        if before and count > self.tokens:
             yield start, before
             start, before = start + before, 0
         first, together = start, 0

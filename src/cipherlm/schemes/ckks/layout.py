@@ -169,8 +169,8 @@ class Layout:
                 need(level, rotation)
 
         giant, (fine, coarse) = self.baby_steps * self.tokens, self.stages
-        need(ATTENTION_LEVEL, *range(0, fine, self.tokens), *range(0, giant, fine))
-        need(ATTENTION_LEVEL, *range(0, coarse, giant), *range(0, self.period * self.tokens, coarse))
+        need(LINEAR_LEVEL, *range(0, fine, self.tokens), *range(0, giant, fine))
+        need(LINEAR_LEVEL, *range(0, coarse, giant), *range(0, self.period * self.tokens, coarse))
         need(ATTENTION_LEVEL - 1, self.half_turn, *(-k for k in range(1, self.tokens)))
         need(ATTENTION_LEVEL - 2, *(k * self.distance_step for k in range(1, self.tokens)))
         if self.prefix:

@@ -41,7 +41,7 @@ GC_PERCENT = 25
 """How far the native heap of a server may grow between collections: a model's matrices are gigabytes."""
 
 MOST_CHUNKS = 8
-"""How many chunks go through a model side by side at most: a message has to hold what they refresh."""
+"""How many chunks go through a model side by side at most: more take more memory, and save little."""
 
 FLOOD = 16
 """Bits of the noise that is added to results: see :meth:`~cipherlm.engine.Evaluator.rerandomize`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -44,7 +43,7 @@ def evaluate_together(
     last = len(chunks) - 1
 
     def computed(index: int, own: Arithmetic) -> CiphertextTensor:
-        # Whoever is last has all others behind it.
+        # The last chunk ends a block when all others have passed its last matrix.
         heard = report if index == last else None
         return evaluate(module, chunks[index](own), links[index], heard)
 
@@ -113,22 +112,39 @@ class Meeting:
 
     def run(self, chunks: Sequence[Callable[[Arithmetic], R]]) -> list[R]:
         """Return what each chunk's function makes of its arithmetic. Raises what the first to fail does."""
-        with ThreadPoolExecutor(len(chunks), "chunk") as pool:
-            futures = [pool.submit(self._computed, index, chunk) for index, chunk in enumerate(chunks)]
-            try:
-                done = [future.result() for future in futures]
-            except BaseException as error:
-                self._fail(error)  # if it is not one of theirs: an interrupt from the keyboard
-                raise (self._failure or error) from None
-            return done
+        results: dict[int, R] = {}
+        # Daemons: native code must not keep a process that was told to end.
+        workers = [
+            threading.Thread(target=self._compute, args=(index, chunk, results), daemon=True)
+            for index, chunk in enumerate(chunks)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except BaseException as error:  # there is no room for a thread, or an interrupt from the keyboard
+            self._fail(error)
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+        # Whatever failed, its ciphertexts and keys go when the caller lets go of the error.
+        failure, self._failure = self._failure, None
+        self._calls, self._waiters = [], []
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure
+        return [results[index] for index in range(len(chunks))]
 
-    def _computed(self, index: int, chunk: Callable[[Arithmetic], R]) -> R:
+    def _compute(self, index: int, chunk: Callable[[Arithmetic], R], results: dict[int, R]) -> None:
         try:
             with self._cores:
-                return chunk(_Beside(self._arithmetic, self, index))
+                if self._failure is None:
+                    results[index] = chunk(_Beside(self._arithmetic, self, index))
         except BaseException as error:
             self._fail(error)
-            raise
         finally:
             with self._changed:
                 self._unfinished -= 1
@@ -210,7 +226,7 @@ class Meeting:
 
 
 _MATRICES, _REFRESH = "matrices", "refresh"
-_CIRCLE = "chunks of one text wait for one another"
+_CIRCLE = "chunks of one text wait for one another, or for different matrices"
 
 
 class _Beside(Arithmetic):
