@@ -31,7 +31,7 @@ from cipherlm.progress import TerminalProgress
 from cipherlm.schemes.ckks.arithmetic import Arithmetic, Encodings
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
-from cipherlm.schemes.ckks.session import Client, Hosted, Server
+from cipherlm.schemes.ckks.session import MOST_CHUNKS, Client, Hosted, Server
 
 if TYPE_CHECKING:
     from cipherlm.schemes.tfhe.weights import AttentionWeights
@@ -42,16 +42,23 @@ Float64 = NDArray[np.float64]
 class MeasuredSession:
     """A session of one module, with everything counted; all that goes between the parties does so as bytes.
 
-    ``prompts_only`` leaves out the keys that only decoding needs. All bytes take as long as on a ``line``.
+    ``prompts_only`` leaves out the keys that only decoding needs. All bytes take as long as on a ``line``. Up
+    to ``most_chunks`` go side by side.
     """
 
     def __init__(
-        self, geometry: Geometry, module: Hosted, *, prompts_only: bool = False, line: Line | None = None
+        self,
+        geometry: Geometry,
+        module: Hosted,
+        *,
+        prompts_only: bool = False,
+        line: Line | None = None,
+        most_chunks: int = MOST_CHUNKS,
     ) -> None:
         self.geometry, self._line = geometry, line
         began = time.perf_counter()
         secret_key = SecretKey.generate(geometry.parameters)
-        self._client = Client(secret_key, geometry)
+        self._client = Client(secret_key, geometry, most_chunks=most_chunks)
         if prompts_only:
             rotations = geometry.layout.rotations(geometry.parameters.max_level, decoding=False)
             keys = secret_key.evaluation_keys(rotations, conjugation=True)

@@ -32,7 +32,7 @@ from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.tensor import Cache, Prefix
 from cipherlm.progress import TerminalProgress
 from cipherlm.schemes.ckks.geometry import Geometry
-from cipherlm.schemes.ckks.session import Hosted
+from cipherlm.schemes.ckks.session import MOST_CHUNKS, Hosted
 
 EXAMPLES = """\
 examples:
@@ -85,6 +85,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens in a ciphertext, a power of two; a longer prompt goes in several chunks (default: 8)",
     )
     parser.add_argument(
+        "--chunks",
+        type=positive_integer,
+        default=MOST_CHUNKS,
+        metavar="K",
+        help=f"how many chunks go through the model side by side, {MOST_CHUNKS} at most and by default",
+    )
+    parser.add_argument(
         "--context",
         type=positive_integer,
         default=64,
@@ -107,6 +114,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Figures:
     """Measure, and return the figures."""
+    if options.chunks > MOST_CHUNKS:
+        raise UsageError(f"--chunks {options.chunks}: {MOST_CHUNKS} at most")
     prompt, new = options.prompt_tokens, options.new_tokens
     subject = (
         random_model(options.blocks or BLOCKS, prompt + new, np.random.default_rng(options.seed))
@@ -149,7 +158,7 @@ def _measure(
 ) -> Figures:
     progress, start, prompt = TerminalProgress(), geometry.prefix, options.prompt_tokens
     with progress("generating keys"):
-        session = MeasuredSession(geometry, module, line=line_of(options))
+        session = MeasuredSession(geometry, module, line=line_of(options), most_chunks=options.chunks)
     with progress("encoding weights and executing"):
         prepare = [tally.seconds for _, tally in _text(session, hidden[: prompt + 1], start, prompt)]
     runs = []
