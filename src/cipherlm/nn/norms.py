@@ -89,7 +89,11 @@ class FittedNorm(Fitted):
             if not steps:
                 break
         if not ways:
-            raise ValueError(f"no inverse square root of degree {degree} on {squares}: error {error:.0%}")
+            raise ValueError(
+                f"no inverse square root of degree {degree} on mean squares from {squares[0]:.4g} to "
+                f"{squares[1]:.4g}: error {error:.0%}. Calibrate on texts as they are to come (a chat model "
+                "on chats); tokens whose values stand out belong into the public prefix"
+            )
         return min(ways, key=lambda way: way.cost)
 
     @property
