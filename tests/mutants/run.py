@@ -59,7 +59,15 @@ class Scratch:
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
         for name in ("engine", "src", TESTS):
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
-        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "tests/conftest.py"):
+        files = (
+            "pyproject.toml",
+            "setup.py",
+            "README.md",
+            "LICENSE",
+            "tests/conftest.py",
+            "tests/scratch.py",
+        )
+        for name in files:
             shutil.copy(ROOT / name, root / name)
         self.environment = os.environ | {
             # Go may be one that was installed beside Python.
