@@ -92,7 +92,7 @@ class FittedNorm(Fitted):
             raise ValueError(
                 f"no inverse square root of degree {degree} on mean squares from {squares[0]:.4g} to "
                 f"{squares[1]:.4g}: error {error:.0%}. Calibrate on texts as they are to come (a chat model "
-                "on chats); tokens whose values stand out belong into the public prefix"
+                "on chats); tokens whose values stand out belong in the public prefix"
             )
         return min(ways, key=lambda way: way.cost)
 

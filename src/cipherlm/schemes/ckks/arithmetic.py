@@ -32,6 +32,9 @@ Float64 = NDArray[np.float64]
 A = TypeVar("A")
 B = TypeVar("B")
 
+Scaled = tuple[Ciphertext, float]
+"""A ciphertext, and the scale that a refresh is to bring it near."""
+
 PLAIN_SHIFT, MAPPING_SHIFT = 8, 16
 """The bits by which a refresh divides: one number where scales stay near the default one, another before
 polynomials, whose intervals scales may map. They are fixed, so that a request tells nothing of ranges.
@@ -224,11 +227,7 @@ class Arithmetic:
         return self.refresh_together([], ciphertexts, level, PLAIN_SHIFT)[1]
 
     def refresh_together(
-        self,
-        real: Sequence[tuple[Ciphertext, float]],
-        others: Sequence[Ciphertext],
-        level: int,
-        shift: int,
+        self, real: Sequence[Scaled], others: Sequence[Ciphertext], level: int, shift: int
     ) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """Return real ciphertexts near their scales, and complex ones with theirs, all at a level.
 

@@ -14,7 +14,7 @@ from cipherlm.engine import Ciphertext, LinearTransformation, Plaintext
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.chunk_layout import ChunkLayout
 from cipherlm.schemes.ckks.ciphertext_tensor import added
-from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, paired
+from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, paired, rotary_masks, rotated_keys
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
@@ -53,7 +53,9 @@ class EncryptedChunk(EncryptedTensor):
     def _finished(self, pair: Ciphertext, prefix: Prefix | None) -> Ciphertext:
         """Return keys after their rotation, less the centre of a prefix, and values as one ciphertext."""
         if self.rotation is not None:
-            pair = self._with_rotated_keys(pair)
+            masks = self._rotary_masks("rotation of keys", pair.level, rotary_masks)
+            half_turns = [self.arithmetic.layout.half_turn]
+            pair = self._evaluator.dot(rotated_keys(self._evaluator, pair, half_turns), masks)
         if prefix is None:
             return pair
         layout = self.arithmetic.layout
@@ -62,19 +64,6 @@ class EncryptedChunk(EncryptedTensor):
             ("centre",), pair, lambda: layout.pack_heads(centre)
         )
         return self._evaluator.add(pair, shift)
-
-    def _with_rotated_keys(self, pair: Ciphertext) -> Ciphertext:
-        """Return keys after their rotation, and values as they are, as one ciphertext."""
-        evaluator = self._evaluator
-        # The real part alone is rotated: half the sum of pair and conjugate, without the other half.
-        conjugate = evaluator.conjugate(pair)
-        turned = evaluator.rotate(evaluator.add(pair, conjugate), self.arithmetic.layout.half_turn)
-        masks = self._rotary_masks(
-            "rotation of keys",
-            pair.level,
-            lambda cosine, sine: [(cosine + 1) / 2, (cosine - 1) / 2, sine / 2],
-        )
-        return evaluator.dot([pair, conjugate, turned], masks)
 
     @property
     def keys(self) -> int:

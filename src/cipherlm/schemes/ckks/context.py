@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Arithmetic
 from cipherlm.schemes.ckks.ciphertext_tensor import added
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
+from cipherlm.schemes.ckks.evaluator import Evaluator
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL
 
 CONTEXT_LEVEL = ATTENTION_LEVEL - 1
@@ -86,13 +87,11 @@ class Context:
         This chunk claims them, and all groups that are not in this packing and that none beside it has
         claimed: :meth:`ready_together` brings them there.
         """
-        self._take(pair, tokens)
         groups = enumerate(self.groups)
         self._missing = [(i, group) for i, group in groups if group.together is None and not group.claimed]
-        for _, group in self._missing:
+        self._take(pair, tokens)
+        for group in self._all:
             group.claimed = True
-        assert self.pending is not None
-        self.pending.claimed = True
 
     def _take(self, pair: Ciphertext, tokens: int) -> None:
         self.pending, self._pending_tokens = Group(unrefreshed=pair), tokens
@@ -233,8 +232,7 @@ class Context:
     @property
     def parts(self) -> list[Ciphertext]:
         """All ciphertexts that are kept."""
-        groups = [*self.groups, *([self.pending] if self.pending else [])]
-        held = [one for group in groups for one in (group.together, group.apart, group.unrefreshed)]
+        held = [one for group in self._all for one in (group.together, group.apart, group.unrefreshed)]
         return [pair for pair in held if pair is not None]
 
     @property
@@ -245,8 +243,12 @@ class Context:
     @property
     def together(self) -> list[Ciphertext]:
         """The groups in a prompt's packing, and what is pending."""
-        groups = [*self.groups, *([self.pending] if self.pending else [])]
-        return [group.together for group in groups if group.together is not None]
+        return [group.together for group in self._all if group.together is not None]
+
+    @property
+    def _all(self) -> list[Group]:
+        """The groups, and what is pending."""
+        return self.groups if self.pending is None else [*self.groups, self.pending]
 
     def _rescaled(self, pair: Ciphertext) -> Ciphertext:
         """Return keys and values at :data:`CONTEXT_LEVEL` and the default scale."""
@@ -286,6 +288,20 @@ class Context:
                 storage="int32",
             ),
         )
+
+
+def rotated_keys(evaluator: Evaluator, pair: Ciphertext, half_turns: Sequence[int]) -> list[Ciphertext]:
+    """Return what times :func:`rotary_masks` are keys after their rotation, and values as they are.
+
+    The real part alone is rotated: half the sum of pair and conjugate, without the other half.
+    """
+    conjugate = evaluator.conjugate(pair)
+    return [pair, conjugate, *evaluator.rotate_hoisted(evaluator.add(pair, conjugate), half_turns)]
+
+
+def rotary_masks(cosine: NDArray[np.float64], *sines: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Return the masks of :func:`rotated_keys`, a sine for each half turn."""
+    return [(cosine + 1) / 2, (cosine - 1) / 2, *(sine / 2 for sine in sines)]
 
 
 def paired(keys: Ciphertext, value: EncryptedTensor) -> Ciphertext:

@@ -17,7 +17,7 @@ from cipherlm.nn.rotary import Rotary
 from cipherlm.nn.tensor import Prefix
 from cipherlm.schemes.ckks.arithmetic import Encodings
 from cipherlm.schemes.ckks.ciphertext_tensor import CiphertextTensor
-from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context
+from cipherlm.schemes.ckks.context import CONTEXT_LEVEL, Context, rotary_masks, rotated_keys
 from cipherlm.schemes.ckks.decoding_layout import (
     MOST_COPIES,
     SHIFT_LEVEL,
@@ -212,12 +212,8 @@ class EncryptedToken(CiphertextTensor):
         if self.rotation is None:
             encoded = encodings.keep(("token", token, scale), lambda: encodings.encode(mask, level, scale))
             return evaluator.multiply(pair, encoded)
-        # The real part alone is rotated: half the sum of pair and conjugate, without the other half.
-        conjugate = evaluator.conjugate(pair)
-        real = evaluator.add(pair, conjugate)
-        cosine, *sines = self.layout.rotary_factors(self.rotation, self.position)
-        terms = [pair, conjugate, *evaluator.rotate_hoisted(real, self.layout.half_turns)]
-        masks = [(cosine + 1) / 2, (cosine - 1) / 2, *(sine / 2 for sine in sines)]
+        terms = rotated_keys(evaluator, pair, self.layout.half_turns)
+        masks = rotary_masks(*self.layout.rotary_factors(self.rotation, self.position))
         return evaluator.dot(terms, [encodings.encode(mask * factor, level, scale) for factor in masks])
 
     @property

@@ -152,12 +152,10 @@ class EncryptedTensor(CiphertextTensor):
         """Return queries or keys after the rotation."""
         turned = self._evaluator.rotate(part, self.arithmetic.layout.half_turn)
         return self._evaluator.dot(
-            [part, turned], self._rotary_masks("rotation", part.level, lambda c, s: [c, s])
+            [part, turned], self._rotary_masks("rotation", part.level, lambda *factors: [*factors])
         )
 
-    def _rotary_masks(
-        self, kind: str, level: int, masks: Callable[[Float64, Float64], list[Float64]]
-    ) -> list[Plaintext]:
+    def _rotary_masks(self, kind: str, level: int, masks: Callable[..., list[Float64]]) -> list[Plaintext]:
         """Return encoded masks, made of the cosines and sines of the tokens' angles."""
         layout, encodings, rotation = self.arithmetic.layout, self.arithmetic.encodings, self.rotation
         assert rotation is not None
@@ -247,9 +245,9 @@ class EncryptedTensor(CiphertextTensor):
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
         values = key.values
-        # With an odd number of scores, values are refreshed at no cost.
-        rides = self.arithmetic.alone and (key.prefix is None or layout.prefix_parts % 2 == 0)
-        others = [] if values is None or rides else [values]
+        # An odd number of scores leaves room for the values in their refresh.
+        later = self.arithmetic.alone and (key.prefix is None or layout.prefix_parts % 2 == 0)
+        others = [] if values is None or later else [values]
         # Beside other chunks, all that attention refreshes goes to the level of their queries.
         then = 0 if self.arithmetic.alone else ATTENTION_LEVEL + layout.rotary - _MASKED_LEVEL
         self.ready(_MASKED_LEVEL - MASK_LEVEL, key, *others, then=then)

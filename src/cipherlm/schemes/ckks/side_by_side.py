@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,7 +19,7 @@ from cipherlm.engine import Ciphertext, LinearTransformation, threads
 from cipherlm.nn.blocks import Report, evaluate
 from cipherlm.nn.module import Module
 from cipherlm.nn.tensor import Cache, T
-from cipherlm.schemes.ckks.arithmetic import Arithmetic
+from cipherlm.schemes.ckks.arithmetic import Arithmetic, Scaled
 from cipherlm.schemes.ckks.ciphertext_tensor import CiphertextTensor
 from cipherlm.schemes.ckks.evaluator import Evaluator
 
@@ -68,10 +69,6 @@ class _Link(Cache):
         self.past = key.with_past(value, past, self.prefix)
         arithmetic.changed()
         return cast(tuple[Any, Any], self.past)
-
-
-class Stopped(Exception):  # noqa: N818 - nobody's error
-    """Another chunk has failed."""
 
 
 @dataclass(eq=False)
@@ -169,7 +166,7 @@ class Meeting:
                         lambda: self._failure or call.outputs is not None or not self._awake
                     )
                     if self._failure:
-                        raise Stopped
+                        raise CancelledError  # another chunk has failed
                     if call.outputs is not None:
                         return call.outputs
                     together = self._next()
@@ -211,7 +208,7 @@ class Meeting:
                     lambda: waiter.woken or self._failure or not (self._awake or self._calls)
                 )
                 if not waiter.woken:
-                    raise Stopped if self._failure else RuntimeError(_CIRCLE)
+                    raise CancelledError if self._failure else RuntimeError(_CIRCLE)
         finally:
             self._cores.acquire()
 
@@ -270,11 +267,7 @@ class _Beside(Arithmetic):
         return self._ask((_MATRICES, id(matrices)), [ciphertext], answer)
 
     def refresh_together(
-        self,
-        real: Sequence[tuple[Ciphertext, float]],
-        others: Sequence[Ciphertext],
-        level: int,
-        shift: int,
+        self, real: Sequence[Scaled], others: Sequence[Ciphertext], level: int, shift: int
     ) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """See :class:`Arithmetic`."""
 
