@@ -108,14 +108,25 @@ func cl_polynomial_levels(parameters C.uintptr_t, coefficients *C.double, count 
 	})
 }
 
+// cl_refresh_mask takes three numbers for each ciphertext: how often its slots repeat, 1 where
+// they are real or else 0, and, where these are the real parts of slots, how often the
+// imaginary ones repeat, or else 0.
+//
 //export cl_refresh_mask
-func cl_refresh_mask(evaluator C.uintptr_t, inputs *C.uintptr_t, count C.int64_t, public C.uintptr_t, level, to, shift C.int64_t, request, mask *C.uintptr_t) *C.char {
+func cl_refresh_mask(evaluator C.uintptr_t, inputs *C.uintptr_t, held *C.int64_t, count C.int64_t, public C.uintptr_t, level, to, shift C.int64_t, request, mask *C.uintptr_t) *C.char {
 	return guard(func() {
 		if shift < 0 {
 			check(&core.Error{Kind: core.Invalid, Message: "a refresh cannot divide by less than 1"})
 		}
-		r, m, err := get[*core.Evaluator](evaluator).Mask(all[*core.Ciphertext](inputs, count),
-			get[*core.PublicKey](public), int(level), int(to), uint(shift))
+		e, known := get[*core.Evaluator](evaluator), make([]core.Held, count)
+		for i, numbers := 0, ints(held, 3*count); i < len(known); i++ {
+			known[i] = core.Held{must(core.NewSubring(e.Params, numbers[3*i], numbers[3*i+1] != 0))}
+			if imaginary := numbers[3*i+2]; imaginary != 0 {
+				known[i] = append(known[i], must(core.NewSubring(e.Params, imaginary, true)))
+			}
+		}
+		r, m, err := e.Mask(all[*core.Ciphertext](inputs, count),
+			get[*core.PublicKey](public), int(level), int(to), uint(shift), known...)
 		check(err)
 		put(request, r)
 		put(mask, m)
@@ -138,13 +149,15 @@ func cl_refresh_unmask(evaluator, reply, mask C.uintptr_t, out *C.uintptr_t, cou
 	})
 }
 
-// cl_refresh_info gives level, target level, shift and number of a request.
+// cl_refresh_info gives level, target level and shift of a request, how many ciphertexts it
+// has, and the bytes of those in its reply.
 //
 //export cl_refresh_info
 func cl_refresh_info(request C.uintptr_t, info *C.int64_t) *C.char {
 	return guard(func() {
-		r, fields := get[*core.RefreshRequest](request), slice[C.int64_t](unsafe.Pointer(info), 4)
+		r, fields := get[*core.RefreshRequest](request), slice[C.int64_t](unsafe.Pointer(info), 5)
 		fields[0], fields[1], fields[2], fields[3] = C.int64_t(r.Level), C.int64_t(r.To), C.int64_t(r.Shift), C.int64_t(len(r.Masked))
+		fields[4] = C.int64_t(r.ReplyBytes())
 	})
 }
 

@@ -110,6 +110,11 @@ func (p *Parameters) checkRequests(requests []KeyRequest) error {
 
 // ReplyBytes is what the ciphertexts of the reply take: for each a seed, and residues packed
 // to bits.
-func (r *RefreshRequest) ReplyBytes() uint64 {
-	return uint64(len(r.Masked)) * (seedSize + packedSize(r.Params.RingQ().SubRings[:r.To+1]))
+func (r *RefreshRequest) ReplyBytes() (total uint64) {
+	for _, held := range r.Held {
+		for _, s := range held {
+			total += s.compactSize(r.Params, r.To)
+		}
+	}
+	return total
 }

@@ -40,12 +40,13 @@ const (
 // version is that of the type's format. Ciphertexts and replies have seeds that are expanded
 // with AES, for each prime apart, since version 3, and a short checksum since version 4;
 // refresh requests have rounded coefficients since version 2, and a short checksum since 3.
+// Requests since version 4, and replies since version 5, have less of messages in subrings.
 func (t Type) version() uint16 {
 	switch t {
-	case TypeCiphertext, TypeRefreshReply:
+	case TypeRefreshReply:
+		return 5
+	case TypeCiphertext, TypeRefreshRequest:
 		return 4
-	case TypeRefreshRequest:
-		return 3
 	}
 	return 1
 }

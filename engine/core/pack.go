@@ -9,28 +9,33 @@ import (
 
 // packedSize is the bytes of a polynomial with residues of exactly as many bits as
 // their primes have.
-func packedSize(rings []*ring.SubRing) (total uint64) {
+func packedSize(rings []*ring.SubRing) uint64 { return residuesSize(rings, rings[0].N) }
+
+// residuesSize is the bytes of so many residues for each prime.
+func residuesSize(rings []*ring.SubRing, count int) (total uint64) {
 	for _, r := range rings {
-		total += limbSize(r)
+		total += bitsSize(count, bits.Len64(r.Modulus))
 	}
 	return total
 }
 
-func limbSize(r *ring.SubRing) uint64 { return uint64(r.N*bits.Len64(r.Modulus)) / 8 }
+// bitsSize is the bytes of so many numbers, a multiple of 64, of so many bits.
+func bitsSize(count, width int) uint64 { return uint64(count*width) / 8 }
 
 // limbVisitor writes or reads the residues of a polynomial.
 type limbVisitor func(rings []*ring.SubRing, coefficients [][]uint64)
 
-// limbs writes residues, packed.
+// limbs writes residues, packed, as many for each prime as there are.
 func (out *encoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
 	if out.err != nil {
 		return
 	}
-	size := packedSize(rings)
+	count := len(coefficients[0])
+	size := residuesSize(rings, count)
 	out.pack = grow(out.pack, size)
 	out.err = parallel(len(rings), func(i int) error {
-		r := rings[i]
-		packBits(coefficients[i], bits.Len64(r.Modulus), out.pack[packedSize(rings[:i]):][:limbSize(r)])
+		width := bits.Len64(rings[i].Modulus)
+		packBits(coefficients[i], width, out.pack[residuesSize(rings[:i], count):][:bitsSize(count, width)])
 		return nil
 	})
 	out.bytes(out.pack[:size])
@@ -38,7 +43,8 @@ func (out *encoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
 
 // limbs reads residues and checks that each is below its prime.
 func (in *decoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
-	size := packedSize(rings)
+	count := len(coefficients[0])
+	size := residuesSize(rings, count)
 	in.pack = grow(in.pack, size+8)
 	in.bytes(in.pack[:size])
 	if in.err != nil {
@@ -46,7 +52,7 @@ func (in *decoder) limbs(rings []*ring.SubRing, coefficients [][]uint64) {
 	}
 	in.err = parallel(len(rings), func(i int) error {
 		r := rings[i]
-		if unpackBits(in.pack[packedSize(rings[:i]):], bits.Len64(r.Modulus), coefficients[i]) >= r.Modulus {
+		if unpackBits(in.pack[residuesSize(rings[:i], count):], bits.Len64(r.Modulus), coefficients[i]) >= r.Modulus {
 			return failure(Corrupt, "a coefficient that is not below its modulus")
 		}
 		return nil

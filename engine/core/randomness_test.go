@@ -178,7 +178,11 @@ func TestRequestsAndRepliesHaveCoversOfTheirOwn(t *testing.T) {
 		for i := range mask.masks {
 			masks = append(masks, mask.masks[i].Coeffs[0])
 			zeros = append(zeros, request.Masked[i][1].Coeffs[0])
-			seconds = append(seconds, reply.Fresh[i].Value[1].Coeffs[0])
+			second := p.RingQ().AtLevel(1).NewPoly()
+			if err := expandSeed(p, reply.Fresh[i].Seed, second); err != nil {
+				t.Fatal(err)
+			}
+			seconds = append(seconds, second.Coeffs[0])
 		}
 	}
 	for name, of := range map[string][][]uint64{"masks": masks, "zeros": zeros, "replies": seconds} {

@@ -2,7 +2,6 @@ package core
 
 import (
 	"encoding/binary"
-	"errors"
 	"slices"
 	"sync/atomic"
 
@@ -20,10 +19,13 @@ const maxShift = 60
 type RefreshRequest struct {
 	Params *Parameters
 	Key    ID
-	Level  int            // of the masked ciphertexts
-	To     int            // the level to encrypt at
-	Shift  uint           // the client divides by 2^Shift
-	Masked [][2]ring.Poly // residues in NTT form, or digits of coefficients: see grids
+	Level  int    // of the masked ciphertexts
+	To     int    // the level to encrypt at
+	Shift  uint   // the client divides by 2^Shift
+	Held   []Held // by ciphertext
+	// Masked are coefficients of the first component, as many as the subring has, and residues
+	// in NTT form of the second, or digits of the coefficients of both: see grids.
+	Masked [][2]ring.Poly
 }
 
 // grids are where the coefficients of each component lie, or nothing where they are not
@@ -48,26 +50,29 @@ func (r *RefreshRequest) grids() []*grid {
 	return grids
 }
 
-// RefreshReply is the client's answer: fresh seeded encryptions of (m + r) / 2^Shift.
+// RefreshReply is the client's answer: fresh encryptions of (m + r) / 2^Shift at a level, of
+// each message that is held.
 type RefreshReply struct {
 	Params *Parameters
 	Key    ID
-	Fresh  []*Ciphertext
+	Level  int
+	Fresh  []*Compact
 }
 
 // RefreshMask is what the server keeps to take the masks off again. It serves once.
 type RefreshMask struct {
-	params  *Parameters
-	key     ID
-	to      int
-	masks   []ring.Poly // r / 2^shift modulo the primes up to to, in NTT form, when lifted is closed
-	scales  []rlwe.Scale
-	lifted  chan struct{}
-	failed  error // of lifting
-	removed atomic.Bool
+	params   *Parameters
+	key      ID
+	to       int
+	subrings []Subring
+	masks    []ring.Poly // traces of r / 2^shift modulo the primes up to to, when lifted is closed
+	scales   []rlwe.Scale
+	lifted   chan struct{}
+	failed   error // of lifting
+	removed  atomic.Bool
 }
 
-// Count is the number of ciphertexts that the mask is for.
+// Count is the number of ciphertexts that come back.
 func (m *RefreshMask) Count() int { return len(m.masks) }
 
 // Mask is the server's first half of a refresh. To c0 goes a mask r, uniform
@@ -76,7 +81,10 @@ func (m *RefreshMask) Count() int { return len(m.masks) }
 // ciphertext is a linear function of polynomials that the client knows, and would
 // give away what was multiplied with it; with the u*a + e of a public-key
 // encryption added it is an RLWE sample whose secret u nobody but the server knew.
-func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shift uint) (*RefreshRequest, *RefreshMask, error) {
+//
+// Of messages in subrings, if it is said what ciphertexts hold, no more than these
+// coefficients is sent; of two messages in one ciphertext each comes back as one.
+func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shift uint, held ...Held) (*RefreshRequest, *RefreshMask, error) {
 	p := e.Params
 	if err := e.own(true, inputs...); err != nil {
 		return nil, nil, err
@@ -93,11 +101,25 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	if len(inputs) > maxBatch {
 		return nil, nil, failure(Invalid, "a refresh of at most %d ciphertexts, not %d", maxBatch, len(inputs))
 	}
-	if shift > maxShift {
-		return nil, nil, failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift)
+	if len(held) == 0 {
+		held = slices.Repeat([]Held{{Subring{}}}, len(inputs))
 	}
-	request := &RefreshRequest{p, pk.ID, level, to, shift, make([][2]ring.Poly, len(inputs))}
-	mask := &RefreshMask{params: p, key: pk.ID, to: to, masks: make([]ring.Poly, len(inputs)), scales: make([]rlwe.Scale, len(inputs)), lifted: make(chan struct{})}
+	if len(held) != len(inputs) {
+		return nil, nil, failure(Invalid, "%d ciphertexts, and what %d hold", len(inputs), len(held))
+	}
+	for _, h := range held {
+		if err := h.check(p); err != nil {
+			return nil, nil, err
+		}
+		for _, s := range h {
+			if err := s.checkShift(shift); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	request := &RefreshRequest{p, pk.ID, level, to, shift, held, make([][2]ring.Poly, len(inputs))}
+	mask := &RefreshMask{params: p, key: pk.ID, to: to, subrings: slices.Concat(held...), lifted: make(chan struct{})}
+	mask.masks = make([]ring.Poly, len(mask.subrings))
 	divisor := rlwe.NewScale(uint64(1) << shift)
 	for i, input := range inputs {
 		if input.Key != pk.ID {
@@ -106,7 +128,9 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		if input.Level() < level {
 			return nil, nil, failure(Level, "a ciphertext at level %d cannot be masked at level %d", input.Level(), level)
 		}
-		mask.scales[i] = input.Scale.Div(divisor)
+		for range held[i] {
+			mask.scales = append(mask.scales, input.Scale.Div(divisor))
+		}
 	}
 	drawn := make([]ring.Poly, len(inputs))
 	err := parallel(len(inputs), func(i int) error {
@@ -125,16 +149,19 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 		masked := request.Masked[i][component].Coeffs
 		for limb, residues := range masked {
 			r, input := p.RingQ().SubRings[limb], inputs[i].Value[component].Coeffs[limb]
-			if component == 0 {
-				r.Add(residues, drawn[i].Coeffs[limb], residues)
-			}
-			if grids == nil {
+			if component == 1 && grids == nil {
 				p.forward(limb, residues)
-			} else {
-				input = slices.Clone(input)
-				p.backward(limb, input)
+				r.Add(residues, input, residues)
+				continue
 			}
+			input = slices.Clone(input)
+			p.backward(limb, input)
 			r.Add(residues, input, residues)
+			if component == 0 {
+				residues = held[i].sent().project(residues, r.Modulus)
+				r.Add(residues, drawn[i].Coeffs[limb][:len(residues)], residues)
+				masked[limb] = residues
+			}
 		}
 		if grids != nil {
 			grids[component].round(masked)
@@ -147,23 +174,50 @@ func (e *Evaluator) Mask(inputs []*Ciphertext, pk *PublicKey, level, to int, shi
 	// There is time for the rest while the client works.
 	go func() {
 		defer close(mask.lifted)
-		mask.failed = protected(func() error { return mask.lift(drawn, level, shift) })
+		mask.failed = protected(func() error { return mask.lift(drawn, held, level, shift) })
 		pk.covers.fill(len(inputs), func() (*cover, error) { return pk.newCover(level) })
 	}()
 	return request, mask, nil
 }
 
 // lift brings the masks to where the client's answer will be.
-func (m *RefreshMask) lift(drawn []ring.Poly, level int, shift uint) error {
-	p := m.params
-	convert := newCentred(p.RingQ(), level, m.to, shift)
+func (m *RefreshMask) lift(drawn []ring.Poly, held []Held, level int, shift uint) error {
+	var parts []ring.Poly
 	for i, r := range drawn {
-		m.masks[i] = p.RingQ().AtLevel(m.to).NewPoly()
-		if err := errors.Join(convert.convert(r, m.masks[i]), p.each(m.masks[i], p.forward)); err != nil {
+		parts = append(parts, held[i].all(m.params, r)...)
+	}
+	for i, r := range parts {
+		s := m.subrings[i]
+		lifted, err := s.lift(m.params, r, level, m.to, shift)
+		if err != nil {
 			return err
+		}
+		m.masks[i] = ring.Poly{Coeffs: make([][]uint64, m.to+1)}
+		for limb, residues := range lifted.Coeffs {
+			m.masks[i].Coeffs[limb] = s.trace(residues, m.params.Q()[limb])
 		}
 	}
 	return nil
+}
+
+// lift returns the polynomial, in NTT form at level to, of coefficients of the subring modulo
+// Q = q[0]...q[level], divided by 2^shift and by what a refresh multiplies them with.
+func (s Subring) lift(p *Parameters, coefficients ring.Poly, level, to int, shift uint) (ring.Poly, error) {
+	rings := p.RingQ().SubRings[:to+1]
+	lifted := newPoly(rings, p.N())
+	compact := lifted
+	if s != (Subring{}) {
+		compact = newPoly(rings, s.size(p))
+	}
+	if err := newCentred(p.RingQ(), level, to, shift+s.lost()).convert(coefficients, compact); err != nil {
+		return lifted, err
+	}
+	return lifted, p.each(lifted, func(limb int, residues []uint64) {
+		if s != (Subring{}) {
+			s.embed(compact.Coeffs[limb], p.Q()[limb], residues)
+		}
+		p.forward(limb, residues)
+	})
 }
 
 // cover is what hides one ciphertext from the client: a mask, uniform modulo Q, and an
@@ -214,53 +268,56 @@ func (sk *SecretKey) Refresh(request *RefreshRequest) (*RefreshReply, error) {
 	if request.Key != sk.ID {
 		return nil, failure(Key, "a refresh request for key %s, not %s", request.Key, sk.ID)
 	}
-	reply := &RefreshReply{p, sk.ID, make([]*Ciphertext, len(request.Masked))}
-	convert := newCentred(p.RingQ(), request.Level, request.To, request.Shift)
-	low, high := p.RingQ().AtLevel(request.Level), p.RingQ().AtLevel(request.To)
-	grids := request.grids()
-	defer sk.zeros.fill(len(request.Masked), func() (*Ciphertext, error) { return sk.encryptZero(p.MaxLevel()) })
-	return reply, parallel(len(request.Masked), func(i int) error {
-		masked, lifted := low.NewPoly(), high.NewPoly()
+	subrings := slices.Concat(request.Held...)
+	reply := &RefreshReply{p, sk.ID, request.To, make([]*Compact, len(subrings))}
+	grids, parts := request.grids(), make([][]ring.Poly, len(request.Masked))
+	defer sk.zeros.fill(len(subrings), func() (*Ciphertext, error) { return sk.encryptZero(p.MaxLevel()) })
+	err := parallel(len(request.Masked), func(i int) error {
+		held, masked := request.Held[i], ring.Poly{Coeffs: make([][]uint64, request.Level+1)}
 		err := parallel(request.Level+1, func(limb int) error {
-			sk.decryptLimb(request.Masked[i], grids, limb, masked.Coeffs[limb])
+			masked.Coeffs[limb] = sk.decryptLimb(request.Masked[i], held.sent(), grids, limb)
 			return nil
 		})
+		if err == nil {
+			parts[i] = held.all(p, masked)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	messages := slices.Concat(parts...)
+	return reply, parallel(len(messages), func(i int) error {
+		s := subrings[i]
+		lifted, err := s.lift(p, messages[i], request.Level, request.To, request.Shift)
 		if err != nil {
-			return err
-		}
-		if err := convert.convert(masked, lifted); err != nil {
-			return err
-		}
-		if err := p.each(lifted, p.forward); err != nil {
 			return err
 		}
 		fresh, err := sk.zero(request.To)
 		if err != nil {
 			return err
 		}
-		high.Add(fresh.Value[0], lifted, fresh.Value[0])
-		reply.Fresh[i] = fresh
+		p.RingQ().AtLevel(request.To).Add(fresh.Value[0], lifted, fresh.Value[0])
+		reply.Fresh[i] = s.compact(p, fresh)
 		return nil
 	})
 }
 
-// decryptLimb decrypts a masked ciphertext to coefficients modulo one prime.
-func (sk *SecretKey) decryptLimb(masked [2]ring.Poly, grids []*grid, limb int, out []uint64) {
+// decryptLimb decrypts a masked ciphertext to the coefficients of a subring modulo one prime.
+func (sk *SecretKey) decryptLimb(masked [2]ring.Poly, s Subring, grids []*grid, limb int) []uint64 {
 	p, r := sk.Params, sk.Params.RingQ().SubRings[limb]
-	secret := sk.Value.Q.Coeffs[limb]
-	if grids == nil {
-		r.MulCoeffsMontgomery(masked[1].Coeffs[limb], secret, out)
-		r.Add(out, masked[0].Coeffs[limb], out)
-		p.backward(limb, out)
-		return
+	first, second := masked[0].Coeffs[limb], slices.Clone(masked[1].Coeffs[limb])
+	if grids != nil {
+		first = make([]uint64, len(first))
+		grids[0].residues(masked[0].Coeffs, limb, first)
+		grids[1].residues(masked[1].Coeffs, limb, second)
+		p.forward(limb, second)
 	}
-	grids[1].residues(masked[1].Coeffs, limb, out)
-	p.forward(limb, out)
-	r.MulCoeffsMontgomery(out, secret, out)
-	p.backward(limb, out)
-	first := make([]uint64, p.N())
-	grids[0].residues(masked[0].Coeffs, limb, first)
+	r.MulCoeffsMontgomery(second, sk.Value.Q.Coeffs[limb], second)
+	p.backward(limb, second)
+	out := s.project(second, r.Modulus)
 	r.Add(out, first, out)
+	return out
 }
 
 // Unmask is the server's second half: it subtracts the masks.
@@ -278,9 +335,12 @@ func (e *Evaluator) Unmask(reply *RefreshReply, mask *RefreshMask) ([]*Ciphertex
 	if len(reply.Fresh) != len(mask.masks) {
 		return nil, failure(Invalid, "a refresh reply of %d ciphertexts to a request of %d", len(reply.Fresh), len(mask.masks))
 	}
-	for _, fresh := range reply.Fresh {
-		if fresh.Level() != mask.to || fresh.Degree() != 1 {
-			return nil, failure(Level, "a refresh reply at level %d, not %d", fresh.Level(), mask.to)
+	if reply.Level != mask.to {
+		return nil, failure(Level, "a refresh reply at level %d, not %d", reply.Level, mask.to)
+	}
+	for i, fresh := range reply.Fresh {
+		if fresh.Subring != mask.subrings[i] {
+			return nil, failure(Invalid, "a refresh reply of another subring than was asked for")
 		}
 	}
 	if mask.removed.Swap(true) {
@@ -289,13 +349,10 @@ func (e *Evaluator) Unmask(reply *RefreshReply, mask *RefreshMask) ([]*Ciphertex
 	if <-mask.lifted; mask.failed != nil {
 		return nil, mask.failed
 	}
-	ringQ := p.RingQ().AtLevel(mask.to)
 	results := make([]*Ciphertext, len(reply.Fresh))
 	return results, parallel(len(results), func(i int) error {
 		results[i] = newCiphertext(p, reply.Key, 1, mask.to, mask.scales[i])
-		ringQ.Sub(reply.Fresh[i].Value[0], mask.masks[i], results[i].Value[0])
-		results[i].Value[1].Copy(reply.Fresh[i].Value[1])
-		return nil
+		return e.expand(reply.Fresh[i], mask.masks[i], results[i])
 	})
 }
 

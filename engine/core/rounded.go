@@ -168,15 +168,13 @@ func (g *grid) widths() (widths [roundedLevels]int) {
 	return widths
 }
 
-// size is the bytes of a polynomial.
-func (g *grid) size() (total uint64) {
+// size is the bytes of so many coefficients, a multiple of 64.
+func (g *grid) size(count int) (total uint64) {
 	for _, width := range g.widths() {
-		total += g.digitSize(width)
+		total += bitsSize(count, width)
 	}
 	return total
 }
-
-func (g *grid) digitSize(width int) uint64 { return uint64(g.rings[0].N*width) / 8 }
 
 // digits writes the digits of a polynomial, packed.
 func (out *encoder) digits(g *grid, digits [][]uint64) {
@@ -184,7 +182,7 @@ func (out *encoder) digits(g *grid, digits [][]uint64) {
 		if width == 0 || out.err != nil {
 			return
 		}
-		size := g.digitSize(width)
+		size := bitsSize(len(digits[i]), width)
 		out.pack = grow(out.pack, size)
 		packBits(digits[i], width, out.pack)
 		out.bytes(out.pack[:size])
@@ -197,7 +195,7 @@ func (in *decoder) digits(g *grid, digits [][]uint64) {
 		if width == 0 {
 			break
 		}
-		size := g.digitSize(width)
+		size := bitsSize(len(digits[i]), width)
 		in.pack = grow(in.pack, size+8)
 		in.bytes(in.pack[:size])
 		if in.err != nil {

@@ -58,8 +58,8 @@ func checkGrid(t *testing.T, p *Parameters, level int, dropped uint8) {
 	out := &encoder{to: &wire, hash: TypeRefreshRequest.checksum()}
 	out.digits(g, digits)
 	width := uint64(greatest.BitLen())
-	if size := uint64(p.N()) * width / 8; out.err != nil || uint64(wire.Len()) != size || g.size() != size {
-		t.Fatalf("%d bytes written and %d announced, not %d of %d bits each: %v", wire.Len(), g.size(), size, width, out.err)
+	if size := uint64(p.N()) * width / 8; out.err != nil || uint64(wire.Len()) != size || g.size(p.N()) != size {
+		t.Fatalf("%d bytes written and %d announced, not %d of %d bits each: %v", wire.Len(), g.size(p.N()), size, width, out.err)
 	}
 	in := &decoder{from: bytes.NewReader(wire.Bytes()), hash: TypeRefreshRequest.checksum(), left: uint64(wire.Len())}
 	read := ringQ.NewPoly().Coeffs
@@ -103,7 +103,7 @@ func TestDigitsAtOrAboveTheModulusAreRefused(t *testing.T) {
 				var wire bytes.Buffer
 				out := &encoder{to: &wire, hash: TypeRefreshRequest.checksum()}
 				out.digits(g, digits)
-				in := &decoder{from: &wire, hash: TypeRefreshRequest.checksum(), left: g.size()}
+				in := &decoder{from: &wire, hash: TypeRefreshRequest.checksum(), left: g.size(p.N())}
 				in.digits(g, p.RingQ().AtLevel(level).NewPoly().Coeffs)
 				if (in.err != nil) != (more > 0) {
 					t.Errorf("level %d, %d bits dropped, %d above the greatest: %v", level, dropped, more, in.err)

@@ -35,7 +35,7 @@ func (t Type) limit(p *Parameters) uint64 {
 	case TypePlaintext, TypeCiphertext:
 		return 3*polynomial + seedSize + scaleSize + 8
 	case TypeRefreshRequest, TypeRefreshReply:
-		return 8 + maxBatch*(2*polynomial+seedSize)
+		return 8 + maxBatch*(1+2*polynomial+seedSize)
 	default:
 		return 1 << 40 // bootstrapping keys, of parameters of their own
 	}
@@ -267,7 +267,7 @@ func (ct *Ciphertext) Write(to io.Writer) error {
 		if ct.rounding == (rounding{}) {
 			size += packedSize(rings)
 		} else {
-			size += newGrid(p, 0, ct.rounding[i]).size()
+			size += newGrid(p, 0, ct.rounding[i]).size(p.N())
 		}
 	}
 	h := Header{Type: TypeCiphertext, Params: p.ID, Key: ct.Key}
@@ -320,7 +320,7 @@ func (in *decoder) roundedCiphertext(p *Parameters, key ID, kind, level int, r r
 		in.fail("a rounded ciphertext of kind %d at level %d that lost %d and %d bits", kind, level, r[0], r[1])
 		return nil, in.err
 	}
-	if !in.need(newGrid(p, 0, r[0]).size()) {
+	if !in.need(newGrid(p, 0, r[0]).size(p.N())) {
 		return nil, in.err
 	}
 	ct := newCiphertext(p, key, 1, level, scale)
@@ -358,12 +358,19 @@ func (in *decoder) seeded(p *Parameters, key ID, level int, scale rlwe.Scale) (*
 // follows from level and shift.
 func (r *RefreshRequest) Write(to io.Writer) error {
 	rings, grids := r.Params.RingQ().SubRings[:r.Level+1], r.grids()
-	size := 8 + uint64(len(r.Masked))*maskedSize(rings, grids)
+	size := uint64(8)
+	for _, held := range r.Held {
+		size += uint64(1+len(held)) + held.sent().maskedSize(r.Params, rings, grids)
+	}
 	h := Header{Type: TypeRefreshRequest, Params: r.Params.ID, Key: r.Key}
 	return writeFrame(to, h, size, func(out *encoder) {
 		out.bytes([]byte{byte(r.Level), byte(r.To), byte(r.Shift), 0})
 		out.u32(uint32(len(r.Masked)))
-		for _, masked := range r.Masked {
+		for i, masked := range r.Masked {
+			out.bytes([]byte{byte(len(r.Held[i]))})
+			for _, s := range r.Held[i] {
+				out.bytes([]byte{s.code()})
+			}
 			for component, polynomial := range masked {
 				if grids == nil {
 					out.limbs(rings, polynomial.Coeffs)
@@ -376,11 +383,40 @@ func (r *RefreshRequest) Write(to io.Writer) error {
 }
 
 // maskedSize is the bytes of a masked ciphertext.
-func maskedSize(rings []*ring.SubRing, grids []*grid) uint64 {
+func (s Subring) maskedSize(p *Parameters, rings []*ring.SubRing, grids []*grid) uint64 {
 	if grids == nil {
-		return 2 * packedSize(rings)
+		return residuesSize(rings, s.size(p)) + packedSize(rings)
 	}
-	return grids[0].size() + grids[1].size()
+	return grids[0].size(s.size(p)) + grids[1].size(p.N())
+}
+
+// compactSize is the bytes of a fresh ciphertext.
+func (s Subring) compactSize(p *Parameters, level int) uint64 {
+	return 1 + seedSize + residuesSize(p.RingQ().SubRings[:level+1], s.size(p))
+}
+
+// held reads what a ciphertext holds, which is divided by 2^shift.
+func (in *decoder) held(p *Parameters, shift uint) Held {
+	held := make(Held, min(in.u8(), 3))
+	for i := range held {
+		held[i] = in.subring(p)
+		if in.err == nil && held[i].checkShift(shift) != nil {
+			in.fail("a division by 2^%d", shift)
+		}
+	}
+	if in.err == nil && held.check(p) != nil {
+		in.fail("a ciphertext of %d messages", len(held))
+	}
+	return held
+}
+
+// subring reads what is known of a message.
+func (in *decoder) subring(p *Parameters) Subring {
+	s := parseSubring(byte(in.u8()))
+	if in.err == nil && s.check(p) != nil {
+		in.fail("a subring that there is none of")
+	}
+	return s
 }
 
 func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
@@ -393,13 +429,21 @@ func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
 	}
 	request := &RefreshRequest{Params: p, Key: h.Key, Level: level, To: to, Shift: uint(shift)}
 	rings, grids := p.RingQ().SubRings[:level+1], request.grids()
-	if !in.need(uint64(count) * maskedSize(rings, grids)) {
+	if !in.need(uint64(count)) {
 		return nil, in.err
 	}
-	request.Masked = make([][2]ring.Poly, count)
+	request.Held, request.Masked = make([]Held, count), make([][2]ring.Poly, count)
 	for i := range request.Masked {
-		for component := range request.Masked[i] {
-			polynomial := p.RingQ().AtLevel(level).NewPoly()
+		request.Held[i] = in.held(p, request.Shift)
+		if in.err != nil {
+			return nil, in.err
+		}
+		s := request.Held[i].sent()
+		if !in.need(s.maskedSize(p, rings, grids)) {
+			return nil, in.err
+		}
+		for component, size := range [2]int{s.size(p), p.N()} {
+			polynomial := newPoly(rings, size)
 			request.Masked[i][component] = polynomial
 			if grids == nil {
 				in.limbs(rings, polynomial.Coeffs)
@@ -407,50 +451,59 @@ func readRefreshRequest(in *decoder, p *Parameters, h Header) (any, error) {
 				in.digits(grids[component], polynomial.Coeffs)
 			}
 		}
-		if in.err != nil { // no memory for what did not come
-			return nil, in.err
-		}
 	}
-	return request, nil
+	return request, in.err
+}
+
+// newPoly returns so many zeros for each prime.
+func newPoly(rings []*ring.SubRing, size int) ring.Poly {
+	polynomial := ring.Poly{Coeffs: make([][]uint64, len(rings))}
+	for limb := range polynomial.Coeffs {
+		polynomial.Coeffs[limb] = make([]uint64, size)
+	}
+	return polynomial
 }
 
 // Write writes the fresh ciphertexts, each as a seed and one component.
 func (r *RefreshReply) Write(to io.Writer) error {
-	level := 0
-	if len(r.Fresh) > 0 {
-		level = r.Fresh[0].Level()
+	rings := r.Params.RingQ().SubRings[:r.Level+1]
+	size := uint64(8)
+	for _, fresh := range r.Fresh {
+		size += fresh.Subring.compactSize(r.Params, r.Level)
 	}
-	rings := r.Params.RingQ().SubRings[:level+1]
-	size := 8 + uint64(len(r.Fresh))*(seedSize+packedSize(rings))
 	h := Header{Type: TypeRefreshReply, Params: r.Params.ID, Key: r.Key}
 	return writeFrame(to, h, size, func(out *encoder) {
-		out.u32(uint32(level))
+		out.u32(uint32(r.Level))
 		out.u32(uint32(len(r.Fresh)))
 		for _, fresh := range r.Fresh {
+			out.bytes([]byte{fresh.Subring.code()})
 			out.bytes(fresh.Seed[:])
-			out.limbs(rings, fresh.Value[0].Coeffs)
+			out.limbs(rings, fresh.First.Coeffs)
 		}
 	})
 }
 
 func readRefreshReply(in *decoder, p *Parameters, h Header) (any, error) {
 	level, count := in.u32(), in.u32()
-	if level > uint32(p.MaxLevel()) || count > maxBatch {
+	if level > uint32(p.MaxLevel()) || count > 2*maxBatch {
 		in.fail("a refresh reply of %d ciphertexts at level %d", count, level)
 	}
 	if in.err != nil {
 		return nil, in.err
 	}
-	if !in.need(uint64(count) * (seedSize + packedSize(p.RingQ().SubRings[:level+1]))) {
+	if !in.need(uint64(count)) {
 		return nil, in.err
 	}
-	reply := &RefreshReply{p, h.Key, make([]*Ciphertext, count)}
+	reply := &RefreshReply{p, h.Key, int(level), make([]*Compact, count)}
+	rings := p.RingQ().SubRings[:level+1]
 	for i := range reply.Fresh {
-		fresh, err := in.seeded(p, h.Key, int(level), p.DefaultScale())
-		if err != nil {
-			return nil, err
+		s := in.subring(p)
+		if in.err != nil || !in.need(s.compactSize(p, int(level))-1) {
+			return nil, in.err
 		}
-		reply.Fresh[i] = fresh
+		reply.Fresh[i] = &Compact{Subring: s, First: newPoly(rings, s.size(p))}
+		in.bytes(reply.Fresh[i].Seed[:])
+		in.limbs(rings, reply.Fresh[i].First.Coeffs)
 	}
 	return reply, in.err
 }

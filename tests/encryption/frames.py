@@ -12,7 +12,7 @@ import numpy as np
 from .rings import PrimeRing
 
 HEADER, SEED, SCALE = 64, 32, 20
-VERSIONS = {6: 4, 7: 3, 8: 4}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
+VERSIONS = {6: 4, 7: 4, 8: 5}  # of types that are not of version 1: ciphertexts, refreshes, replies to them
 DIGIT = 61
 """The bits of a digit, of which numbers below the product of two primes have two."""
 
@@ -58,16 +58,16 @@ class Payload:
     def integers(self, form: str) -> tuple[int, ...]:
         return struct.unpack("<" + form, self.bytes(struct.calcsize("<" + form)))
 
-    def polynomial(self, rings: list[PrimeRing]) -> list[np.ndarray]:
-        """Read residues, each of the bits of its prime, by prime."""
-        return [self._residues(ring) for ring in rings]
+    def polynomial(self, rings: list[PrimeRing], size: int = 0) -> list[np.ndarray]:
+        """Read residues, each of the bits of its prime, by prime: as many as the degree, or ``size``."""
+        return [self._residues(ring, size or ring.degree) for ring in rings]
 
-    def rounded(self, rings: list[PrimeRing], lost: int) -> np.ndarray:
+    def rounded(self, rings: list[PrimeRing], lost: int, size: int) -> np.ndarray:
         """Read coefficients modulo the product of the primes without the lowest bits, as integers."""
-        modulus, degree = math.prod(ring.prime for ring in rings), rings[0].degree
+        modulus = math.prod(ring.prime for ring in rings)
         width = ((modulus - 1) >> lost).bit_length()
         multiples = sum(
-            unpacked(self.bytes(degree * bits // 8), bits).astype(object) << DIGIT * place
+            unpacked(self.bytes(size * bits // 8), bits).astype(object) << DIGIT * place
             for place, bits in enumerate(digits(width))
         )
         assert (multiples <= (modulus - 1) >> lost).all()
@@ -77,9 +77,9 @@ class Payload:
         for ring in rings:
             self.bytes(ring.degree * ring.prime.bit_length() // 8)
 
-    def _residues(self, ring: PrimeRing) -> np.ndarray:
+    def _residues(self, ring: PrimeRing, size: int) -> np.ndarray:
         width = ring.prime.bit_length()
-        residues = unpacked(self.bytes(ring.degree * width // 8), width)
+        residues = unpacked(self.bytes(size * width // 8), width)
         assert (residues < ring.prime).all()
         return residues
 

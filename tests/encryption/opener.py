@@ -11,11 +11,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from cipherlm.engine import Parameters, SecretKey
+from cipherlm.engine import Parameters, SecretKey, Subring
 
 from .expansion import Expansion, limbs
 from .frames import SCALE, SEED, Payload, dropped
 from .rings import Polynomial, PrimeRing, RealRing, minus, small
+from .subrings import sent, size_of, subring_of
 
 
 class Opener:
@@ -88,28 +89,57 @@ class Opener:
         return seed, small(rings, self.phase(rings, minus(first, self.plaintext(plaintext)), second))
 
     def request(self, request: bytes) -> list[tuple[Polynomial, Polynomial]]:
-        """Return the masked ciphertexts of a refresh request, in NTT form."""
+        """Return the masked ciphertexts of a refresh request, in NTT form; of no subring."""
+        masked = []
+        for subring, first, second in self.compact_request(request):
+            assert subring == Subring()
+            masked.append(([ring.ntt(v) for ring, v in zip(self.q, first, strict=False)], second))
+        return masked
+
+    def compact_request(self, request: bytes) -> list[tuple[Subring, Polynomial, Polynomial]]:
+        """Return the masked ciphertexts of a refresh request, each with its subring.
+
+        Of the first component there are the coefficients of the subring, and the second is in NTT form.
+        """
         payload = Payload(request, 7)
         level, _to_level, shift, padding = payload.bytes(4)
         (count,) = payload.integers("I")
         assert padding == 0
         rings, lost = self.q[: level + 1], dropped(self.parameters.degree, level, shift)
 
-        def component(place: int) -> Polynomial:
+        def component(place: int, size: int) -> Polynomial:
             if lost is None:
-                return payload.polynomial(rings)
-            integers = payload.rounded(rings, lost[place])
-            return [ring.ntt((integers % ring.prime).astype(np.int64)) for ring in rings]
+                return payload.polynomial(rings, size)
+            integers = payload.rounded(rings, lost[place], size)
+            return [(integers % ring.prime).astype(np.int64) for ring in rings]
 
-        masked = [(component(0), component(1)) for _ in range(count)]
+        masked = []
+        for _ in range(count):
+            subring = sent([subring_of(payload) for _ in range(payload.bytes(1)[0])])
+            first = component(0, size_of(subring, self.parameters.degree))
+            second = component(1, self.parameters.degree)
+            if lost is not None:
+                second = [ring.ntt(v) for ring, v in zip(rings, second, strict=True)]
+            masked.append((subring, first, second))
         payload.end()
         return masked
 
     def reply(self, reply: bytes) -> list[tuple[bytes, Polynomial, Polynomial]]:
-        """Return the seeds and the fresh ciphertexts of a refresh reply, in NTT form."""
-        payload = Payload(reply, 8)
+        """Return the seeds and the fresh ciphertexts of a refresh reply, in NTT form; of no subring."""
+        fresh = []
+        for subring, seed, first in self.compact_reply(reply):
+            assert subring == Subring()
+            fresh.append((seed, first, limbs(seed, self.q[: len(first)])))
+        return fresh
+
+    def compact_reply(self, reply: bytes) -> list[tuple[Subring, bytes, Polynomial]]:
+        """Return subrings, seeds and traces of the first components, in NTT form and each value once."""
+        payload, fresh = Payload(reply, 8), []
         level, count = payload.integers("II")
-        fresh = [self._seeded(payload, self.q[: level + 1]) for _ in range(count)]
+        for _ in range(count):
+            subring, seed = subring_of(payload), payload.bytes(SEED)
+            size = size_of(subring, self.parameters.degree)
+            fresh.append((subring, seed, payload.polynomial(self.q[: level + 1], size)))
         payload.end()
         return fresh
 

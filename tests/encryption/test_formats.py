@@ -106,7 +106,9 @@ def payloads(parameters: Parameters) -> dict[type, tuple[int, bytes]]:
     q, p = rings(parameters)
     relinearisation = struct.pack("<QQ", 0, 1) + SEED + written(q + p, 1) + written(q + p, 2)
     rotation = struct.pack("<QQ", 5, 0) + SEED[::-1] + written(q[:1] + p, 3)
-    reply = SEED + written(q, 1) + SEED[::-1] + written(q, 2)
+    half = [packed(ring, np.arange(ring.degree // 2) * 7919 % ring.prime) for ring in q]
+    eighth = packed(q[0], np.arange(parameters.degree // 8) * 7919 % q[0].prime)
+    reply = b"\x00" + SEED + written(q, 1) + b"\x80" + SEED[::-1] + b"".join(half)
     ternary = bytes(0b10_01_00_10 if i % 2 else 0b01_00_00_10 for i in range(parameters.degree // 4))
     return {
         SecretKey: (2, ternary),
@@ -116,7 +118,11 @@ def payloads(parameters: Parameters) -> dict[type, tuple[int, bytes]]:
         Ciphertext: (6, struct.pack("<II", 1, 1) + SCALE + written(q, 0) + written(q, 5)),
         RefreshRequest: (
             7,
-            bytes([0, 1, 0, 0]) + struct.pack("<I", 1) + written(q[:1], 0) + written(q[:1], 5),
+            bytes([0, 1, 0, 0])
+            + struct.pack("<I", 3)
+            + (b"\x01\x00" + written(q[:1], 0) + written(q[:1], 5))
+            + (b"\x01\x82" + eighth + written(q[:1], 3))
+            + (b"\x02\x80\x83" + written(q[:1], 7) + written(q[:1], 2)),
         ),
         RefreshReply: (8, struct.pack("<II", 1, 2) + reply),
     }
@@ -139,7 +145,7 @@ def test_a_rounded_request_by_its_description(
     rings_used = rings(parameters)[0][: level + 1]
     modulus = math.prod(ring.prime for ring in rings_used)
     places = np.arange(parameters.degree).astype(object)
-    payload = bytes([level, 1, shift, 0]) + struct.pack("<I", 1)
+    payload = bytes([level, 1, shift, 0]) + struct.pack("<I", 1) + b"\x01\x00"
     for bits in lost:
         coefficients = (places + 1) * (modulus // 4099) % modulus
         coefficients[0] = modulus - 1
@@ -147,7 +153,7 @@ def test_a_rounded_request_by_its_description(
     assert dropped(parameters.degree, level, shift) == lost
     frame = handmade(parameters, 7, payload)
     assert RefreshRequest.from_bytes(frame, parameters).to_bytes() == frame
-    assert len(payload) == 8 + sum(
+    assert len(payload) == 10 + sum(
         ((modulus - 1) >> bits).bit_length() * parameters.degree // 8 for bits in lost
     )
 

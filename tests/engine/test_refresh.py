@@ -22,7 +22,7 @@ from cipherlm.engine import (
     SecretKey,
     wrap_probability,
 )
-from tests.encryption.frames import frame
+from tests.encryption.frames import VERSIONS, frame
 
 from .conftest import FRESH, PRODUCT, Party
 
@@ -103,8 +103,8 @@ def first_ciphertext(party: Party, reply: bytes) -> Ciphertext:
     """Put a reply's only ciphertext in a frame of its own, at scale 1."""
     level, _count = struct.unpack_from("<II", reply, 64)
     one = struct.pack("<QQi", 1 << 63, 0, -127)
-    payload = struct.pack("<BxxxI", 0, level) + one + reply[72:-4]
-    header = reply[:6] + struct.pack("<H", 6) + reply[8:64]
+    payload = struct.pack("<BxxxI", 0, level) + one + reply[73:-4]
+    header = reply[:4] + struct.pack("<HH", VERSIONS[6], 6) + reply[8:64]
     return Ciphertext.from_bytes(frame(header, payload), party.parameters)
 
 
@@ -160,10 +160,10 @@ def test_bytes_are_packed(party: Party, level, shift, lost):
     ct = party.secret_key.encrypt(party.values())
     request, _ = party.evaluator.mask([ct, ct], party.public_key, level=level, to_level=4, shift=shift)
     bits = 2 * sum(q.bit_length() for q in party.parameters.q[: level + 1]) - lost
-    assert len(request.to_bytes()) == 64 + 8 + 2 * bits * party.parameters.degree // 8 + 4
+    assert len(request.to_bytes()) == 64 + 8 + 2 * (2 + bits * party.parameters.degree // 8) + 4
     bits = sum(q.bit_length() for q in party.parameters.q)
     reply = party.secret_key.refresh(request).to_bytes()
-    assert len(reply) == 64 + 8 + 2 * (bits * party.parameters.degree // 8 + 32) + 4
+    assert len(reply) == 64 + 8 + 2 * (1 + bits * party.parameters.degree // 8 + 32) + 4
 
 
 def test_wrap_probability():

@@ -153,7 +153,7 @@ def test_a_version_to_come_is_named(tiny: Party, blobs):
 
 def test_a_version_that_was_is_refused(tiny: Party, blobs):
     """They had a longer checksum, and before that whole coefficients, or another generator of seeds."""
-    for kind, version in ((Ciphertext, 4), (RefreshRequest, 3), (RefreshReply, 4)):
+    for kind, version in ((Ciphertext, 4), (RefreshRequest, 4), (RefreshReply, 5)):
         data = bytearray(blobs[kind])
         assert data[4] == version
         data[4] -= 1
@@ -163,7 +163,7 @@ def test_a_version_that_was_is_refused(tiny: Party, blobs):
 
 def test_coefficients_beyond_the_modulus_are_refused(tiny: Party, blobs):
     """Ones in all bits of a coefficient of a request, in either component."""
-    for span in (slice(HEADER + 8, HEADER + 24), slice(-20, -4)):
+    for span in (slice(HEADER + 10, HEADER + 26), slice(-20, -4)):
         damaged = bytearray(blobs[RefreshRequest])
         damaged[span] = b"\xff" * 16
         with pytest.raises(CorruptDataError, match="not below its modulus"):

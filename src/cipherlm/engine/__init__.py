@@ -24,7 +24,7 @@ from .linear import LinearTransformation, folded, matrix_diagonals, paired, spli
 from .parameters import PRESETS, Parameters
 from .polynomial import Chebyshev
 from .public import EvaluationKeys, PublicKey
-from .refresh import RefreshMask, RefreshReply, RefreshRequest, wrap_probability
+from .refresh import Held, RefreshMask, RefreshReply, RefreshRequest, Subring, wrap_probability
 from .runtime import Memory, collect, memory, set_gc_percent, set_threads, threads
 from .secret import SecretKey
 
@@ -38,6 +38,7 @@ __all__ = [
     "EngineError",
     "EvaluationKeys",
     "Evaluator",
+    "Held",
     "InsecureParametersError",
     "InternalError",
     "InvalidArgumentError",
@@ -54,6 +55,7 @@ __all__ = [
     "RefreshRequest",
     "ScaleError",
     "SecretKey",
+    "Subring",
     "bootstrappable",
     "collect",
     "folded",

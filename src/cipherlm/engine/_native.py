@@ -84,7 +84,7 @@ SIGNATURES = {
     "cl_lintrans_apply": "hpipip",
     "cl_polynomial": "hhpidddp",
     "cl_polynomial_levels": "hpiddddp",
-    "cl_refresh_mask": "hpihiiipp",
+    "cl_refresh_mask": "hppihiiipp",
     "cl_refresh_client": "hhp",
     "cl_refresh_unmask": "hhhpi",
     "cl_refresh_info": "hp",

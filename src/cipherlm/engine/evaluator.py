@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -15,7 +15,7 @@ from .linear import LinearTransformation
 from .parameters import Parameters
 from .polynomial import Chebyshev
 from .public import EvaluationKeys, PublicKey
-from .refresh import RefreshMask, RefreshReply, RefreshRequest
+from .refresh import Held, RefreshMask, RefreshReply, RefreshRequest, Subring
 
 Operand = Ciphertext | Plaintext | complex | ArrayLike
 
@@ -222,6 +222,7 @@ class Evaluator:
         level: int = 1,
         to_level: int | None = None,
         shift: int = 0,
+        held: Sequence[Held] | None = None,
     ) -> tuple[RefreshRequest, RefreshMask]:
         """Start a refresh: mask ciphertexts so that the client learns nothing from them.
 
@@ -229,21 +230,34 @@ class Evaluator:
         ``to_level`` with their scale divided by ``2**shift`` (the values stay). More than
         one in a refresh saves round trips. :func:`wrap_probability` says how seldom a
         level is too low.
+
+        ``held`` tells what is known of each ciphertext's slots, so that less of it is sent:
+        the subring of its vector, or the real subrings of its real and imaginary parts,
+        which come back as two ciphertexts. To unmask then needs the keys of an
+        :meth:`inner_sum` of ``copies`` rotations by ``slots / copies``, and of conjugation
+        for real slots, at ``to_level``.
         """
+        known: Sequence[Held] = [(Subring(),)] * len(inputs) if held is None else held
+        if len(known) != len(inputs):
+            raise ValueError(f"{len(inputs)} ciphertexts, and what {len(known)} hold")
+        to_level = self.parameters.max_level if to_level is None else to_level
         request, mask = ctypes.c_size_t(), ctypes.c_size_t()
         _native.call(
             "cl_refresh_mask",
             self._native.handle,
             _native.handles(inputs),
+            _native.int64s(_numbers(known)),
             len(inputs),
             public_key.handle,
             level,
-            self.parameters.max_level if to_level is None else to_level,
+            to_level,
             shift,
             ctypes.byref(request),
             ctypes.byref(mask),
         )
-        return RefreshRequest(request.value, self.parameters), RefreshMask(mask.value, len(inputs))
+        return RefreshRequest(request.value, self.parameters), RefreshMask(
+            mask.value, [s for some in known for s in some], to_level
+        )
 
     def unmask(self, reply: RefreshReply, mask: RefreshMask) -> list[Ciphertext]:
         """Finish a refresh: take the masks off the client's fresh ciphertexts."""
@@ -260,6 +274,16 @@ class Evaluator:
         """
         handle = _native.create("cl_rerandomize", self._native.handle, a.handle, public_key.handle, flood)
         return Ciphertext(handle, self.parameters)
+
+
+def _numbers(held: Iterable[Held]) -> list[int]:
+    """Return what is held as the native side takes it: copies, whether real, copies of imaginary parts."""
+    numbers = []
+    for first, *second in held:
+        if second and not (len(second) == 1 and first.real and second[0].real):
+            raise ValueError("a ciphertext holds one vector, or two real ones")
+        numbers += [first.copies, int(first.real), second[0].copies if second else 0]
+    return numbers
 
 
 def inner_sum_rotations(step: int, count: int, *, faster: bool = False) -> list[int]:
