@@ -139,8 +139,9 @@ def test_a_whole_model_grows_with_its_blocks_and_its_prompt():
     assert two.keys == one.keys
     assert two.server_memory_bytes > one.server_memory_bytes
     # Two tokens go side by side, and two behind them: with what is kept of the first, but not token by token.
+    # Ciphertexts of both chunks share refreshes, which are nearly all that takes time here.
     assert long.prompt.tokens == 4
-    assert 2 * one.prompt.seconds < long.prompt.seconds < one.prompt.seconds + 2 * one.next_token.seconds
+    assert 1.5 * one.prompt.seconds < long.prompt.seconds < one.prompt.seconds + 2 * one.next_token.seconds
     assert whole(cores=2).prompt.server_seconds == pytest.approx(two.prompt.server_seconds / 2)
     with pytest.raises(ValueError, match="do not fit a context of 16"):
         whole(prompt=15)

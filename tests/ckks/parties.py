@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.engine import Ciphertext, EvaluationKeys, Plaintext, SecretKey
+from cipherlm.engine import Ciphertext, EvaluationKeys, Held, SecretKey
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
 
@@ -47,11 +47,14 @@ class InProcessRefresh:
     def __init__(self, secret_key: SecretKey) -> None:
         self._secret_key = secret_key
 
-    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        """Return the ciphertexts at ``level``."""
-        return [self._one(ciphertext, level, shift) for ciphertext in ciphertexts]
-
-    def _one(self, ciphertext: Ciphertext, level: int, shift: int) -> Ciphertext:
-        values = self._secret_key.decrypt(ciphertext)
-        plaintext = Plaintext.encode(self._secret_key.parameters, values, level, ciphertext.scale / 2**shift)
-        return self._secret_key.encrypt(plaintext)
+    def __call__(
+        self, ciphertexts: Sequence[Ciphertext], held: Sequence[Held], level: int, shift: int
+    ) -> list[Ciphertext]:
+        """Return ciphertexts at ``level``, one for each vector that is held."""
+        fresh = []
+        for ciphertext, subrings in zip(ciphertexts, held, strict=True):
+            slots = self._secret_key.decrypt(ciphertext)
+            parts = [slots] if not subrings[0].real else [slots.real, slots.imag][: len(subrings)]
+            scale = ciphertext.scale / 2**shift
+            fresh += [self._secret_key.encrypt(part, level, scale) for part in parts]
+        return fresh

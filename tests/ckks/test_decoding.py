@@ -261,10 +261,10 @@ def test_refreshes_of_softmax_give_no_level_that_is_not_used(small, monkeypatch,
     before, to = [], []
     refresh = type(small.arithmetic).refresh
 
-    def watched(arithmetic, ciphertexts, scales, level, shift):
-        before.append({ciphertext.level for ciphertext in ciphertexts})
+    def watched(arithmetic, real, level, shift):
+        before.append({ciphertext.level for ciphertext, _, _ in real})
         to.append(level)
-        return refresh(arithmetic, ciphertexts, scales, level, shift)
+        return refresh(arithmetic, real, level, shift)
 
     class MixedError(Exception):
         pass

@@ -89,7 +89,6 @@ def test_refresh_keeps_values_and_brings_scales(small, hidden, kind):
 
 
 def test_only_what_lacks_levels_is_refreshed(small, hidden):
-    """And the lowest of the others where it makes up a pair, unless that would take levels from it."""
     arithmetic = small.arithmetic
 
     def refreshed(levels, needed, then=None):
@@ -102,9 +101,9 @@ def test_only_what_lacks_levels_is_refreshed(small, hidden):
         return [tensor.level for tensor in tensors], kept, arithmetic.refreshes - before
 
     assert refreshed([8, 8, 1], 2) == ([8, 8, 8], [True, True, False], 1)
-    assert refreshed([1, 5, 4], 2) == ([8, 5, 8], [False, True, False], 1)
+    assert refreshed([1, 5, 2], 2) == ([8, 5, 8], [False, True, False], 1)
     assert refreshed([1, 5], 2, then=1) == ([4, 5], [False, True], 1)
-    assert refreshed([1, 3], 2, then=1) == ([4, 4], [False, False], 1)
+    assert refreshed([1, 3], 2, then=1) == ([4, 3], [False, True], 1)
     assert refreshed([3, 4], 2, then=0) == ([3, 4], [True, True], 0)
 
 
@@ -154,7 +153,10 @@ def test_activations_and_gates_of_any_degree(small, hidden, name, reach, kind, d
 
 @pytest.mark.parametrize(("name", "inputs"), [("silu", (-21.0, 20.0)), ("gelu_new", (-9.0, 8.0))])
 def test_the_noise_of_a_square_is_the_simulated_one(small, name, inputs):
-    """What the polynomial of an even part makes of the square's error: the wider the interval, the more."""
+    """What the polynomial of an even part makes of the square's error: the wider the interval, the more.
+
+    The refresh before it, of slots that repeat, is not simulated, and adds as much as two or three roundings.
+    """
     fitted = Activation(name).fit({"inputs": inputs}, 0)
     assert isinstance(fitted.curve, EvenCurve)
     x = RANDOM.uniform(*inputs, (small.layout.tokens, small.layout.width))
@@ -162,7 +164,7 @@ def test_the_noise_of_a_square_is_the_simulated_one(small, name, inputs):
     noise = Noise.of(parameters.degree, float(np.log2(parameters.scale)), 2)
     exact = fitted(ClearTensor(x)).values
     got = small.decrypt(fitted(small.encrypt(x, level=1))) - exact
-    assert 0.5 < got.std() / (fitted(ClearTensor(x, noise)).values - exact).std() < 2.5
+    assert 0.5 < got.std() / (fitted(ClearTensor(x, noise)).values - exact).std() < 3.5
 
 
 def random_prefix(tokens, heads=3, head_dim=10):

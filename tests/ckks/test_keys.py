@@ -13,7 +13,7 @@ from cipherlm.engine import inner_sum_rotations
 from cipherlm.models.architecture import architecture_of
 from cipherlm.schemes.ckks.geometry import Geometry
 
-CONTEXT = 64
+SLOTS, CONTEXT = 8192, 64
 NARROW = {"squares": (0.8, 1.5), "scores": (-3.0, 3.0), "means": (-1.0, 1.0), "inputs": (-2.0, 2.0)}
 
 
@@ -25,6 +25,11 @@ def rotations(monkeypatch):
         "rotate": lambda a, by, **_: [(a.level, by)],
         "rotate_hoisted": lambda a, by: [(a.level, one) for one in by],
         "inner_sum": lambda a, step, count, **_: [(a.level, by) for by in inner_sum_rotations(step, count)],
+        "unmask": lambda _, mask: [
+            (mask.to_level, by)
+            for subring in mask.subrings
+            for by in inner_sum_rotations(SLOTS // subring.copies, subring.copies)
+        ],
         "transform": lambda _, matrix: [(matrix.level, by) for by in matrix.rotations],
         "transform_many": lambda _, matrices: [(m.level, by) for m in matrices for by in m.rotations],
     }

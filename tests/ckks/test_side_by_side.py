@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cipherlm.cli.counting import CountingSession, Sizes
 from cipherlm.errors import Refused
 from cipherlm.nn.blocks import calibrated
-from cipherlm.schemes.ckks.arithmetic import MOST_TOGETHER, Arithmetic
+from cipherlm.schemes.ckks.arithmetic import MOST_TOGETHER, Arithmetic, Scaled
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.session import MOST_CHUNKS, Client, Hosted, InProcess, Server
 from cipherlm.schemes.ckks.side_by_side import Meeting
@@ -195,7 +195,7 @@ def test_no_room_for_a_thread(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", full)
     with pytest.raises(RuntimeError, match="start new thread"):
-        Meeting(Sums(), 4).run([lambda own: own.refresh([1.0], [1.0], 3)] * 4)
+        Meeting(Sums(), 4).run([lambda own: own.refresh([Scaled(1.0, 1.0)], 3)] * 4)
     assert not any(thread.is_alive() for thread in started)
 
 
@@ -208,7 +208,7 @@ class Sums(Arithmetic):
         self.asked: list[tuple[list[float], int]] = []
 
     def refresh_together(self, real, others, level, shift):
-        values = [value for value, _ in real]
+        values = [item.ciphertext for item in real]
         self.asked.append((values, level))
         return [value + sum(values) for value in values], list(others)
 
@@ -218,8 +218,8 @@ def test_few_wait_for_many_and_then_go_with_them():
 
     def chunk(index):
         def run(own):
-            first = [] if index == 0 else own.refresh([float(index)], [1.0], 3)
-            second = own.refresh([10.0 * index], [1.0], 5)
+            first = [] if index == 0 else own.refresh([Scaled(float(index), 1.0)], 3)
+            second = own.refresh([Scaled(10.0 * index, 1.0)], 5)
             return [*first, *second]
 
         return run
@@ -237,7 +237,7 @@ def test_chunks_wait_for_those_before_them():
             own.wait(lambda: len(done) == index)
             done.append(index)
             own.changed()
-            return own.refresh([float(index)], [1.0], 3)
+            return own.refresh([Scaled(float(index), 1.0)], 3)
 
         return run
 
@@ -252,11 +252,11 @@ def test_an_error_of_a_chunk_wakes_those_that_wait():
         own.wait(lambda: False)
 
     def asks(own):
-        own.refresh([1.0], [1.0], 3)
-        own.refresh([1.0], [1.0], 3)
+        own.refresh([Scaled(1.0, 1.0)], 3)
+        own.refresh([Scaled(1.0, 1.0)], 3)
 
     def fails(own):
-        own.refresh([1.0], [1.0], 3)
+        own.refresh([Scaled(1.0, 1.0)], 3)
         raise KeyError("of a chunk")
 
     with pytest.raises(KeyError, match="of a chunk"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cipherlm.engine import Plaintext, RefreshRequest
+from cipherlm.engine import Plaintext, RefreshRequest, Subring
 from tests.ckks.test_secrecy import Decryption, hidden, parties  # noqa: F401
 from tests.encryption.frames import Payload, dropped, frame, packed_rounded
+from tests.encryption.subrings import known, sent, size_of
 
 
 def offset(decryption: Decryption, request: RefreshRequest, slots: np.ndarray) -> RefreshRequest:
@@ -18,9 +19,12 @@ def offset(decryption: Decryption, request: RefreshRequest, slots: np.ndarray) -
     zero = [np.zeros_like(residues) for residues in added]
     payload = Payload(data, 7)
     lost = dropped(decryption.size, 1, request.shift)[0]
-    head, first = payload.bytes(8), payload.rounded(decryption.rings, lost)
-    first = (first + decryption.integers(added, zero)) % decryption.modulus
-    changed = head + packed_rounded(first, decryption.rings, lost) + payload.rest()
+    head = payload.bytes(9)
+    codes = payload.bytes(head[8])
+    subring = sent([Subring(1 << (code & 0x7F), bool(code & 0x80)) for code in codes])
+    first = payload.rounded(decryption.rings, lost, size_of(subring, decryption.size))
+    first = (first + known(subring, decryption.integers(added, zero))) % decryption.modulus
+    changed = head + codes + packed_rounded(first, decryption.rings, lost) + payload.rest()
     return RefreshRequest.from_bytes(frame(data[:64], changed), parameters)
 
 

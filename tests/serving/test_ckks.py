@@ -397,7 +397,8 @@ def test_a_client_never_answers_in_the_clear(model, client):
     public = PublicKey.from_bytes(small.paths()[PUBLIC].read_bytes(), parameters)
     request, _ = evaluator.mask([public.encrypt(np.zeros(4), 1)], public)
     frame = request.to_bytes()
-    zero = sealed(frame[:72] + bytes(len(frame) - 72))
+    held = 2  # bytes that say what the ciphertext holds
+    zero = sealed(frame[: 72 + held] + bytes(len(frame) - 72 - held))
     replies = []
     for _ in range(2):
         answers = Answers([client.encrypt(hidden(1), 1)[0].to_bytes()], zero)

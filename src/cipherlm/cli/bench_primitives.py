@@ -102,8 +102,9 @@ class Primitives:
         return self._masked(self._ciphertext(level), to_level)[0]
 
     def _masked(self, ct: Ciphertext, to_level: int) -> tuple[RefreshRequest, RefreshMask]:
-        options = {"level": ct.level, "to_level": to_level, "shift": PLAIN_SHIFT}
-        return self._evaluator.mask([ct], self._public_key, **options)
+        return self._evaluator.mask(
+            [ct], self._public_key, level=ct.level, to_level=to_level, shift=PLAIN_SHIFT
+        )
 
     def _vector(self) -> Any:
         return self._random.uniform(-1, 1, self.parameters.slots)

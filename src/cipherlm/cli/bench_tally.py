@@ -261,7 +261,9 @@ _PARTS: dict[str, Callable[..., Iterable[Part]]] = {
     "drop_level": lambda _a, _level, **_: [],
     "polynomial": lambda a, polynomial: [(f"polynomial_{polynomial.degree}", a.level, 1)],
     "mask": lambda inputs, _key, **options: [("mask", options["to_level"], len(inputs))],
-    "unmask": lambda _reply, _mask: [],
+    "unmask": lambda _reply, mask: [
+        ("rotation", mask.to_level, sum(subring.rotations for subring in mask.subrings))
+    ],
     "rerandomize": lambda a, _key, **_: [("rerandomization", a.level, 1)],
 }
 

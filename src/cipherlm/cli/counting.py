@@ -7,6 +7,7 @@ run; neither keys nor weights are needed, only shapes and ranges.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from cipherlm.engine import (
     Chebyshev,
     Ciphertext,
     Evaluator,
+    Held,
     LinearTransformation,
     Parameters,
     Plaintext,
     RefreshReply,
     RefreshRequest,
     SecretKey,
+    Subring,
 )
 from cipherlm.engine.evaluator import Operand, is_number
 from cipherlm.engine.linear import Storage
@@ -142,9 +145,9 @@ class HollowTransformation(LinearTransformation):
 
 @dataclass(frozen=True)
 class _Request:
-    """What a refresh asks for: ``size`` ciphertexts at ``to_level``, divided by ``2^shift``."""
+    """What a refresh asks for: ciphertexts at ``to_level``, divided by ``2^shift``."""
 
-    size: int
+    held: Sequence[Held]
     to_level: int
     shift: int
 
@@ -154,6 +157,8 @@ class _Kept:
     """What takes the masks off: the refreshed ciphertexts."""
 
     results: list[Ciphertext]
+    subrings: Sequence[Subring]
+    to_level: int
 
 
 class HollowEvaluator(Evaluator):
@@ -260,8 +265,11 @@ class HollowEvaluator(Evaluator):
     def mask(self, inputs: Sequence[Ciphertext], public_key: Any, **options: Any) -> Any:
         """See :class:`Evaluator`."""
         to_level, shift = options["to_level"], options["shift"]
-        results = [self._result(to_level, a.scale / 2**shift) for a in inputs]
-        return _Request(len(inputs), to_level, shift), _Kept(results)
+        held: Sequence[Held] = options["held"]
+        subrings = list(itertools.chain.from_iterable(held))
+        pairs = zip(inputs, held, strict=True)
+        results = [self._result(to_level, a.scale / 2**shift) for a, some in pairs for _ in some]
+        return _Request(held, to_level, shift), _Kept(results, subrings, to_level)
 
     def unmask(self, reply: Any, mask: Any) -> list[Ciphertext]:
         """See :class:`Evaluator`."""
@@ -329,16 +337,22 @@ class Sizes:
     def _output(self, level: int) -> int:
         return len(self._evaluator.rerandomize(self._ciphertext(level), self._public_key).to_bytes())
 
-    def refresh(self, size: int, to_level: int, shift: int) -> tuple[int, int]:
-        """Return the bytes of a request for so many ciphertexts at a level, and of the reply."""
-        (one, two) = (self._one_request(count, to_level, shift) for count in (1, 2))
-        down, up = (first + (size - 1) * (second - first) for first, second in zip(one, two, strict=True))
-        return down, up
+    def refresh(self, held: Sequence[Held], to_level: int, shift: int) -> tuple[int, int]:
+        """Return the bytes of a request for ciphertexts that hold this, to a level, and of the reply."""
+        total = frame = self._one_request((), to_level, shift)
+        for some in held:
+            one = self._one_request((tuple(some),), to_level, shift)
+            total = total[0] + one[0] - frame[0], total[1] + one[1] - frame[1]
+        return total
 
-    def _request(self, size: int, to_level: int, shift: int) -> tuple[int, int]:
-        inputs = [self._ciphertext(MASK_LEVEL)] * size
+    def _request(self, held: tuple[Held, ...], to_level: int, shift: int) -> tuple[int, int]:
         request, _ = self._evaluator.mask(
-            inputs, self._public_key, level=MASK_LEVEL, to_level=to_level, shift=shift
+            [self._ciphertext(MASK_LEVEL)] * len(held),
+            self._public_key,
+            level=MASK_LEVEL,
+            to_level=to_level,
+            shift=shift,
+            held=held,
         )
         return len(request.to_bytes()), len(self._key.refresh(request).to_bytes())
 
@@ -373,7 +387,8 @@ class CountingSession:
         tally.output_bytes += sum(sizes.output(part.level) for part in outputs)
 
     def _exchange(self, request: RefreshRequest) -> RefreshReply:
-        down, up = self._sizes.refresh(request.size, request.to_level, request.shift)
+        asked = cast(_Request, request)
+        down, up = self._sizes.refresh(asked.held, asked.to_level, asked.shift)
         self._evaluator.tally.refresh_down_bytes += down
         self._evaluator.tally.refresh_up_bytes += up
         return cast(RefreshReply, None)  # which the evaluator does not look at

@@ -139,10 +139,9 @@ class Tensor(ABC):
     ) -> None:
         """Make this tensor and others able to go through ``levels`` levels: refresh those that are not.
 
-        Values stay; another may be refreshed with them where that costs nothing. If the last of them is
-        refreshed, it gets the scale at which the interval of ``before``, which is to be applied to it next,
-        costs no level. A refresh gives all the levels that there are, or ``levels + then`` where it is known
-        that ``then`` more are used before the next refresh.
+        Values stay. If the last of them is refreshed, it gets the scale at which the interval of ``before``,
+        which is to be applied to it next, costs no level. A refresh gives all the levels that there are, or
+        ``levels + then`` where it is known that ``then`` more are used before the next refresh.
         """
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from cipherlm.engine import (
     Chebyshev,
     Ciphertext,
+    Held,
     LinearTransformation,
     Parameters,
     Plaintext,
+    Subring,
     threads,
 )
 from cipherlm.engine.linear import Storage
@@ -32,8 +34,14 @@ Float64 = NDArray[np.float64]
 A = TypeVar("A")
 B = TypeVar("B")
 
-Scaled = tuple[Ciphertext, float]
-"""A ciphertext, and the scale that a refresh is to bring it near."""
+
+class Scaled(NamedTuple):
+    """A real ciphertext, the scale that a refresh is to bring it near, and how often its slots repeat."""
+
+    ciphertext: Ciphertext
+    scale: float
+    copies: int = 1
+
 
 PLAIN_SHIFT, MAPPING_SHIFT = 8, 16
 """The bits by which a refresh divides: one number where scales stay near the default one, another before
@@ -212,15 +220,13 @@ class Arithmetic:
         low, high = polynomial.interval
         return self.parameters.scale * 2 / (high - low)
 
-    def refresh(
-        self, ciphertexts: Sequence[Ciphertext], scales: Sequence[float], level: int, shift: int = PLAIN_SHIFT
-    ) -> list[Ciphertext]:
+    def refresh(self, real: Sequence[Scaled], level: int, shift: int = PLAIN_SHIFT) -> list[Ciphertext]:
         """Return real ciphertexts at a level and near the given scales.
 
         Two travel as real and imaginary part of one. Raises ``ValueError`` for a scale that is too far below
         that of its ciphertext.
         """
-        return self.refresh_together(list(zip(ciphertexts, scales, strict=True)), [], level, shift)[0]
+        return self.refresh_together(real, [], level, shift)[0]
 
     def refresh_complex(self, ciphertexts: Sequence[Ciphertext], level: int) -> list[Ciphertext]:
         """Return ciphertexts of complex numbers at a level, each with its scale."""
@@ -234,50 +240,82 @@ class Arithmetic:
         Raises ``ValueError`` as :meth:`refresh` does.
         """
         evaluator = self.evaluator
-        # A pair is split into twice its real and twice its imaginary part.
-        copies = [1 if i == len(real) - 1 and i % 2 == 0 else 2 for i in range(len(real))]
-        factors = [
-            _factor(ciphertext.scale, scale / copy, shift)
-            for (ciphertext, scale), copy in zip(real, copies, strict=True)
-        ]
-        if factors and min(factors) < LEAST_FACTOR:
-            raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
-        # Declared scales do not matter on the way, but they must be equal to be added.
-        common = self.parameters.scale * 2**shift
-        scaled = [evaluator.drop_level(ciphertext, MASK_LEVEL) for ciphertext, _ in real]
-        for index, (ciphertext, factor) in enumerate(zip(scaled, factors, strict=True)):
-            evaluator.multiply(ciphertext, factor * 1j if index % 2 else factor, out=ciphertext)
-            evaluator.set_scale(ciphertext, common, out=ciphertext)
-        pairs = [scaled[i : i + 2] for i in range(0, len(scaled), 2)]
-        sent = [evaluator.add(*pair, out=pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
+        # Those that repeat as often are best together: what travels repeats as seldom as either.
+        order = sorted(range(len(real)), key=lambda index: real[index].copies)
+        pairs = [_Pair([(index, real[index]) for index in order[i : i + 2]]) for i in range(0, len(order), 2)]
+        sent = [pair.joined(evaluator, shift) for pair in pairs]
         for ciphertext in others:
             dropped = evaluator.drop_level(ciphertext, MASK_LEVEL)
             sent.append(evaluator.multiply(dropped, 2**shift, out=dropped))
-        fresh = self._exchange(sent, level, shift)
-        parts: list[Ciphertext] = []
-        for pair, result in zip(pairs, fresh[: len(pairs)], strict=True):
-            parts += evaluator.split(result) if len(pair) == 2 else [result]
-        return [
-            evaluator.set_scale(part, before.scale * factor / 2**shift * copy, out=part)
-            for part, (before, _), factor, copy in zip(parts, real, factors, copies, strict=True)
-        ], [
+        held = [*(pair.held for pair in pairs), *[[Subring()]] * len(others)]
+        fresh = iter(self._exchange(sent, held, level, shift))
+        parts: dict[int, Ciphertext] = {}
+        for pair in pairs:
+            parts.update(pair.apart(evaluator, [next(fresh) for _ in pair.held], shift))
+        wholes = [
             evaluator.set_scale(part, before.scale, out=part)
-            for part, before in zip(fresh[len(pairs) :], others, strict=True)
+            for part, before in zip(fresh, others, strict=True)
         ]
+        return [parts[index] for index in range(len(real))], wholes
 
     def refreshed_scales(self, ciphertext: Ciphertext, scale: float, shift: int) -> list[float]:
         """Return the scales near a given one that :meth:`refresh` brings to, alone and in a pair."""
-        before = ciphertext.scale
+        before: float = ciphertext.scale
         return [before * _factor(before, scale / copy, shift) / 2**shift * copy for copy in (1, 2)]
 
-    def _exchange(self, sent: list[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
+    def _exchange(self, sent: list[Ciphertext], held: list[Held], level: int, shift: int) -> list[Ciphertext]:
         assert self._refresher is not None  # or there were no ciphertexts to refresh
         self.refreshes += len(sent)
         fresh: list[Ciphertext] = []
         for first in range(0, len(sent), MOST_TOGETHER):
             self.round_trips += 1
-            fresh += self._refresher(sent[first : first + MOST_TOGETHER], level, shift)
+            some = slice(first, first + MOST_TOGETHER)
+            fresh += self._refresher(sent[some], held[some], level, shift)
         return fresh
+
+
+class _Pair:
+    """One or two real ciphertexts, with their numbers, that go to the client as one.
+
+    Two whose slots repeat as often come back as one, of complex numbers, and are split here into twice the
+    real and twice the imaginary part: that takes the fewest key switches. Others come back apart, since one
+    of them takes fewer bytes.
+    """
+
+    def __init__(self, items: Sequence[tuple[int, Scaled]]) -> None:
+        self._items = items
+        copies = [item.copies for _, item in items]
+        self._split = len(copies) == 2 and copies[0] == copies[1]
+        self.held: Held = [Subring(copies[0])] if self._split else [Subring(c, real=True) for c in copies]
+
+    def _factors(self, shift: int) -> list[int]:
+        """Return what the ciphertexts are multiplied by. Raises ``ValueError`` where that is too little."""
+        double = 2 if self._split else 1
+        factors = [_factor(item.ciphertext.scale, item.scale / double, shift) for _, item in self._items]
+        if min(factors) < LEAST_FACTOR:
+            raise ValueError("the range of a function is too wide: a refresh cannot give its scale")
+        return factors
+
+    def joined(self, evaluator: Evaluator, shift: int) -> Ciphertext:
+        """Return what is sent."""
+        scaled = []
+        for (_, item), factor, unit in zip(self._items, self._factors(shift), (1, 1j), strict=False):
+            dropped = evaluator.drop_level(item.ciphertext, MASK_LEVEL)
+            evaluator.multiply(dropped, factor * unit, out=dropped)
+            # Declared scales do not matter on the way, but they must be equal to be added.
+            scale = evaluator.parameters.scale * 2**shift
+            scaled.append(evaluator.set_scale(dropped, scale, out=dropped))
+        return scaled[0] if len(scaled) == 1 else evaluator.add(*scaled, out=scaled[0])
+
+    def apart(
+        self, evaluator: Evaluator, fresh: Sequence[Ciphertext], shift: int
+    ) -> Iterator[tuple[int, Ciphertext]]:
+        """Yield each number and what was refreshed of its ciphertext."""
+        parts = evaluator.split(fresh[0]) if self._split else fresh
+        double = 2 if self._split else 1
+        for (index, item), factor, part in zip(self._items, self._factors(shift), parts, strict=True):
+            scale = item.ciphertext.scale * factor / 2**shift * double
+            yield index, evaluator.set_scale(part, scale, out=part)
 
 
 def _factor(before: float, after: float, shift: int) -> int:

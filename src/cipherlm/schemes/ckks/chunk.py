@@ -101,7 +101,7 @@ class EncryptedChunk(EncryptedTensor):
             query = evaluator.drop_level(query, ATTENTION_LEVEL - 2)
             matrices = self._of_prefix(key.prefix_beside, "keys")
             scores += [row[0] for row in evaluator.transform_many([query], matrices)]
-        return self._with(scores, rotation=None)
+        return self._with(scores, rotation=None, copies=(1,))
 
     def exponents(self, factor: float, floor: float) -> EncryptedChunk:
         """See :class:`Tensor`."""
@@ -123,12 +123,13 @@ class EncryptedChunk(EncryptedTensor):
             total = evaluator.add(total, part)
         for sums in (layout.blocks_of_head, layout.distances):
             total = evaluator.inner_sum(total, *sums)
-        return self._with([total])
+        return self._with([total], copies=layout.copies(layout.distance_step))
 
     def mix(self, value: Context) -> tuple[EncryptedChunk, EncryptedChunk]:
         """See :class:`Tensor`."""
         self.ready(ATTENTION_LEVEL - MASK_LEVEL, then=0)
         evaluator, parameters = self._evaluator, self.arithmetic.parameters
+        layout = self.arithmetic.layout
         groups, blocks = value.together, self.chunk.blocks
         count = self.chunk.parts(self._before)
         sums: list[Ciphertext] = []
@@ -145,7 +146,7 @@ class EncryptedChunk(EncryptedTensor):
             for part, matrix in zip(self.parts[count:], matrices, strict=True):
                 product = evaluator.transform(evaluator.drop_level(part, level), matrix)
                 mixed = added(evaluator, mixed, evaluator.rescale(product))
-        return self._with([mixed], heads=True), self.total().real()
+        return self._with([mixed], heads=True, copies=layout.whole_copies), self.total().real()
 
     def _weighted(self, part: Ciphertext, groups: Sequence[Ciphertext]) -> list[Ciphertext]:
         """Return sums of values times weights that were rotated by 0, 1, ... features."""

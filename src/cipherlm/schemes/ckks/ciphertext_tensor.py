@@ -17,11 +17,13 @@ from cipherlm.engine import (
     Ciphertext,
 )
 from cipherlm.nn.tensor import Tensor, depth
-from cipherlm.schemes.ckks.arithmetic import MAPPING_SHIFT, PLAIN_SHIFT, Arithmetic
+from cipherlm.schemes.ckks.arithmetic import MAPPING_SHIFT, PLAIN_SHIFT, Arithmetic, Scaled
 from cipherlm.schemes.ckks.evaluator import Evaluator
 from cipherlm.schemes.ckks.refresh import MASK_LEVEL
 
 Float64 = NDArray[np.float64]
+A = TypeVar("A")
+B = TypeVar("B")
 C = TypeVar("C", bound="CiphertextTensor")
 
 
@@ -29,12 +31,14 @@ C = TypeVar("C", bound="CiphertextTensor")
 class CiphertextTensor(Tensor):
     """What tensors of ciphertexts have in common, whatever their packing.
 
-    Values are of the size of ``unit``: a refresh brings them to the default scale divided by that.
+    Values are of the size of ``unit``: a refresh brings them to the default scale divided by that. ``copies``
+    says how often the slots of each ciphertext repeat, or of all of them: a refresh sends that much less.
     """
 
     arithmetic: Arithmetic = field(repr=False)
     parts: tuple[Ciphertext, ...]
     unit: float = field(default=1.0, kw_only=True)
+    copies: tuple[int, ...] = field(default=(1,), kw_only=True)
 
     @property
     def level(self) -> int:
@@ -80,24 +84,32 @@ class CiphertextTensor(Tensor):
     def _with(self: C, parts: Iterable[Ciphertext], **changes: Any) -> C:
         return replace(self, parts=tuple(parts), **changes)
 
+    def _common_copies(self, *others: CiphertextTensor) -> tuple[int, ...]:
+        """Return how often the slots of what this and others are combined to repeat."""
+        copies = self.copies
+        for other in others:
+            copies = tuple(min(pair) for pair in zip(*broadcast(copies, other.copies), strict=True))
+        return copies
+
     def _one(self) -> Ciphertext:
         (part,) = self.parts
         return part
 
     def _paired(self: C, other: C) -> list[tuple[Ciphertext, Ciphertext]]:
-        count = max(len(self.parts), len(other.parts))
-        a, b = (x.parts * (count // len(x.parts)) for x in (self, other))
-        return list(zip(a, b, strict=True))
+        return list(zip(*broadcast(self.parts, other.parts), strict=True))
 
     def __add__(self: C, other: C | float) -> C:
         if not isinstance(other, CiphertextTensor):
             return self._with(self._evaluator.add(part, other) for part in self.parts)
-        return self._with(added(self._evaluator, a, b) for a, b in self._paired(other))
+        return self._with(
+            (added(self._evaluator, a, b) for a, b in self._paired(other)), copies=self._common_copies(other)
+        )
 
     def __mul__(self: C, other: C | float) -> C:
         evaluator = self._evaluator
         if isinstance(other, CiphertextTensor):
-            return self._with((evaluator.multiply(a, b) for a, b in self._paired(other)), unit=1.0)
+            products = (evaluator.multiply(a, b) for a, b in self._paired(other))
+            return self._with(products, unit=1.0, copies=self._common_copies(other))
         if other == round(other):
             return self._with(evaluator.multiply(part, round(other)) for part in self.parts)
         sign = 1 if other > 0 else -1
@@ -122,21 +134,18 @@ class CiphertextTensor(Tensor):
         together = levels <= self.most_levels
         least = MASK_LEVEL + (levels if together else 1)
         if self.level < least + 1:
-            # A refresh can bring a copy in that scale for nothing.
-            copy = self._with(self.parts)
-            scales = [self._refreshed_scale, lower]
-            self._refresh([self, copy], scales, None if together else least, shift=MAPPING_SHIFT)
-            scaled = list(copy.parts)
+            # A refresh brings that scale, and a product with an integer the usual one: neither takes a level.
+            factor = max(1, round(self._refreshed_scale / lower))
+            self._refresh([self], [lower], None if together else least, shift=MAPPING_SHIFT)
+            scaled = list(self.parts)
+            larger = [evaluator.multiply(part, factor) for part in scaled]
+            self.parts = tuple(evaluator.set_scale(part, part.scale * factor, out=part) for part in larger)
         else:
             parts = self.parts if together else [evaluator.drop_level(part, least + 1) for part in self.parts]
             scaled = [evaluator.adjust_scale(part, lower) for part in parts]
         total = evaluator.inner_sum(evaluator.dot(scaled, scaled), *self._features)
-        return self._with([evaluator.set_scale(total, total.scale * width / gain, out=total)], unit=1.0)
-
-    @property
-    def _along(self) -> Sequence[CiphertextTensor]:
-        """Tensors of one ciphertext that need a refresh, and join one in which a pair has room."""
-        return ()
+        evaluator.set_scale(total, total.scale * width / gain, out=total)
+        return self._with([total], unit=1.0, copies=self.arithmetic.layout.copies(self._features[0]))
 
     @property
     def _refreshed_scale(self) -> float:
@@ -160,10 +169,6 @@ class CiphertextTensor(Tensor):
         lacking = [tensor for tensor in tensors if tensor.level < needed[id(tensor)]]
         if not lacking:
             return
-        if sum(len(tensor.parts) for tensor in lacking) % 2:
-            # Two ciphertexts are refreshed as one: another comes along for nothing.
-            able = [t for t in tensors if t not in lacking and len(t.parts) == 1 and t.level < top]
-            lacking += sorted([*able, *self._along], key=lambda t: t.level)[:1]
         scales = [
             self.arithmetic.scale_before(before) if before and tensor is ahead else tensor._refreshed_scale
             for tensor in lacking
@@ -190,10 +195,13 @@ class CiphertextTensor(Tensor):
         shift: int,
     ) -> None:
         """Refresh tensors together, in place, to a level (the highest, if None) and near these scales."""
-        parts = [part for tensor in tensors for part in tensor.parts]
-        wanted = [scale for tensor, scale in zip(tensors, scales, strict=True) for _ in tensor.parts]
+        scaled = [
+            Scaled(part, scale, copies)
+            for tensor, scale in zip(tensors, scales, strict=True)
+            for part, copies in zip(*broadcast(tensor.parts, tensor.copies), strict=True)
+        ]
         top = self.arithmetic.parameters.max_level if level is None else level
-        fresh = iter(self.arithmetic.refresh(parts, wanted, top, shift))
+        fresh = iter(self.arithmetic.refresh(scaled, top, shift))
         for tensor in tensors:
             tensor.parts = tuple(next(fresh) for _ in tensor.parts)
 
@@ -211,6 +219,12 @@ class CiphertextTensor(Tensor):
         """Return how many levels the polynomial's interval takes at the present scale."""
         parameters = self.arithmetic.parameters
         return max(polynomial.levels(parameters, part.scale) for part in self.parts) - depth(polynomial)
+
+
+def broadcast(a: Sequence[A], b: Sequence[B]) -> tuple[Sequence[A], Sequence[B]]:
+    """Return both at the length of the longer one: one item stands for as many."""
+    count = max(len(a), len(b))
+    return [*a] * (count // len(a)), [*b] * (count // len(b))
 
 
 def added(evaluator: Evaluator, a: Ciphertext, b: Ciphertext) -> Ciphertext:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cipherlm.engine import Ciphertext, LinearTransformation
 from cipherlm.nn.tensor import Prefix
-from cipherlm.schemes.ckks.arithmetic import Arithmetic
+from cipherlm.schemes.ckks.arithmetic import PLAIN_SHIFT, Arithmetic, Scaled
 from cipherlm.schemes.ckks.ciphertext_tensor import added
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.evaluator import Evaluator
@@ -184,8 +184,12 @@ class Context:
                 group.apart, self._matrix_back(self.arithmetic.layout.tokens)
             )
 
-        query, pair, *pairs = self.arithmetic.refresh_complex(
-            [query, pending.pair, *map(form, self._missing)], ATTENTION_LEVEL + levels
+        copies = self.arithmetic.layout.whole_copies[0]
+        (query,), (pair, *pairs) = self.arithmetic.refresh_together(
+            [Scaled(query, query.scale, copies)],
+            [pending.pair, *map(form, self._missing)],
+            ATTENTION_LEVEL + levels,
+            PLAIN_SHIFT,
         )
         pairs = [finish(pair), *pairs]
         for group, pair in zip([pending, *(group for _, group in self._missing)], pairs, strict=True):

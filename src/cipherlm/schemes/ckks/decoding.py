@@ -79,7 +79,8 @@ class EncryptedToken(CiphertextTensor):
 
     def scaled(self, *columns: EncryptedToken) -> EncryptedToken:
         """See :class:`Tensor`: the products wait for what a linear layer makes of them."""
-        return self._with(self.parts, factors=tuple(column._one() for column in columns))
+        factors = tuple(column._one() for column in columns)
+        return self._with(self.parts, factors=factors, copies=self._common_copies(*columns))
 
     def __matmul__(self, linear: Linear) -> EncryptedToken:
         encoded = self.arithmetic.encodings.layer(linear)
@@ -95,7 +96,10 @@ class EncryptedToken(CiphertextTensor):
         matrix = encoded.matrix(("decoding", self.heads, copies), make)
         result = matrix.apply(self._evaluator, self._inputs_of(matrix))
         bias = encoded.bias(("decoding",), result, partial(self.layout.pack, linear.bias))
-        return self._with([self._evaluator.add(result, bias)], heads=False, unit=1.0, factors=())
+        repeat = self.arithmetic.layout.copies(matrix.shape.outputs)
+        return self._with(
+            [self._evaluator.add(result, bias)], heads=False, unit=1.0, factors=(), copies=repeat
+        )
 
     def _shape(self, linear: Linear) -> DecodingShape:
         inputs, outputs = map(self.layout.inner_period, linear.weight.shape)
@@ -116,10 +120,15 @@ class EncryptedToken(CiphertextTensor):
 
     def _shifted(self, matrix: DecodingMatrix) -> Ciphertext:
         evaluator, shape, start = self._evaluator, matrix.shape, self._one()
-        first = self._left < matrix.level + 1 and self._shifts_first(shape)
+        # After a refresh, which these cannot do without, there is a level for the shift. And before the shift
+        # all copies are the same, so that the refresh takes less.
+        first = self._left == matrix.level and self._shifts_first(shape)
         if first:
             start = matrix.shifted(evaluator, start, self.factors[0].level)
-        product = self._with([self._product(start)], factors=(), unit=1.0) if self.factors else self
+        product = self
+        if self.factors:
+            copies = (1,) if first else self.copies
+            product = self._with([self._product(start)], factors=(), unit=1.0, copies=copies)
         levels = matrix.level + (not first and shape.copies > 1)
         product.ready(levels - MASK_LEVEL, then=0)
         return product._one() if first else matrix.shifted(evaluator, product._one(), matrix.level)
@@ -178,7 +187,9 @@ class EncryptedToken(CiphertextTensor):
         for name, matrix in (("query", query), ("key and value", pair)):
             result = matrix.apply(evaluator, shifted)
             bias = encoded.bias((name,), result, partial(shift, name))
-            results.append(self._with([evaluator.add(result, bias)], heads=True, unit=1.0, factors=()))
+            parts = [evaluator.add(result, bias)]
+            copies = self.arithmetic.layout.copies(matrix.shape.outputs)
+            results.append(self._with(parts, heads=True, unit=1.0, factors=(), copies=copies))
         return results[0], results[1], results[1]
 
     def rotary(self, rotary: Rotary) -> EncryptedToken:
@@ -257,7 +268,8 @@ class EncryptedToken(CiphertextTensor):
         parts = [masked[i : i + layout.lower] for i in range(0, len(masked), layout.lower)]
         factor = math.sqrt(layout.prompt.head_dim)
         own = [self._real(self._gathered(part), factor) for part in parts]
-        return self._with([*self._prefix_scores(query, key.prefix_beside), *own], heads=False, rotation=None)
+        scores = [*self._prefix_scores(query, key.prefix_beside), *own]
+        return self._with(scores, heads=False, rotation=None, copies=(1,))
 
     def _prefix_scores(self, query: Ciphertext, prefix: Prefix | None) -> list[Ciphertext]:
         if prefix is None:
@@ -324,7 +336,7 @@ class EncryptedToken(CiphertextTensor):
             total = self._evaluator.add(total, part)
         for sums in (self.layout.tokens_of_group, self.layout.groups_of_part):
             total = self._evaluator.inner_sum(total, *sums)
-        return self._with([total])
+        return self._with([total], copies=self.arithmetic.layout.copies(self.layout.group_step))
 
     def squared_with(self, column: EncryptedToken, then: int | None = None) -> EncryptedToken:
         """See :class:`Tensor`."""
@@ -363,7 +375,9 @@ class EncryptedToken(CiphertextTensor):
                     weight = evaluator.inner_sum(weight, *sums)
                 total = evaluator.add(total, weight)
         mixed = evaluator.inner_sum(evaluator.rescale(mixed), *layout.tokens_of_group)
-        return self._with([self._imaginary(mixed)], heads=True), self._with([total], heads=True).real()
+        copies = self.arithmetic.layout.copies(layout.heads_period)
+        weighted = self._with([self._imaginary(mixed)], heads=True, copies=copies)
+        return weighted, self._with([total], heads=True, copies=copies).real()
 
     def _separate(self, count: int) -> tuple[list[Ciphertext], list[Ciphertext]]:
         """Return the weights of each part of a prefix, and those of groups at the place of the first.

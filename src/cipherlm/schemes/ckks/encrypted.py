@@ -42,8 +42,8 @@ class EncryptedTensor(CiphertextTensor):
     made so before they are next used: the place of a short clear prefix. The keys and values of a longer one
     are in ``prefix``, beside the ciphertexts; scores have more of these for it.
 
-    Keys are to be rotated by ``rotation``: the masks that place them do that on the way. With keys, and with
-    scores and weights after them, are the ``values`` that weights are going to meet.
+    Keys are to be rotated by ``rotation``: the masks that place them do that on the way. With keys are the
+    ``values`` of the same tokens, which are refreshed with them.
     """
 
     tokens: int
@@ -244,10 +244,7 @@ class EncryptedTensor(CiphertextTensor):
     def scores(self, key: Any) -> EncryptedTensor:
         """See :class:`Tensor`."""
         evaluator, layout = self._evaluator, self.arithmetic.layout
-        values = key.values
-        # An odd number of scores leaves room for the values in their refresh.
-        later = self.arithmetic.alone and (key.prefix is None or layout.prefix_parts % 2 == 0)
-        others = [] if values is None or later else [values]
+        others = [] if key.values is None else [key.values]
         # Beside other chunks, all that attention refreshes goes to the level of their queries.
         then = 0 if self.arithmetic.alone else ATTENTION_LEVEL + layout.rotary - _MASKED_LEVEL
         self.ready(_MASKED_LEVEL - MASK_LEVEL, key, *others, then=then)
@@ -266,15 +263,12 @@ class EncryptedTensor(CiphertextTensor):
         evaluator.rescale(total, out=total)
         total = evaluator.inner_sum(total, *layout.blocks_of_head)
         scores = [evaluator.set_scale(total, total.scale * math.sqrt(layout.head_dim))]
+        copies = layout.copies(layout.blocks_of_head[0])
         if key.prefix is not None:
             matrices = self._of_prefix(key.prefix, "keys")
             scores += [row[0] for row in evaluator.transform_many([query], matrices)]
-        return self._with(scores, rotation=None, values=values)
-
-    @property
-    def _along(self) -> Sequence[CiphertextTensor]:
-        """See :class:`CiphertextTensor`: the values."""
-        return () if self.values is None or self.values.level >= _MASKED_LEVEL else (self.values,)
+            copies += self.copies * len(matrices)
+        return self._with(scores, rotation=None, copies=copies)
 
     @property
     def _masks(self) -> list[list[Plaintext]]:
@@ -303,12 +297,11 @@ class EncryptedTensor(CiphertextTensor):
             for other in others[1:]:
                 before = evaluator.add(before, other)
             total = evaluator.add(total, evaluator.inner_sum(before, *layout.blocks_of_head))
-        return self._with([evaluator.inner_sum(total, *layout.distances)])
+        total = evaluator.inner_sum(total, *layout.distances)
+        return self._with([total], copies=layout.copies(layout.distance_step))
 
     def mix(self, value: Any) -> tuple[EncryptedTensor, EncryptedTensor]:
         """See :class:`Tensor`."""
-        if value.level < _MASKED_LEVEL:
-            self.ready(_MASKED_LEVEL - MASK_LEVEL, value, then=0)
         self.ready(ATTENTION_LEVEL - 2 - MASK_LEVEL, then=0)
         evaluator, layout = self._evaluator, self.arithmetic.layout
         weights, *others = (evaluator.drop_level(part, ATTENTION_LEVEL - 2) for part in self.parts)
@@ -323,12 +316,14 @@ class EncryptedTensor(CiphertextTensor):
             for part, matrix in zip(others, matrices, strict=True):
                 evaluator.add(mixed, evaluator.transform(part, matrix), out=mixed)
         evaluator.rescale(mixed, out=mixed)
-        return self._with([mixed], heads=True, values=None), self.total().real()
+        return self._with([mixed], heads=True, copies=value.copies), self.total().real()
 
 
 def encrypted(
     arithmetic: Arithmetic, ciphertexts: Iterable[Ciphertext], tokens: int, start: int = 0
 ) -> EncryptedTensor:
     """Return hidden states that a client encrypted, behind a public prefix."""
-    position = arithmetic.layout.prefix
-    return EncryptedTensor(arithmetic, tuple(ciphertexts), tokens, start, position=position)
+    layout, parts = arithmetic.layout, tuple(ciphertexts)
+    return EncryptedTensor(
+        arithmetic, parts, tokens, start, position=layout.prefix, copies=layout.whole_copies
+    )

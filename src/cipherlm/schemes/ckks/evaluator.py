@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from cipherlm.engine import (
     Chebyshev,
     Ciphertext,
+    Held,
     LinearTransformation,
     Parameters,
     Plaintext,
@@ -95,6 +96,7 @@ class Evaluator(Protocol):
         level: int = 1,
         to_level: int | None = None,
         shift: int = 0,
+        held: Sequence[Held] | None = None,
     ) -> tuple[RefreshRequest, RefreshMask]:
         """Return a request to refresh, and what takes the masks off again."""
 

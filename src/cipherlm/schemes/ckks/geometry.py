@@ -12,7 +12,7 @@ from typing import Any
 from cipherlm.engine import Parameters
 from cipherlm.schemes.ckks.layout import Layout
 
-VERSION = 6
+VERSION = 7
 """Of what follows from a geometry: the packings, and in which order ciphertexts are computed."""
 
 

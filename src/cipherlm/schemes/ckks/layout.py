@@ -38,6 +38,10 @@ ATTENTION_LEVEL = 4
 LINEAR_LEVEL = 2
 """Where other linear layers are applied."""
 
+MOST_REPETITIONS = 8
+"""How many repetitions of its slots a refresh of a ciphertext knows of, at most: each power of two takes a
+rotation, and saves half as much as the one before."""
+
 MOST_SCORES = 16
 """In how many ciphertexts the scores of one token may be."""
 
@@ -180,7 +184,17 @@ class Layout:
         need(ATTENTION_LEVEL - 3, *inner_sum_rotations(*self.blocks_of_head))
         need(max_level - 1, *inner_sum_rotations(*self.features))
         need(max_level, *inner_sum_rotations(*self.distances))
+        need(max_level, *(self.slots // 2**k for k in range(1, MOST_REPETITIONS.bit_length())))
         return levels
+
+    def copies(self, period: int) -> tuple[int, ...]:
+        """Return how often slots that repeat after so many do so, as far as a refresh makes use of it."""
+        return (min(MOST_REPETITIONS, self.slots // period),)
+
+    @property
+    def whole_copies(self) -> tuple[int, ...]:
+        """How often the features of all tokens are there."""
+        return self.copies(self.period * self.tokens)
 
     @property
     def distances(self) -> tuple[int, int]:

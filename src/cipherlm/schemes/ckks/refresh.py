@@ -7,6 +7,7 @@ from typing import Protocol
 
 from cipherlm.engine import (
     Ciphertext,
+    Held,
     PublicKey,
     RefreshReply,
     RefreshRequest,
@@ -20,10 +21,12 @@ MASK_LEVEL = 1
 
 
 class Refresher(Protocol):
-    """Brings ciphertexts to a higher level. Their scale is divided by ``2^shift``; the values stay."""
+    """Brings what ciphertexts hold to a higher level. Scales are divided by ``2^shift``; the values stay."""
 
-    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        """Return the ciphertexts at ``level``."""
+    def __call__(
+        self, ciphertexts: Sequence[Ciphertext], held: Sequence[Held], level: int, shift: int
+    ) -> list[Ciphertext]:
+        """Return ciphertexts at ``level``, one for each vector that is held."""
 
 
 class MaskedRefresh:
@@ -41,10 +44,20 @@ class MaskedRefresh:
     ) -> None:
         self._evaluator, self._public_key, self._exchange = evaluator, public_key, exchange
 
-    def __call__(self, ciphertexts: Sequence[Ciphertext], level: int, shift: int) -> list[Ciphertext]:
-        """Return the ciphertexts at ``level``. Raises ``Refused`` for a reply to another request."""
+    def __call__(
+        self, ciphertexts: Sequence[Ciphertext], held: Sequence[Held], level: int, shift: int
+    ) -> list[Ciphertext]:
+        """Return ciphertexts at ``level``, one for each vector that is held.
+
+        Raises ``Refused`` for a reply to another request.
+        """
         request, mask = self._evaluator.mask(
-            ciphertexts, self._public_key, level=MASK_LEVEL, to_level=level, shift=shift
+            ciphertexts,
+            self._public_key,
+            level=MASK_LEVEL,
+            to_level=level,
+            shift=shift,
+            held=held,
         )
         reply = self._exchange(request)
         try:

@@ -233,11 +233,16 @@ class Session:
     def _chunk(self, ciphertext: Ciphertext, start: int, count: int) -> Chunk:
         """Return what makes a tensor of a chunk."""
         geometry = self._server.geometry
+        layout = geometry.layout
         if start == geometry.prefix:
             return lambda arithmetic: encrypted(arithmetic, [ciphertext], count, geometry.start)
         if geometry.is_alone(start, count):
-            return lambda arithmetic: EncryptedToken(arithmetic, (ciphertext,), start)
-        return lambda arithmetic: EncryptedChunk(arithmetic, (ciphertext,), count, position=start)
+            copies = layout.copies(layout.period)
+            return lambda arithmetic: EncryptedToken(arithmetic, (ciphertext,), start, copies=copies)
+        copies = layout.whole_copies
+        return lambda arithmetic: EncryptedChunk(
+            arithmetic, (ciphertext,), count, position=start, copies=copies
+        )
 
     def caches(self, name: str) -> list[Cache]:
         """Return the keys and values of the text that a module has read."""

@@ -274,14 +274,14 @@ class _Beside(Arithmetic):
         def answer(calls: Sequence[_Call]) -> None:
             every = [item for call in calls for item in call.inputs]
             parts, wholes = self._whole.refresh_together(
-                [item for item in every if isinstance(item, tuple)],
-                [item for item in every if not isinstance(item, tuple)],
+                [item for item in every if isinstance(item, Scaled)],
+                [item for item in every if not isinstance(item, Scaled)],
                 level,
                 shift,
             )
             rest = iter(parts), iter(wholes)
             for call in calls:
-                call.outputs = [next(rest[0 if isinstance(item, tuple) else 1]) for item in call.inputs]
+                call.outputs = [next(rest[0 if isinstance(item, Scaled) else 1]) for item in call.inputs]
 
         fresh = self._ask((_REFRESH, level, shift), [*real, *others], answer)
         return fresh[: len(real)], fresh[len(real) :]
