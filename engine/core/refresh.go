@@ -203,13 +203,12 @@ func (m *RefreshMask) lift(drawn []ring.Poly, held []Held, level int, shift uint
 // lift returns the polynomial, in NTT form at level to, of coefficients of the subring modulo
 // Q = q[0]...q[level], divided by 2^shift and by what a refresh multiplies them with.
 func (s Subring) lift(p *Parameters, coefficients ring.Poly, level, to int, shift uint) (ring.Poly, error) {
-	rings := p.RingQ().SubRings[:to+1]
-	lifted := newPoly(rings, p.N())
+	lifted := ring.NewPoly(p.N(), to)
 	compact := lifted
 	if s != (Subring{}) {
-		compact = newPoly(rings, s.size(p))
+		compact = ring.NewPoly(s.size(p), to)
 	}
-	if err := newCentred(p.RingQ(), level, to, shift+s.lost()).convert(coefficients, compact); err != nil {
+	if err := newCentred(p.RingQ(), level, to, shift+s.growth()).convert(coefficients, compact); err != nil {
 		return lifted, err
 	}
 	return lifted, p.each(lifted, func(limb int, residues []uint64) {

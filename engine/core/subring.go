@@ -11,10 +11,9 @@ import (
 // are. A vector that repeats as a whole, Copies times, is a polynomial in X^Copies, which
 // rotations by its period leave alone; a vector of real numbers is left alone by conjugation.
 //
-// Such a message is known from one coefficient, or one residue in NTT form, of as many as
-// there are automorphisms: no more of the first component of a ciphertext has to be sent.
-// The other coefficients may then be anything: the sum over all automorphisms, the trace, makes
-// them right (Chen, Dai, Kim and Song, "Efficient Homomorphic Conversion Between (Ring) LWE
+// With n automorphisms, one of n coefficients tells such a message, or one of n residues in NTT
+// form: of a ciphertext's first component no more has to be sent. The other coefficients may
+// then be anything: the sum over all automorphisms, the trace, makes them right (Chen, Dai, Kim and Song, "Efficient Homomorphic Conversion Between (Ring) LWE
 // Ciphertexts", ACNS 2021, Algorithm 1). What is sent follows from a whole ciphertext, so that
 // it tells nothing more.
 type Subring struct {
@@ -62,9 +61,9 @@ func (s Subring) check(p *Parameters) error {
 	return nil
 }
 
-// lost is by what power of two a message becomes larger on the way of a refresh: a real one
-// is doubled by the sum with its conjugate, which the server sends, and any by the trace.
-func (s Subring) lost() uint {
+// growth is the power of two that a refresh multiplies a message by: the trace as many times as
+// there are automorphisms, and before it a sum with the conjugate, of a real message, twice.
+func (s Subring) growth() uint {
 	if s.Real {
 		return uint(s.logOrder()) + 1
 	}
@@ -73,14 +72,14 @@ func (s Subring) lost() uint {
 
 // checkShift checks that a refresh can divide by 2^shift and by what it multiplies with.
 func (s Subring) checkShift(shift uint) error {
-	if shift+s.lost() > maxShift {
-		return failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift+s.lost())
+	if shift+s.growth() > maxShift {
+		return failure(Invalid, "a refresh divides by 2^0 to 2^%d, not 2^%d", maxShift, shift+s.growth())
 	}
 	return nil
 }
 
-// project returns coefficients, modulo a prime, of what the subring knows of a polynomial: of
-// a real message twice of it, without what noise is imaginary.
+// project returns the coefficients, modulo a prime, that tell a message of the subring: twice
+// those of a real one, without the part of the noise that is imaginary.
 func (s Subring) project(coefficients []uint64, prime uint64) []uint64 {
 	n := len(coefficients)
 	if s == (Subring{}) {

@@ -45,7 +45,7 @@ func TestATraceIsASumOfAutomorphisms(t *testing.T) {
 		}
 		embedded := r.NewPoly()
 		s.embed(s.project(coefficients.Coeffs[0], prime), prime, embedded.Coeffs[0])
-		factor := uint64(1) << (uint(s.logOrder()) - s.lost() + uint(s.logOrder())) // of project, to the trace
+		factor := uint64(1) << (uint(s.logOrder()) - s.growth() + uint(s.logOrder())) // of project, to the trace
 		r.MulScalar(embedded, factor, embedded)
 		r.INTT(sum, sum)
 		if !slices.Equal(embedded.Coeffs[0], sum.Coeffs[0]) {
@@ -172,10 +172,9 @@ func TestCompactRepliesHaveTheirErrors(t *testing.T) {
 	for _, s := range append([]Subring{{}}, subrings...) {
 		const count = 8
 		request := &RefreshRequest{Params: p, Key: a.sk.ID, Level: 1, To: 2, Shift: 8}
-		rings := p.RingQ().SubRings[:2]
 		for range count {
 			request.Held = append(request.Held, Held{s})
-			request.Masked = append(request.Masked, [2]ring.Poly{newPoly(rings, s.size(p)), newPoly(rings, p.N())})
+			request.Masked = append(request.Masked, [2]ring.Poly{ring.NewPoly(s.size(p), 1), ring.NewPoly(p.N(), 1)})
 		}
 		var errors []float64
 		for _, fresh := range must(a.sk.Refresh(request)).Fresh {

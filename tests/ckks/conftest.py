@@ -15,7 +15,7 @@ from cipherlm.schemes.ckks.encrypted import EncryptedTensor, encrypted
 from cipherlm.schemes.ckks.layout import Layout
 from cipherlm.schemes.ckks.refresh import MaskedRefresh
 
-from .parties import decrypt, encrypt, evaluation_keys
+from .parties import Keys, decrypt, encrypt, evaluation_keys
 
 
 @dataclass
@@ -104,6 +104,11 @@ class Parties:
     def decrypt_heads(self, tensor) -> np.ndarray:
         (part,) = tensor.parts
         return self.layout.unpack_heads(self.secret_key.decrypt(part).real, tensor.tokens, tensor.start)
+
+
+@pytest.fixture(scope="module")
+def keys() -> Keys:
+    return Keys()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from cipherlm.engine import Ciphertext, EvaluationKeys, Held, SecretKey
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
+from cipherlm.schemes.ckks.session import Client
 
 Float64 = NDArray[np.float64]
 
@@ -58,3 +59,26 @@ class InProcessRefresh:
             scale = ciphertext.scale / 2**shift
             fresh += [self._secret_key.encrypt(part, level, scale) for part in parts]
         return fresh
+
+
+class Keys:
+    """One secret key, and evaluation keys that serve all layouts with the same rotations."""
+
+    def __init__(self) -> None:
+        self.secret_key: SecretKey | None = None
+        self.kept: dict[tuple[tuple[int, int], ...], object] = {}
+
+    def client(self, geometry):
+        keys = self
+        if keys.secret_key is None:
+            keys.secret_key = SecretKey.generate(geometry.parameters)
+
+        class KeptClient(Client):
+            def evaluation_keys(self):
+                rotations = geometry.layout.rotations(geometry.parameters.max_level)
+                about = tuple(sorted(rotations.items()))
+                if about not in keys.kept:
+                    keys.kept[about] = super().evaluation_keys()
+                return keys.kept[about]
+
+        return KeptClient(keys.secret_key, geometry)

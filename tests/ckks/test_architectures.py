@@ -19,14 +19,13 @@ from transformers import (
 )
 
 from cipherlm import EncryptionConfig
-from cipherlm.engine import SecretKey
 from cipherlm.models.architecture import MODULES, architecture_of
 from cipherlm.models.geometry import geometry_of
 from cipherlm.nn.blocks import calibrated
 from cipherlm.nn.clear import ClearTensor
 from cipherlm.nn.rotary import Rotary
 from cipherlm.schemes.ckks.geometry import Geometry
-from cipherlm.schemes.ckks.session import Client, Hosted, InProcess, Server
+from cipherlm.schemes.ckks.session import Hosted, InProcess, Server
 
 from .models import Clear, behind
 
@@ -178,34 +177,6 @@ def test_names_of_what_can_be_remote():
 
 
 # On ciphertexts
-
-
-class Keys:
-    """One secret key, and evaluation keys that serve all layouts with the same rotations."""
-
-    def __init__(self) -> None:
-        self.secret_key: SecretKey | None = None
-        self.kept: dict[tuple[tuple[int, int], ...], object] = {}
-
-    def client(self, geometry):
-        keys = self
-        if keys.secret_key is None:
-            keys.secret_key = SecretKey.generate(geometry.parameters)
-
-        class KeptClient(Client):
-            def evaluation_keys(self):
-                rotations = geometry.layout.rotations(geometry.parameters.max_level)
-                about = tuple(sorted(rotations.items()))
-                if about not in keys.kept:
-                    keys.kept[about] = super().evaluation_keys()
-                return keys.kept[about]
-
-        return KeptClient(keys.secret_key, geometry)
-
-
-@pytest.fixture(scope="module")
-def keys() -> Keys:
-    return Keys()
 
 
 def evaluated(keys, name, prefix, tokens, count, *, release_keys=False):

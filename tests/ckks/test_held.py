@@ -9,7 +9,7 @@ from cipherlm.engine import Subring
 from cipherlm.schemes.ckks import layout
 from cipherlm.schemes.ckks.session import InProcess, Server
 
-from .test_side_by_side import hosted, keys  # noqa: F401
+from .test_side_by_side import hosted
 
 BOUND = 1e-3
 """Of what slots that are to be equal differ, and of imaginary parts, in parts of the greatest slot."""
@@ -23,7 +23,7 @@ BOUND = 1e-3
         pytest.param("llama", 11, marks=pytest.mark.slow),
     ],
 )
-def test_slots_are_as_they_are_said_to_be(keys, name, prefix, monkeypatch):  # noqa: F811
+def test_slots_are_as_they_are_said_to_be(keys, name, prefix, monkeypatch):
     """Of a first chunk and a later one, alone and side by side, of tokens, and of a chunk behind tokens."""
     module, geometry, before, _ = hosted(name, prefix)
     client = keys.client(geometry)

@@ -19,12 +19,7 @@ from cipherlm.schemes.ckks.session import MOST_CHUNKS, Client, Hosted, InProcess
 from cipherlm.schemes.ckks.side_by_side import Meeting
 
 from .models import Clear
-from .test_architectures import CONTEXT, Keys, largest, model, text
-
-
-@pytest.fixture(scope="module")
-def keys() -> Keys:
-    return Keys()
+from .test_architectures import CONTEXT, largest, model, text
 
 
 def hosted(name, prefix):

@@ -193,7 +193,7 @@ class Layout:
 
     @property
     def whole_copies(self) -> tuple[int, ...]:
-        """How often the features of all tokens are there."""
+        """How often hidden states, or heads, of all tokens repeat in the slots."""
         return self.copies(self.period * self.tokens)
 
     @property

@@ -232,8 +232,7 @@ class Session:
 
     def _chunk(self, ciphertext: Ciphertext, start: int, count: int) -> Chunk:
         """Return what makes a tensor of a chunk."""
-        geometry = self._server.geometry
-        layout = geometry.layout
+        geometry, layout = self._server.geometry, self._server.geometry.layout
         if start == geometry.prefix:
             return lambda arithmetic: encrypted(arithmetic, [ciphertext], count, geometry.start)
         if geometry.is_alone(start, count):
