@@ -98,6 +98,7 @@ def test_bench_reads_weights(tmp_path, capsys, monkeypatch):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inspect_then_generate_share_a_circuit(capsys):
     chosen = ("--block", "1", "--heads", "3", "--n-bits", "2", "--tokens", "2")
     first = run_json(capsys, "inspect", *chosen)

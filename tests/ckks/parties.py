@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cipherlm.engine import Ciphertext, EvaluationKeys, Held, SecretKey
+from cipherlm.engine import Ciphertext, EvaluationKeys, Held, SecretKey, Subring
 from cipherlm.schemes.ckks.encrypted import EncryptedTensor
 from cipherlm.schemes.ckks.layout import ATTENTION_LEVEL, Layout
 from cipherlm.schemes.ckks.session import Client
@@ -82,3 +82,34 @@ class Keys:
                 return keys.kept[about]
 
         return KeptClient(keys.secret_key, geometry)
+
+
+BOUND = 1e-3
+"""Of what slots that are to be equal differ, and of imaginary parts, in parts of the greatest slot."""
+
+
+class Checking:
+    """A refresher that first holds what is said of slots against them, with the secret key.
+
+    ``found`` is what was said. No more than ``most`` repetitions go to the client.
+    """
+
+    def __init__(self, refresher, secret_key: SecretKey, most: int) -> None:
+        self._refresher, self._secret_key, self._most = refresher, secret_key, most
+        self.found: list[Subring] = []
+
+    def __call__(
+        self, ciphertexts: Sequence[Ciphertext], held: Sequence[Held], level: int, shift: int
+    ) -> list[Ciphertext]:
+        for ciphertext, subrings in zip(ciphertexts, held, strict=True):
+            slots = self._secret_key.decrypt(ciphertext)
+            greatest = np.abs(slots).max()
+            if len(subrings) == 1 and subrings[0].real:
+                assert np.abs(slots.imag).max() < BOUND * greatest
+            parts = [slots] if len(subrings) == 1 else [slots.real, slots.imag]
+            for part, subring in zip(parts, subrings, strict=True):
+                copies = part.reshape(subring.copies, -1)
+                assert np.abs(copies - copies[0]).max() < BOUND * greatest
+                self.found.append(subring)
+        known = [[Subring(min(self._most, copies), real) for copies, real in some] for some in held]
+        return self._refresher(ciphertexts, known, level, shift)

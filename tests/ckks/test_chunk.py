@@ -221,7 +221,7 @@ def test_scores_and_sums_of_a_chunk(turning, rotary, prefix_tokens, passes, coun
     assert largest(parties.decrypt_heads(total), sums) < 4e-6 * scale
 
 
-@pytest.mark.parametrize("prefix_tokens", [0, 1])
+@pytest.mark.parametrize("prefix_tokens", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_block_after_block_of_chunks(small, prefix_tokens):
     """A prompt in chunks, drafts of which a part is kept, and tokens one by one: as if all at once."""
     width = small.layout.width

@@ -53,7 +53,8 @@ LLAMA = {
 
 
 @pytest.mark.parametrize(
-    ("model_type", "config", "ranges", "prefix"), [("gpt2", GPT2, RANDOM, 0), ("llama", LLAMA, TYPICAL, 3)]
+    ("model_type", "config", "ranges", "prefix"),
+    [("gpt2", GPT2, RANDOM, 0), pytest.param("llama", LLAMA, TYPICAL, 3, marks=pytest.mark.slow)],
 )
 def test_counts_are_those_of_a_real_evaluation(model_type, config, ranges, prefix):
     """Two tokens side by side, two more, and two alone; with llama, rotary positions and a prefix apart."""

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from cipherlm.cli.counting import CountingSession, Sizes
 from cipherlm.errors import Refused
 from cipherlm.nn.blocks import calibrated
+from cipherlm.schemes.ckks import layout
 from cipherlm.schemes.ckks.arithmetic import MOST_TOGETHER, Arithmetic, Scaled
 from cipherlm.schemes.ckks.geometry import Geometry
 from cipherlm.schemes.ckks.session import MOST_CHUNKS, Client, Hosted, InProcess, Server
 from cipherlm.schemes.ckks.side_by_side import Meeting
 
 from .models import Clear
+from .parties import Checking
 from .test_architectures import CONTEXT, largest, model, text
 
 
@@ -85,14 +87,25 @@ def test_passes(prefix, before, count, most):
         ),
     ],
 )
-def test_a_long_text(keys, name, prefix, passes, bound):
-    """Several chunks in a prompt, behind tokens and drafts, and from where a text is taken back."""
+def test_a_long_text(keys, name, prefix, passes, bound, monkeypatch):
+    """Several chunks in a prompt, behind tokens and drafts, and from where a text is taken back.
+
+    Slots repeat as often as tensors say, and are real where they say so.
+    """
     module, geometry, before, after = hosted(name, prefix)
-    process = InProcess(Server({"all": module}, geometry), keys.client(geometry))
+    client = keys.client(geometry)
+    process = InProcess(Server({"all": module}, geometry), client)
+    arithmetic, most = process.session.arithmetic, layout.MOST_REPETITIONS
+    arithmetic._refresher = checking = Checking(arithmetic._refresher, client.secret_key, most)
+    # More than a refresh makes use of, so that whatever is said is looked at.
+    monkeypatch.setattr(layout, "MOST_REPETITIONS", geometry.parameters.slots)
     for start, count in passes:
         first, end = prefix + start, prefix + start + count
         got = process.evaluate("all", before[first:end], first)
         assert largest(got, after[first:end]) < bound, (start, count)
+    assert {subring.real for subring in checking.found} == {False, True}
+    assert min(subring.copies for subring in checking.found) == 1
+    assert max(subring.copies for subring in checking.found) > most
     process.session.close()
 
 

@@ -41,6 +41,7 @@ def circuit(attention, tmp_path_factory):
     return compiled
 
 
+@pytest.mark.slow  # test_parties.py has a circuit on ciphertexts among the fast ones
 def test_ciphertexts_give_the_clear_result_up_to_the_noise_of_rounding(circuit, attention, small_layer):
     """Bounds: they differ by less than a third, and the error against float less than doubles.
 
