@@ -33,6 +33,18 @@ class Tab:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.faults.append(message.text)
 
+    def press(self, selector: str) -> None:
+        """Press a button that a pointer can reach.
+
+        Playwright's own click waits until a button stands still from one frame to the next, and a browser
+        without a screen sometimes stops drawing frames.
+        """
+        button = self.page.locator(selector)
+        expect(button).to_be_visible(timeout=LONG)
+        expect(button).to_be_enabled(timeout=LONG)
+        assert button.evaluate(_REACHED), f"something covers {selector}"
+        button.dispatch_event("click")
+
     def reload(self) -> None:
         self.page.reload()
 
@@ -41,15 +53,15 @@ class Tab:
         if server is not None:
             self.page.select_option("#choice", server)
         if token:
-            self.page.click("#connect summary")
+            self.press("#connect summary")
             self.page.fill("#token", token)
-        self.page.click("#connect-form button")
+        self.press("#connect-form button")
 
     def make_keys(self, passphrase: str = "") -> None:
         """Make keys, and wait for the conversation that can begin then."""
         self.page.wait_for_selector("#keys-form", state="visible")
         self.page.fill("#passphrase", passphrase)
-        self.page.click("#keys-button")
+        self.press("#keys-button")
 
     def ready(self) -> None:
         """Wait until one can write."""
@@ -58,7 +70,7 @@ class Tab:
     def ask(self, text: str, tokens: int) -> None:
         self.page.fill("#text", text)
         self.page.fill("#most", str(tokens))
-        self.page.click("#send")
+        self.press("#send")
         expect(self.page.locator("#stop")).to_be_visible()
 
     def finished(self) -> None:
@@ -108,6 +120,12 @@ class Tab:
             + "const keys = await all(store.getAllKeys()); await all(store.delete(keys[5])); })()"
         )
 
+
+_REACHED = """(button) => {
+  button.scrollIntoView({ block: "nearest" });
+  const { x, y, width, height } = button.getBoundingClientRect();
+  return button.contains(document.elementFromPoint(x + width / 2, y + height / 2));
+}"""
 
 _DATABASE = """(async () => {
   const all = (request) => new Promise((resolve, reject) => {

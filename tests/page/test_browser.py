@@ -125,7 +125,7 @@ def test_hides_where_nobody_reads_any_more(
     tab.connect()
     tab.ready()
     tab.ask(PROMPT, NEW)
-    tab.page.click("#stop")
+    tab.press("#stop")
     tab.finished()
     assert tab.answer() == "(nothing)"
     assert tab.evaluations() == 1 + (PROMPT_TOKENS - 3) + NEW - 1 + (-(PROMPT_TOKENS + NEW - 1) % 4)
@@ -136,8 +136,8 @@ def test_breaks_off(server: small.Process, profile: BrowserContext, open_tab: Op
     tab.connect()
     tab.ready()
     tab.ask(PROMPT, NEW)
-    tab.page.click("#stop")
-    tab.page.click("#stop")
+    tab.press("#stop")
+    tab.press("#stop")
     tab.finished()
     assert tab.evaluations() < 3
     tab.ask(PROMPT, NEW)
@@ -180,7 +180,7 @@ def damaged_keys(tab: Tab) -> None:
     tab.reload()
     tab.connect()
     assert "the keys in this browser are damaged: delete them and make new ones" in tab.error().lower()
-    tab.page.click("#delete-button")
+    tab.press("#delete-button")
     expect(tab.page.locator("#keys-button")).to_have_text("Make keys")
 
 
@@ -221,7 +221,7 @@ def test_a_token_opens_the_server(tmp_path: Path, built_page: Path, open_tab: Op
         tab.connect(token="another")
         assert "the server wants a token" in tab.error().lower()
         tab.page.fill("#token", "a~token's-own/+characters")
-        tab.page.click("#connect-form button")
+        tab.press("#connect-form button")
         tab.make_keys()
         tab.ready()
         tab.ask(PROMPT, 1)
@@ -340,7 +340,7 @@ def test_screen_readers_find_their_way(
     tab.ready()
     tab.ask(PROMPT, 1)
     tab.finished()
-    tab.page.click("#connect summary")
+    tab.press("#connect summary")
     assert tab.page.evaluate(problems) == []
     tab.page.emulate_media(color_scheme="dark")
     assert tab.page.evaluate(problems) == []

@@ -89,5 +89,5 @@ def test_a_conversation(server: small.Process, open_tab: Callable[..., Tab]) -> 
         answer = reply(messages, NEW)
         assert tab.answer() == answer
         messages.append({"role": "assistant", "content": answer})
-    tab.page.click("#clear")
+    tab.press("#clear")
     assert tab.page.locator("#log .said").count() == 0
