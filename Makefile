@@ -23,7 +23,8 @@ LOCK := requirements.lock
 EXTRAS := tfhe plot serve ray gguf train smollm2 dev
 SOURCES := pyproject.toml setup.py $(LOCK) $(wildcard engine/build_backend.py) \
 	$(shell find engine \( -name '*.go' -o -name 'go.*' \) ! -name '*_test.go' 2>/dev/null)
-PIP := -m pip --disable-pip-version-check install --quiet
+# Bytecode is compiled when it is first imported: most of what packages bring never is.
+PIP := -m pip --disable-pip-version-check install --quiet --no-compile
 # The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
 BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 

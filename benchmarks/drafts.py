@@ -79,9 +79,9 @@ def main() -> int:
         "--worthwhile", type=float, nargs="+", help="tokens that a head has to expect, or it proposes none"
     )
     parser.add_argument("--mode", choices=("disable", "simulate"), default="disable")
-    parser.add_argument("--one-seconds", type=float, default=17.1, help="what a pass of one token takes")
+    parser.add_argument("--one-seconds", type=float, default=17.6, help="what a pass of one token takes")
     parser.add_argument(
-        "--several-seconds", type=float, default=29.4, help="what one of several tokens takes"
+        "--several-seconds", type=float, default=28.2, help="what one of several tokens takes"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

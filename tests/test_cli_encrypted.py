@@ -59,6 +59,7 @@ def test_bench_measures_a_real_run(capsys):
     assert figures["mean_abs_difference"] <= 2 * figures["mean_abs_error"]
 
 
+@pytest.mark.slow
 def test_bench_reads_weights(tmp_path, capsys, monkeypatch):
     # The yardstick has its own keys, which take longer than all else here.
     monkeypatch.setattr("cipherlm.cli.bench_attention.measure_pbs", lambda: 0.01)

@@ -56,7 +56,7 @@ def prompt(kind, tokens=PROMPT):
     return model(kind).with_prefix(ids)
 
 
-@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_long_prompt_goes_in_chunks(kind):
     encrypted, ids, cache = model(kind), prompt(kind), DynamicCache()
     with torch.no_grad():
@@ -212,13 +212,14 @@ def test_drafts_on_ciphertexts():
     assert 2 <= drafted("gpt2", "execute", 10, 8, assistant_model=assistant("gpt2", 0.04)) <= 5
 
 
-def test_a_cache_that_was_cut_back():
+@pytest.mark.parametrize("cuts", [CUTS[:4], pytest.param(CUTS[4:], marks=pytest.mark.slow)])
+def test_a_cache_that_was_cut_back(cuts):
     """The server goes on from there, whatever it has more."""
     encrypted, ids, cache = model("gpt2"), prompt("gpt2", 24), DynamicCache()
     with torch.no_grad():
         want = clear_model("gpt2")(ids).logits
         encrypted(ids[:, :15], past_key_values=cache)
-        for cut, end in CUTS:
+        for cut, end in cuts:
             cache.crop(cut - cache.get_seq_length())
             trips = encrypted.placement.traffic.refreshes
             got = encrypted(ids[:, cut:end], past_key_values=cache).logits

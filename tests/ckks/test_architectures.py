@@ -217,7 +217,7 @@ def evaluated(keys, name, prefix, tokens, count, *, release_keys=False):
 @pytest.mark.parametrize(
     ("name", "prefix", "tokens", "count", "bound"),
     [
-        ("llama", 0, 4, 6, 2e-3),  # a prompt, and two tokens behind it
+        pytest.param("llama", 0, 4, 6, 2e-3, marks=pytest.mark.slow),  # a prompt, and two tokens behind it
         ("llama", 1, 4, 5, 2e-3),
         ("llama", 5, 4, 6, 2e-3),  # a prefix longer than what stands side by side
         ("llama3 scaling", 17, 4, 5, 2e-3),  # and one whose scores need two ciphertexts
@@ -225,7 +225,7 @@ def evaluated(keys, name, prefix, tokens, count, *, release_keys=False):
         ("mistral", 11, 4, 5, 2e-3),
         ("untied", 5, 4, 5, 4e-3),
         ("seven heads", 5, 8, 4, 2e-3),
-        ("seven heads", 11, 8, 9, 2e-3),
+        pytest.param("seven heads", 11, 8, 9, 2e-3, marks=pytest.mark.slow),
         ("gpt2", 11, 4, 5, 4e-3),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_matrix_behind_a_function_has_no_copies(small):
     assert np.abs(small.decrypt_token(y, 200) - want).max() < 1e-5
 
 
-@pytest.mark.parametrize("prefix_tokens", [0, 1])
+@pytest.mark.parametrize("prefix_tokens", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_block_after_block_of_tokens(small, prefix_tokens):
     """A prompt, then tokens that fill its group and begin the next ones: as if all had come at once."""
     width = small.layout.width

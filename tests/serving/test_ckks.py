@@ -134,7 +134,7 @@ def test_damaged_keys_are_refused(model, tmp_path):
     keys = {kind: path.read_bytes() for kind, path in small.paths().items()}
     for kind, content in keys.items():
         # Evaluation keys are long to read: a few of them will do.
-        for _, data in list(damaged(content))[:: 1 if kind == PUBLIC else 5]:
+        for _, data in list(damaged(content))[slice(None) if kind == PUBLIC else slice(4, None, 6)]:
             with pytest.raises(ValueError, match=r".{10}"):
                 opened_with(model, tmp_path, **{kind: data})
     with pytest.raises(ValueError, match="frame of type"):

@@ -624,8 +624,8 @@ def cancelled(monkeypatch):
 def test_disconnect_in_midstream_frees_the_model(model, tokenizer, cancelled):
     slow = Stepwise(model)
     with served(slow, tokenizer) as url, openai_client(url) as client:
-        stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
         slow.permits.release(3)
+        stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
         next(iter(stream))
         eventually(lambda: slow.tokens == 4)
         stream.close()

@@ -56,7 +56,7 @@ def test_ciphertexts_give_the_clear_result_up_to_the_noise_of_rounding(circuit, 
 
 
 def test_shorter_inputs_run_in_the_same_circuit(circuit, attention):
-    for tokens in (1, 2, 3):
+    for tokens in (1, 3):
         x = random_rows(16, tokens, tokens)
         result = circuit.execute(x)
         assert result.shape == (tokens, 4)

@@ -44,7 +44,7 @@ def test_each_position_may_have_a_table_of_its_own():
     np.testing.assert_array_equal(lookup(accumulator, 6, lambda t: t * scales), expected)
 
 
-@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("bits", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_concrete_agrees_with_the_clear_lookup_inside_and_outside_the_range(bits):
     fhe = pytest.importorskip("concrete.fhe")
     configuration = fhe.Configuration(
