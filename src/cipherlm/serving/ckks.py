@@ -352,11 +352,12 @@ def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
 def _read_keys(keys: Mapping[str, Path], geometry: Geometry) -> tuple[EvaluationKeys, PublicKey]:
     """Read a client's keys. Raises ``Refused`` for any that are not for this geometry."""
     parameters = geometry.parameters
+    # The shorter one first: what is wrong with it is found in no time.
+    public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
     with keys[EVALUATION].open("rb") as file:
         evaluation = _parsed(lambda: EvaluationKeys.read_from(file, parameters))
         if file.read(1):
             raise Refused("the evaluation keys are followed by something else")
-    public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
     if evaluation.fingerprint != public.fingerprint:
         raise Refused("the evaluation keys and the public key belong to different secret keys")
     _check_complete(evaluation, geometry)
