@@ -28,7 +28,7 @@ PIP := -m pip --disable-pip-version-check install --quiet --no-compile
 # The engine is built with a Go of the PATH or, where there is none, with the one that was just installed.
 BUILD = PATH="$$PATH:$(CURDIR)/$(1)/bin" $(1)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 
-.PHONY: help setup lock demo test test-ray test-page test-newest test-oldest test-all mutants lint bench docs recording clean
+.PHONY: help setup lock demo test quick test-ray test-page test-newest test-oldest test-all mutants lint bench docs recording clean
 
 help:
 	@echo "make demo      generate text with a whole small model on real ciphertexts"
@@ -71,8 +71,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 
-# All but what `make test-ray` and `make test-page` run.
-test: lint
+# All but what `make test-ray` and `make test-page` run. Types are checked beside the first tests.
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint quick
+
+quick: $(READY)
 	$(call QUICK,$(VENV)) --ignore tests/serving/test_ray.py --ignore tests/page
 
 # Set-up brings Ray; on a Python for which there is none the tests say so and fail.

@@ -208,6 +208,7 @@ def test_drafts_change_no_text(kind):
     assert 2 < passes[0.04] < passes[1.0]
 
 
+@pytest.mark.slow
 def test_drafts_on_ciphertexts():
     assert 2 <= drafted("gpt2", "execute", 10, 8, assistant_model=assistant("gpt2", 0.04)) <= 5
 

@@ -44,7 +44,7 @@ def rotations(monkeypatch):
     return seen
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     llama=st.booleans(),
     heads=st.integers(1, 6),

@@ -22,7 +22,6 @@ from cipherlm.serving.bundle import BUNDLE_NAME, BundleError
 from . import small
 from .small import at_home  # noqa: F401
 
-DRAFTS = ("head", "model")
 NEW_TOKENS = 5
 
 
@@ -66,7 +65,7 @@ def connect(url: str, bundle: Path) -> RemoteModel:
     return RemoteModel.connect(url, bundle=bundle, keys=small.unused())
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("kind", ["head", pytest.param("model", marks=pytest.mark.slow)])
 def test_a_text_with_the_bundle_s_draft(kind, tmp_path):
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "reveal_length": True}
     ids = small.prompt_ids()

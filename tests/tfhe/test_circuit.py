@@ -55,8 +55,9 @@ def test_ciphertexts_give_the_clear_result_up_to_the_noise_of_rounding(circuit, 
     assert root_mean_square(encrypted - exact) < 2.0 * root_mean_square(clear - exact)
 
 
+@pytest.mark.slow
 def test_shorter_inputs_run_in_the_same_circuit(circuit, attention):
-    for tokens in (1, 3):
+    for tokens in (1, 2, 3):
         x = random_rows(16, tokens, tokens)
         result = circuit.execute(x)
         assert result.shape == (tokens, 4)
@@ -85,7 +86,6 @@ def test_statistics_count_what_the_layout_needs(circuit):
     assert circuit.statistics.pbs == squares + mixing + 3 * pairs + head_dim
     assert circuit.statistics.pbs_per_bit_width == {6: squares + mixing + head_dim, 7: 3 * pairs}
     assert circuit.evaluation_key_bytes < circuit.statistics.evaluation_key_bytes_in_memory / 2
-    assert circuit.last_run.ciphertext_bytes_in < 10_000  # seeds, not whole ciphertexts
 
 
 def test_a_second_compilation_reads_the_cache_and_its_keys(circuit, attention):
@@ -95,6 +95,7 @@ def test_a_second_compilation_reads_the_cache_and_its_keys(circuit, attention):
     again.keygen()
     x = random_rows(16, 4, 2)
     assert root_mean_square(again.execute(x) - attention(x)) < 0.6 * root_mean_square(attention(x))
+    assert again.last_run.ciphertext_bytes_in < 10_000  # seeds, not whole ciphertexts
     if os.name == "posix":
         assert stat.S_IMODE((circuit.folder / "keys").stat().st_mode) == 0o600
 
