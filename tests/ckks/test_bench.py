@@ -46,7 +46,8 @@ def figures(capsys, arguments):
 def test_attention(capsys):
     got = figures(capsys, ATTENTION)
     assert set(got) >= FIGURES | set(TFHE_ONLY)
-    assert (got["scheme"], got["heads"], got["refreshes"]) == ("ckks", 4, 3)
+    assert (got["scheme"], got["heads"]) == ("ckks", 4)
+    assert 3 <= got["round_trips"] <= got["refreshes"] <= 7
     assert got["rotations"] > 2 * got["rotation_keys"]
     assert got["max_abs_error"] < 1e-3 * got["max_abs_output"]
 
@@ -103,8 +104,8 @@ def test_block(capsys):
     assert max(prompt["max_abs_error"], *got["token_max_abs_errors"]) == got["max_abs_error"]
     for part in (prompt, token):
         assert part["round_trips"] <= part["refreshes"] < part["rotations"]
-        # One ciphertext in, one out, and what is refreshed.
-        assert part["refresh_bytes"] < part["up_bytes"] + part["down_bytes"] < 1.2 * part["refresh_bytes"]
+        # One ciphertext in, with a seed, one out, and what is refreshed.
+        assert 6e5 < part["up_bytes"] + part["down_bytes"] - part["refresh_bytes"] < 9e5
         assert part["operations"]["mask"]["calls"] == part["round_trips"]
         assert 0 < part["client_seconds"] < part["seconds"]
 
