@@ -73,7 +73,7 @@ lint: $(READY)
 
 # All but what `make test-ray` and `make test-page` run. Types are checked beside the first tests.
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 lint quick
+	@$(MAKE) --no-print-directory --jobs=2 lint quick
 
 quick: $(READY)
 	$(call QUICK,$(VENV)) --ignore tests/serving/test_ray.py --ignore tests/page

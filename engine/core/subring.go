@@ -13,9 +13,9 @@ import (
 //
 // With n automorphisms, one of n coefficients tells such a message, or one of n residues in NTT
 // form: of a ciphertext's first component no more has to be sent. The other coefficients may
-// then be anything: the sum over all automorphisms, the trace, makes them right (Chen, Dai, Kim and Song, "Efficient Homomorphic Conversion Between (Ring) LWE
-// Ciphertexts", ACNS 2021, Algorithm 1). What is sent follows from a whole ciphertext, so that
-// it tells nothing more.
+// then be anything: the sum over all automorphisms, the trace, makes them right (Chen, Dai, Kim
+// and Song, "Efficient Homomorphic Conversion Between (Ring) LWE Ciphertexts", ACNS 2021,
+// Algorithm 1). What is sent follows from a whole ciphertext, so that it tells nothing more.
 type Subring struct {
 	LogCopies uint8
 	Real      bool
@@ -61,8 +61,8 @@ func (s Subring) check(p *Parameters) error {
 	return nil
 }
 
-// growth is the power of two that a refresh multiplies a message by: the trace as many times as
-// there are automorphisms, and before it a sum with the conjugate, of a real message, twice.
+// growth is the power of two that a refresh multiplies a message by: the trace multiplies it by
+// the number of automorphisms, and the sum of a real message with its conjugate by two more.
 func (s Subring) growth() uint {
 	if s.Real {
 		return uint(s.logOrder()) + 1

@@ -352,7 +352,7 @@ def _check_complete(keys: EvaluationKeys, geometry: Geometry) -> None:
 def _read_keys(keys: Mapping[str, Path], geometry: Geometry) -> tuple[EvaluationKeys, PublicKey]:
     """Read a client's keys. Raises ``Refused`` for any that are not for this geometry."""
     parameters = geometry.parameters
-    # The shorter one first: what is wrong with it is found in no time.
+    # The shorter one first: an error in it is found before the long ones are read.
     public = _parsed(lambda: PublicKey.from_bytes(keys[PUBLIC].read_bytes(), parameters))
     with keys[EVALUATION].open("rb") as file:
         evaluation = _parsed(lambda: EvaluationKeys.read_from(file, parameters))

@@ -232,7 +232,8 @@ class Session:
 
     def _chunk(self, ciphertext: Ciphertext, start: int, count: int) -> Chunk:
         """Return what makes a tensor of a chunk."""
-        geometry, layout = self._server.geometry, self._server.geometry.layout
+        geometry = self._server.geometry
+        layout = geometry.layout
         if start == geometry.prefix:
             return lambda arithmetic: encrypted(arithmetic, [ciphertext], count, geometry.start)
         if geometry.is_alone(start, count):
